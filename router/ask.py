@@ -1,0 +1,97 @@
+"""What a client asks for and what it gets, the same for every protocol.
+
+The API faces translate their bodies into an ``Ask`` and their answers from ``Chunk``; the service
+knows nothing else of them.
+"""
+
+from dataclasses import dataclass, field
+
+from router.core.events import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """How to draw tokens and when to end. Neutral values are explicit: 1.0, 0.0 or 0 is off.
+
+    ``max_tokens`` None means: as many as fit. ``temperature`` 0 is greedy. ``seed`` None means: drawn
+    by the service. ``logprobs`` asks for the raw natural log of each token's probability,
+    ``top_logprobs`` for this many of the likeliest beside it.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+    logprobs: bool = False
+    top_logprobs: int = 0
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One generation. ``model`` None means the default model.
+
+    ``prompt`` is text or token ids; ``truncate`` keeps its last tokens only. ``deadline_s`` is how
+    long the whole answer may take, or None.
+    """
+
+    prompt: str | tuple[int, ...]
+    params: Params = field(default_factory=Params)
+    model: str | None = None
+    add_special_tokens: bool = True
+    truncate: int | None = None
+    priority: int = 1
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOut:
+    """A generated token. ``text`` is what it adds to the answer when special tokens are shown; a
+    token that ends inside a character has the empty text, and the next one carries the whole."""
+
+    id: int
+    text: str
+    special: bool = False
+    logprob: float | None = None
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """How an answer ended. ``text`` is the whole answer: the concatenation of all chunk texts.
+
+    ``seed`` is None when greedy; ``stop`` is the stop string that appeared, or None.
+    """
+
+    reason: Reason
+    text: str
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int = 0
+    seed: int | None = None
+    stop: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What came since the last chunk: tokens, the text that became final, and the end if this is it.
+
+    Text held back because a stop string may be starting comes with a later chunk, so ``text`` is
+    not always the tokens' texts joined.
+    """
+
+    tokens: tuple[TokenOut, ...]
+    text: str
+    finish: Finish | None = None

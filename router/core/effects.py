@@ -1,0 +1,67 @@
+"""What the core asks for, in the imperative. The driver performs each and answers with events."""
+
+from dataclasses import dataclass
+
+from router.core.events import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """A sequence that becomes resident; see ``shards.v1.Admit``, whose fields these are."""
+
+    sequence: int
+    tokens: tuple[int, ...]
+    prompt_len: int
+    share_from: int
+    share_len: int
+    sampling: object
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Write this plan to every rank of the group. Drops apply first, then admits, then the step.
+
+    ``work_sequences`` and ``work_tokens`` run in parallel.
+    """
+
+    group: str
+    epoch: int
+    plan_id: int
+    drops: tuple[int, ...]
+    admits: tuple[Admit, ...]
+    work_sequences: tuple[int, ...]
+    work_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Hand these tokens to their requests. The lists run in parallel; ``logprobs`` may be empty."""
+
+    requests: list[int]
+    tokens: list[int]
+    logprobs: list[object]
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The request has ended. ``detail`` is one line for a person, empty for ordinary endings.
+
+    ``cached_tokens`` counts the prompt tokens that a resident sequence had already computed.
+    """
+
+    request: int
+    reason: Reason
+    detail: str = ""
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """The group has not answered a plan in time, or not truthfully: end its streams, start anew."""
+
+    group: str
+    epoch: int
+    detail: str
+
+
+Effect = RunPlan | Deliver | Close | Abandon

@@ -1,0 +1,110 @@
+"""What can happen, in the past tense. Events are complete: the core looks nothing up.
+
+Token ids, token counts and milliseconds are plain integers throughout.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Reason(Enum):
+    """Why a request ended. Each request ends exactly once, with exactly one of these."""
+
+    EOS = "eos_token"
+    STOP_TOKEN = "stop_token"
+    LENGTH = "length"
+    STOP_STRING = "stop_sequence"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline_exceeded"
+    OVERLOADED = "overloaded"
+    TOO_LONG = "too_long"
+    UNSUPPORTED = "unsupported"
+    WORKER_LOST = "worker_lost"
+    ENGINE_FAILED = "engine_failed"
+    SHUTDOWN = "shutdown"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one group can hold and do, as the smallest of its ranks says."""
+
+    kv_tokens: int
+    page_tokens: int
+    sequences_max: int
+    step_tokens_max: int
+    length_max: int
+    shares_prefix: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GroupUp:
+    """Every rank of a group is connected and empty. ``epoch`` is new for each such life."""
+
+    group: str
+    epoch: int
+    model: str
+    engine: str
+    limits: Limits
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDown:
+    """A rank was lost, or answered something that cannot be trusted."""
+
+    group: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A sequence to produce. ``request`` is unique for ever.
+
+    ``max_tokens`` is how many tokens may be generated, ``stop_tokens`` the ids that end it,
+    ``needs`` the features it cannot do without. Smaller ``priority`` goes first. ``deadline_ms`` is
+    the instant at which it must have ended, or None. ``sampling`` travels to the worker unread.
+    """
+
+    request: int
+    model: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    stop_tokens: frozenset[int] = frozenset()
+    needs: tuple[str, ...] = ()
+    priority: int = 1
+    deadline_ms: int | None = None
+    sampling: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The request is over for its owner: the client left, or a stop string appeared."""
+
+    request: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """A group has applied a plan.
+
+    ``sequences``, ``tokens`` and ``logprobs`` run in parallel; ``logprobs`` may be empty, and is
+    delivered unread. ``failures`` pairs a sequence with one line for a person.
+    """
+
+    group: str
+    epoch: int
+    plan_id: int
+    sequences: Seq[int]
+    tokens: Seq[int]
+    logprobs: Seq[object] = ()
+    failures: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time has passed; ``wake_at`` was reached."""
+
+
+Event = GroupUp | GroupDown | Submitted | Ended | StepDone | Ticked

@@ -1,0 +1,174 @@
+"""Where a request goes and what makes room for it: placement, eviction, preemption, release.
+
+A sequence is placed when its group has reserved memory for it; it becomes resident on the workers
+with the first plan that computes it. A placed sequence may count on a prefix that its parent has
+yet to compute: it then waits for it, which costs it nothing, since the parent is ahead of it.
+"""
+
+from router.core.ledger import Account
+from router.core.state import CoreConfig, Group, Sequence
+
+
+def fits_ever(group: Group, sequence: Sequence) -> bool:
+    """Whether the empty group could hold the sequence to its end."""
+    return (
+        sequence.end <= group.up.limits.length_max
+        and group.ledger.pages(sequence.end) <= group.ledger.capacity
+    )
+
+
+def missing_feature(group: Group, sequence: Sequence) -> str | None:
+    """The first feature that the sequence needs and the group's engine lacks."""
+    for need in sequence.facts.needs:
+        if need not in group.up.features:
+            return need
+    return None
+
+
+def ranked(groups: list[Group], sequence: Sequence, config: CoreConfig) -> list[Group]:
+    """The groups with a place in the batch: who holds most of the prompt first, then most room."""
+    ready = [group for group in groups if group.running < group.batch_max]
+    if len(ready) < 2:
+        return ready
+    return sorted(
+        ready,
+        key=lambda group: (shareable(group, sequence, config)[0], group.ledger.free),
+        reverse=True,
+    )
+
+
+def shareable(group: Group, sequence: Sequence, config: CoreConfig) -> tuple[int, int | None]:
+    """How many tokens the sequence could share with whom. At least one is left to compute."""
+    if not group.up.limits.shares_prefix:
+        return 0, None
+    length, holder = group.tree.match(sequence.tokens)
+    length = group.ledger.whole_pages(min(length, len(sequence.tokens) - 1))
+    return (0, None) if length < config.share_tokens_min else (length, holder)
+
+
+def place(group: Group, sequence: Sequence, config: CoreConfig) -> bool:
+    """Reserves memory for the sequence, evicting donors as needed. False: it has to wait."""
+    share_len, donor = shareable(group, sequence, config)
+    reserve = min(sequence.end, len(sequence.tokens) + config.reserve_tokens)
+    pages = group.ledger.pages(reserve)
+    if not _make_room(group, pages - share_len, keep=donor):
+        if group.running:
+            return False
+        # Nothing runs, so nothing will free memory: give up the donor that was to be shared.
+        share_len, donor = 0, None
+        if not _make_room(group, pages, keep=None):
+            return False
+    parent = group.holder(donor).account if donor is not None else None
+    sequence.group = group
+    sequence.account = group.ledger.open(sequence.id, reserve, parent, share_len)
+    group.filling[sequence.id] = sequence
+    group.tree.insert(sequence.id, sequence.tokens)
+    if donor is not None and donor in group.donors:
+        group.donors[donor] = group.donors.pop(donor)
+    return True
+
+
+def _make_room(group: Group, tokens: int, keep: int | None) -> bool:
+    """Evicts donors, the least recently used first, until tokens and one place are free.
+
+    Touches nothing if all of them together would not do.
+    """
+    donors = [donor for donor in _evictable(group) if donor.id != keep]
+    most = sum(group.ledger.charge_of(account_of(donor)) for donor in donors)
+    if tokens > group.ledger.free + most:
+        return False
+    while tokens > group.ledger.free or group.resident >= group.up.limits.sequences_max:
+        if not donors:
+            return False
+        _remove(group, donors.pop(0))
+    return True
+
+
+def _evictable(group: Group) -> list[Sequence]:
+    """The donors that no placed sequence still waits to share, least recently used first."""
+    pinned: dict[int, None] = {}
+    for waiting in group.filling.values():
+        parent = account_of(waiting).parent
+        if parent is not None and not waiting.admitted:
+            pinned[parent.holder] = None
+    return [donor for donor in group.donors.values() if donor.id not in pinned]
+
+
+def extend(group: Group, sequence: Sequence, config: CoreConfig) -> list[Sequence]:
+    """Reserves memory further ahead. Returns those who had to give up theirs, perhaps itself.
+
+    Donors go first, then the sequence that is last in line. The first in line is never preempted,
+    and fits alone, so somebody always gets on.
+    """
+    preempted: list[Sequence] = []
+    account = account_of(sequence)
+    reserve = min(sequence.end, sequence.scheduled + 1 + config.reserve_tokens)
+    more = group.ledger.pages(reserve) - group.ledger.pages(account.reserved)
+    while more > group.ledger.free:
+        donors = _evictable(group)
+        if donors:
+            _remove(group, donors[0])
+            continue
+        running = list(group.decoding.values()) + list(group.filling.values())
+        victim = max(running, key=lambda member: member.key)
+        preempted += [*drop(group, victim), victim]
+        if victim is sequence:
+            return preempted
+    group.ledger.resize(account, reserve)
+    return preempted
+
+
+def drop(group: Group, sequence: Sequence) -> list[Sequence]:
+    """Ends a running sequence's residence. Returns the placed ones that had counted on it."""
+    displaced = _displace(group, sequence, computed=0)
+    _remove(group, sequence)
+    return displaced
+
+
+def retire(group: Group, sequence: Sequence) -> list[Sequence]:
+    """Makes a finished sequence a donor of what it has computed, if that can be of use.
+
+    Returns the placed sequences that had counted on more of it.
+    """
+    known = sequence.tokens[: sequence.scheduled]
+    if not (sequence.admitted and group.up.limits.shares_prefix and known):
+        return drop(group, sequence)
+    displaced = _displace(group, sequence, sequence.scheduled)
+    group.decoding.pop(sequence.id, None)
+    group.filling.pop(sequence.id, None)
+    group.ledger.resize(account_of(sequence), sequence.scheduled)
+    group.tree.remove(sequence.id)
+    group.tree.insert(sequence.id, known)
+    group.donors[sequence.id] = sequence
+    return displaced
+
+
+def _displace(group: Group, parent: Sequence, computed: int) -> list[Sequence]:
+    """Takes out the placed sequences that wait for more of the parent than it has computed.
+
+    They hold nothing on the workers yet, so leaving costs nothing; they are to be placed anew.
+    """
+    displaced: list[Sequence] = []
+    for child in list(account_of(parent).children):
+        sequence = group.holder(child.holder)
+        if not sequence.admitted and child.share_len > computed:
+            displaced += [*drop(group, sequence), sequence]
+    return displaced
+
+
+def _remove(group: Group, sequence: Sequence) -> None:
+    """Takes a sequence out of all books of the group; its memory is free as of the next plan."""
+    group.decoding.pop(sequence.id, None)
+    group.filling.pop(sequence.id, None)
+    group.donors.pop(sequence.id, None)
+    group.tree.remove(sequence.id)
+    group.ledger.close(account_of(sequence))
+    if sequence.admitted:
+        group.drops.append(sequence.id)
+    sequence.leave()
+
+
+def account_of(sequence: Sequence) -> Account:
+    """The account of a sequence that is placed."""
+    assert sequence.account is not None
+    return sequence.account

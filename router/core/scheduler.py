@@ -1,0 +1,326 @@
+"""The core itself: what happens to a request, from the event that brings it to its end.
+
+    Submitted ──► waiting line ──► placed in a group ──► resident, producing ──► closed
+                       ▲                  │                      │
+                       └── displaced ◄────┴──── preempted, lost ─┘
+
+``observe`` keeps the books, ``plan`` holds the policy; so a burst of arrivals is considered
+together, and the policy can change without touching the books. ``plan`` places all it can before it
+forms any step: otherwise one group could be stepped before the head of the line was given to it.
+"""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import assert_never
+
+from router.core.effects import Abandon, Close, Deliver, Effect, RunPlan
+from router.core.events import (
+    Ended,
+    Event,
+    GroupDown,
+    GroupUp,
+    Reason,
+    StepDone,
+    Submitted,
+    Ticked,
+)
+from router.core.ledger import Ledger
+from router.core.placing import drop, fits_ever, missing_feature, place, ranked, retire
+from router.core.planning import next_plan
+from router.core.prefix import PrefixTree
+from router.core.snapshot import Snapshot, take_snapshot
+from router.core.state import CoreConfig, Group, Sequence
+from router.core.waiting import WaitingLine
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the start."""
+
+    preempted: int = 0
+    resumed: int = 0
+    prefix_hit_tokens: int = 0
+    admitted_tokens: int = 0
+
+
+class Core:
+    """The scheduler of one router. Not thread-safe; owned by the driver."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        self.counters = Counters()
+        self._live: dict[int, Sequence] = {}
+        self._lines: dict[str, WaitingLine] = {}
+        self._groups: dict[str, Group] = {}
+        self._deadlines: list[tuple[int, int]] = []
+        self._arrivals = 0
+
+    def observe(self, now_ms: int, event: Event) -> list[Effect]:
+        """Records one thing that has happened."""
+        match event:
+            case StepDone():
+                return self._step_done(event)
+            case Submitted():
+                return self._submitted(now_ms, event)
+            case Ended():
+                return self._ended(event)
+            case GroupUp():
+                return self._group_up(event)
+            case GroupDown():
+                return self._group_down(event.group, event.epoch)
+            case Ticked():
+                return []
+            case _:
+                assert_never(event)
+
+    def plan(self, now_ms: int) -> list[Effect]:
+        """Decides all that can be decided now. Called again at once, it returns nothing."""
+        effects = self._expire(now_ms)
+        while True:
+            for line in self._lines.values():
+                effects += self._place_from(line)
+            plans = [plan for group in self._groups.values() for plan in self._step(group, now_ms)]
+            if not plans:
+                return effects
+            effects += plans
+
+    def wake_at(self) -> int | None:
+        """The instant at which ``plan`` has to be called even if nothing happens, or None."""
+        due = [
+            group.in_flight[0].sent_ms + self.config.step_deadline_ms
+            for group in self._groups.values()
+            if group.in_flight
+        ]
+        while self._deadlines and self._deadlines[0][1] not in self._live:
+            heapq.heappop(self._deadlines)
+        if self._deadlines:
+            due.append(self._deadlines[0][0])
+        return min(due, default=None)
+
+    def snapshot(self) -> Snapshot:
+        """The state in numbers, for metrics and people."""
+        waiting = sum(len(line) for line in self._lines.values())
+        return take_snapshot(waiting, list(self._groups.values()), self.counters)
+
+    # --- requests
+
+    def _submitted(self, now_ms: int, facts: Submitted) -> list[Effect]:
+        assert facts.request not in self._live
+        assert len(facts.prompt) > 0 < facts.max_tokens
+        if len(self._live) >= self.config.requests_max:
+            detail = f"{self.config.requests_max} requests are waiting or running"
+            return [Close(facts.request, Reason.OVERLOADED, detail)]
+        self._arrivals += 1
+        arrived_ms = now_ms + facts.priority * self.config.head_start_ms
+        end = len(facts.prompt) + facts.max_tokens
+        sequence = Sequence(facts, (arrived_ms, self._arrivals), list(facts.prompt), end)
+        refusal = self._refusal(sequence)
+        if refusal is not None:
+            return [refusal]
+        self._live[facts.request] = sequence
+        self._line_of(sequence).add(sequence)
+        if facts.deadline_ms is not None:
+            heapq.heappush(self._deadlines, (facts.deadline_ms, facts.request))
+        return []
+
+    def _refusal(self, sequence: Sequence) -> Close | None:
+        """Why no group that serves the model could ever run the sequence, if that is so.
+
+        While no group is up nothing is known, and the sequence may wait for one.
+        """
+        groups = self._serving(sequence.facts.model)
+        if not groups or any(_able(group, sequence) for group in groups):
+            return None
+        for group in groups:
+            feature = missing_feature(group, sequence)
+            if feature is not None:
+                detail = f"engine {group.up.engine} does not support {feature}"
+                return Close(sequence.id, Reason.UNSUPPORTED, detail)
+        most = max(min(group.up.limits.length_max, group.ledger.capacity) for group in groups)
+        detail = f"prompt and answer may have {sequence.end} tokens, but a worker holds {most}"
+        return Close(sequence.id, Reason.TOO_LONG, detail)
+
+    def _ended(self, event: Ended) -> list[Effect]:
+        if event.request not in self._live:
+            return []
+        return [self._close(self._live[event.request], event.reason)]
+
+    def _close(
+        self,
+        sequence: Sequence,
+        reason: Reason,
+        detail: str = "",
+        leave: Callable[[Group, Sequence], list[Sequence]] = retire,
+    ) -> Close:
+        """Ends a live request, wherever it is; the only way out of ``_live``."""
+        del self._live[sequence.id]
+        if sequence.group is None:
+            line = self._line_of(sequence)
+            if sequence.id in line:
+                line.remove(sequence.id)
+        else:
+            self._wait_again(leave(sequence.group, sequence))
+        return Close(sequence.id, reason, detail, sequence.cached_tokens)
+
+    def _expire(self, now_ms: int) -> list[Effect]:
+        """Ends what has missed its deadline, requests and groups."""
+        effects: list[Effect] = []
+        while self._deadlines and self._deadlines[0][0] <= now_ms:
+            request = heapq.heappop(self._deadlines)[1]
+            if request in self._live:
+                detail = "the deadline passed before the answer was complete"
+                effects.append(self._close(self._live[request], Reason.DEADLINE, detail))
+        for group in list(self._groups.values()):
+            if group.in_flight and (
+                group.in_flight[0].sent_ms + self.config.step_deadline_ms <= now_ms
+            ):
+                detail = f"no answer to a plan within {self.config.step_deadline_ms} ms"
+                effects += self._abandon(group, detail)
+        return effects
+
+    # --- groups
+
+    def _group_up(self, event: GroupUp) -> list[Effect]:
+        assert event.group not in self._groups, "a group came up twice"
+        limits, config = event.limits, self.config
+        kv_tokens = min(limits.kv_tokens, config.kv_tokens_max or limits.kv_tokens)
+        step_tokens = min(limits.step_tokens_max, config.step_tokens_max or limits.step_tokens_max)
+        # Every running sequence can then decode in every step: none has to take turns.
+        batch = min(limits.sequences_max, step_tokens, config.sequences_max or step_tokens)
+        ledger = Ledger(kv_tokens, limits.page_tokens)
+        self._groups[event.group] = Group(event, ledger, PrefixTree(), batch, step_tokens)
+        return []
+
+    def _group_down(self, name: str, epoch: int) -> list[Effect]:
+        group = self._groups.get(name)
+        if group is None or group.up.epoch != epoch:
+            return []
+        del self._groups[name]
+        effects: list[Effect] = []
+        for sequence in [*group.decoding.values(), *group.filling.values()]:
+            was_resident = sequence.admitted
+            sequence.leave()
+            lost = self._lost(sequence) if was_resident else None
+            if lost is None:
+                self._wait_again([sequence])
+            else:
+                effects.append(self._close(sequence, Reason.WORKER_LOST, lost))
+        return effects
+
+    def _lost(self, sequence: Sequence) -> str | None:
+        """Counts the loss of a resident sequence; says why it cannot go on, if it cannot."""
+        sequence.losses += 1
+        if sequence.produced and not self.config.resume_streams:
+            return "the worker was lost in the middle of the answer"
+        if sequence.losses >= self.config.attempts_max:
+            return f"the worker was lost {sequence.losses} times with this request"
+        self.counters.resumed += 1
+        return None
+
+    def _abandon(self, group: Group, detail: str) -> list[Effect]:
+        """Gives up a group that cannot be trusted, before its links notice anything."""
+        name, epoch = group.up.group, group.up.epoch
+        return [Abandon(name, epoch, detail), *self._group_down(name, epoch)]
+
+    def _serving(self, model: str) -> list[Group]:
+        return [group for group in self._groups.values() if group.up.model == model]
+
+    # --- steps
+
+    def _step_done(self, event: StepDone) -> list[Effect]:
+        group = self._groups.get(event.group)
+        if group is None or group.up.epoch != event.epoch:
+            return []
+        fault = _untrue(group, event)
+        if fault is not None:
+            return self._abandon(group, fault)
+        group.in_flight.popleft()
+        return self._deliver(group, event) + self._failed(group, event)
+
+    def _deliver(self, group: Group, event: StepDone) -> list[Effect]:
+        """Passes on the tokens of those who are still there, and ends those who are complete."""
+        delivery, closings = Deliver([], [], []), list[Effect]()
+        for index, request in enumerate(event.sequences):
+            sequence = group.decoding.get(request)
+            if sequence is None or sequence.admitted_by > event.plan_id:
+                continue
+            token = event.tokens[index]
+            sequence.promised -= 1
+            sequence.tokens.append(token)
+            delivery.requests.append(request)
+            delivery.tokens.append(token)
+            if event.logprobs:
+                delivery.logprobs.append(event.logprobs[index])
+            if token in sequence.facts.stop_tokens:
+                closings.append(self._close(sequence, Reason.EOS))
+            elif len(sequence.tokens) == sequence.end:
+                closings.append(self._close(sequence, Reason.LENGTH))
+        return [delivery, *closings] if delivery.requests else closings
+
+    def _failed(self, group: Group, event: StepDone) -> list[Effect]:
+        effects: list[Effect] = []
+        for request, message in event.failures:
+            sequence = group.placed(request)
+            if sequence is not None and 0 < sequence.admitted_by <= event.plan_id:
+                effects.append(self._close(sequence, Reason.ENGINE_FAILED, message, drop))
+        return effects
+
+    def _step(self, group: Group, now_ms: int) -> list[RunPlan]:
+        plan, preempted = next_plan(group, now_ms, self.config)
+        self.counters.preempted += len(preempted)
+        self._wait_again(preempted)
+        if plan is None:
+            return []
+        for admit in plan.admits:
+            self.counters.prefix_hit_tokens += admit.share_len
+            self.counters.admitted_tokens += len(admit.tokens)
+        return [plan]
+
+    # --- the waiting lines
+
+    def _line_of(self, sequence: Sequence) -> WaitingLine:
+        return self._lines.setdefault(sequence.facts.model, WaitingLine())
+
+    def _wait_again(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._line_of(sequence).add(sequence)
+
+    def _place_from(self, line: WaitingLine) -> list[Effect]:
+        """Places the head of the line for as long as there is room; nobody overtakes it."""
+        effects: list[Effect] = []
+        while (head := line.head()) is not None:
+            refusal = self._refusal(head)
+            if refusal is not None:
+                effects.append(self._close(head, refusal.reason, refusal.detail))
+                continue
+            able = [group for group in self._serving(head.facts.model) if _able(group, head)]
+            groups = ranked(able, head, self.config)
+            if not any(place(group, head, self.config) for group in groups):
+                break
+            line.remove(head.id)
+        return effects
+
+
+def _able(group: Group, sequence: Sequence) -> bool:
+    return fits_ever(group, sequence) and missing_feature(group, sequence) is None
+
+
+def _untrue(group: Group, event: StepDone) -> str | None:
+    """Why the outcome cannot be an answer to the oldest plan in flight, if it cannot."""
+    if not group.in_flight or group.in_flight[0].plan_id != event.plan_id:
+        return f"an outcome for plan {event.plan_id} came out of turn"
+    expected, drawn = group.in_flight[0].samples, len(event.sequences)
+    if drawn != len(event.tokens) or drawn > expected:
+        return f"plan {event.plan_id} asked for {expected} tokens, and {drawn} came"
+    if drawn < expected and not event.failures:
+        return f"plan {event.plan_id} asked for {expected} tokens, but only {drawn} came"
+    for request in event.sequences:
+        sequence = group.placed(request)
+        if (
+            sequence is not None
+            and 0 < sequence.admitted_by <= event.plan_id
+            and sequence.promised < 1
+        ):
+            return f"plan {event.plan_id} drew a token that nobody asked for"
+    return None

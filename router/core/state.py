@@ -1,0 +1,134 @@
+"""What the core remembers: one ``Sequence`` per request, one ``Group`` per live group.
+
+Only the modules of this folder touch these, and only from within one call of the core.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from router.core.events import GroupUp, Submitted
+from router.core.ledger import Account, Ledger
+from router.core.prefix import PrefixTree
+
+
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    """Limits and choices of the core. None leaves a limit to the group.
+
+    ``requests_max`` bounds waiting and running requests together. ``reserve_tokens`` is how far
+    ahead of its tokens a running sequence reserves memory. ``share_tokens_min`` is the shortest
+    prefix worth sharing. ``head_start_ms`` is how much earlier a request of the next more urgent
+    priority counts as having arrived, so that no priority starves.
+    """
+
+    requests_max: int = 128
+    step_tokens_max: int | None = None
+    kv_tokens_max: int | None = None
+    sequences_max: int | None = None
+    plans_in_flight_max: int = 2
+    step_deadline_ms: int = 60_000
+    attempts_max: int = 3
+    resume_streams: bool = False
+    reserve_tokens: int = 256
+    share_tokens_min: int = 16
+    head_start_ms: int = 10_000
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request on its way: waiting, placed in a group, or (as a donor) finished but resident.
+
+    ``scheduled`` tokens are computed by the plans sent so far; ``promised`` tokens will be drawn by
+    plans in flight. What is left to compute, ``len(tokens) + promised - scheduled``, is one for a
+    decode, more for a prefill, and everything after a loss: one rule for all three. Production ends
+    at ``end`` tokens, prompt included. ``account`` is what it holds of its group's memory, and
+    ``admitted_by`` the plan that made it resident there, 0 before.
+    """
+
+    facts: Submitted
+    key: tuple[int, int]
+    tokens: list[int]
+    end: int
+    group: "Group | None" = None
+    admitted_by: int = 0
+    scheduled: int = 0
+    promised: int = 0
+    account: Account | None = None
+    losses: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def id(self) -> int:
+        """The request's number, which is also the sequence's on the wire."""
+        return self.facts.request
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.facts.prompt)
+
+    @property
+    def produced(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - len(self.facts.prompt)
+
+    @property
+    def admitted(self) -> bool:
+        """Whether a plan has made it resident on the workers."""
+        return self.admitted_by > 0
+
+    def leave(self) -> None:
+        """Forgets its life in a group; the tokens stay."""
+        self.group = self.account = None
+        self.admitted_by = self.scheduled = self.promised = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A plan that has been sent and not answered. ``samples`` tokens must come of it."""
+
+    plan_id: int
+    sent_ms: int
+    samples: int
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """One life of a group: from ``GroupUp`` until it is lost.
+
+    ``filling`` and ``decoding`` hold the placed sequences, in order of placement, before and after
+    the plan that draws their first token of this life. ``donors`` hold finished ones, the one used
+    least recently first. ``drops`` wait for the next plan.
+    """
+
+    up: GroupUp
+    ledger: Ledger
+    tree: PrefixTree
+    batch_max: int
+    step_tokens_max: int
+    filling: dict[int, Sequence] = field(default_factory=dict)
+    decoding: dict[int, Sequence] = field(default_factory=dict)
+    donors: dict[int, Sequence] = field(default_factory=dict)
+    drops: list[int] = field(default_factory=list)
+    in_flight: deque[InFlight] = field(default_factory=deque)
+    plans: int = 0
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold memory and still produce tokens."""
+        return len(self.filling) + len(self.decoding)
+
+    @property
+    def resident(self) -> int:
+        """Sequences that occupy a place on the workers, or are about to."""
+        return self.running + len(self.donors)
+
+    def placed(self, request: int) -> Sequence | None:
+        """The running sequence of this number, if it is here."""
+        return self.decoding.get(request) or self.filling.get(request)
+
+    def holder(self, request: int) -> Sequence:
+        """The resident sequence of this number, running or donor."""
+        sequence = self.placed(request) or self.donors.get(request)
+        assert sequence is not None
+        return sequence

@@ -1,0 +1,52 @@
+"""The line in which the requests for one model wait.
+
+The order is that of a single number, so that it is easy to reason about: the instant of arrival,
+later by a head start for each step of lower priority. Within a priority this is strict first come,
+first served; a more urgent request overtakes those that came at most one head start before it, so
+none starves. A request that comes back (its worker was lost, or its memory was needed) keeps its
+number, and is therefore at the front again.
+"""
+
+import heapq
+
+from router.core.state import Sequence
+
+
+class WaitingLine:
+    """A line in the order of ``Sequence.key``. Removal is lazy, so all operations are O(log n)."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int], int]] = []
+        self._members: dict[int, Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, request: int) -> bool:
+        return request in self._members
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence in its place."""
+        assert sequence.id not in self._members
+        self._members[sequence.id] = sequence
+        heapq.heappush(self._heap, (sequence.key, sequence.id))
+
+    def remove(self, request: int) -> None:
+        """Takes a sequence out, wherever it stands."""
+        del self._members[request]
+        self._tidy()
+
+    def head(self) -> Sequence | None:
+        """The first of the line, who stays in it."""
+        while self._heap:
+            member = self._members.get(self._heap[0][1])
+            if member is not None:
+                return member
+            heapq.heappop(self._heap)
+        return None
+
+    def _tidy(self) -> None:
+        """Drops the traces of removed members once they outnumber the members."""
+        if len(self._heap) > 2 * len(self._members) + 16:
+            self._heap = [entry for entry in self._heap if entry[1] in self._members]
+            heapq.heapify(self._heap)

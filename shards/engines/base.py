@@ -1,0 +1,169 @@
+"""The contract between a shard worker and the engine that it hosts.
+
+All methods are called from one thread, one at a time. An engine knows no requests, no text and no
+clock. It keeps, for each resident sequence, the known tokens and how many of them are computed; the
+log of plans is the only thing that changes this.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+
+class Scheduling(Enum):
+    """Who picks the tokens of a step; see ``shards.v1.SchedulingKind``."""
+
+    CALLER = "caller"
+    STEPPED = "stepped"
+    SELF = "self"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine is and what it can hold; counts are in tokens or sequences."""
+
+    engine: str
+    engine_version: str
+    device: str
+    model_id: str
+    dtype: str
+    scheduling: Scheduling
+    kv_tokens: int
+    page_tokens: int
+    sequences_max: int
+    step_tokens_max: int
+    length_max: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    features: tuple[str, ...]
+    rank: int = 0
+    world: int = 1
+    weight_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to draw the next token; units and meaning as in ``shards.v1.Sampling``.
+
+    Here every neutral value is explicit: a penalty or probability that is off is 1.0, ``top_k`` 0.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """A sequence that becomes resident, perhaps as a copy of the start of another one."""
+
+    sequence: int
+    tokens: Sequence[int]
+    prompt_len: int
+    sampling: SamplingParams
+    share_from: int = 0
+    share_len: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: drops first, then admits, then the work, pairs of sequence and token count."""
+
+    drops: Sequence[int] = ()
+    admits: Sequence[Admit] = ()
+    work: Sequence[tuple[int, int]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Raw natural-log probabilities at one position, before any warping."""
+
+    logprob: float
+    top_tokens: Sequence[int] = ()
+    top_values: Sequence[float] = ()
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a step drew: parallel lists, and the logprobs of the sequences that asked for them.
+
+    ``failures`` names sequences that the engine cannot go on with, and why, in one line.
+    """
+
+    sequences: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+class PlanError(Exception):
+    """The plan breaks the contract (unknown sequence, over budget). Nothing of it was applied."""
+
+
+class EngineLost(Exception):
+    """The device or the engine's state cannot be trusted any more; the worker ends its stream."""
+
+
+class ModelError(Exception):
+    """The model cannot be loaded. The text is one line that names the file and the reason."""
+
+
+Progress = Callable[[float], None]
+"""Called while loading with the fraction done, 0 to 1."""
+
+
+class Engine(ABC):
+    """One engine on one device. Made loaded: a constructor that returns is ready to serve."""
+
+    @abstractmethod
+    def describe(self) -> EngineInfo:
+        """Says what the engine is. Constant over its life."""
+
+    @abstractmethod
+    def step(self, plan: Plan) -> Outcome:
+        """Applies a plan and computes its work.
+
+        A sequence whose known tokens have then all been computed draws one more, which becomes
+        known. Raises ``PlanError`` before touching anything, ``EngineLost`` when nothing can be
+        trusted; a fault of one sequence is reported in the outcome.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets every sequence: a new epoch begins."""
+
+    @abstractmethod
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The model's ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``."""
+
+    def close(self) -> None:
+        """Frees the device. Called once."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the worker's command line says to every engine. 0 means: the engine chooses."""
+
+    model: Path | None
+    model_id: str
+    kv_tokens: int = 0
+    sequences_max: int = 0
+    step_tokens_max: int = 0
+    threads: int = 0
+    rank: int = 0
+    world: int = 1
+    extra: tuple[tuple[str, str], ...] = ()

@@ -2,3 +2,18 @@
 # llama-cpp-python forces LLAMA_BUILD_COMMON on in the cache, but ships nothing of it; a normal
 # variable in llama.cpp's scope wins over the cache, and leaves more than half of the build out.
 set(LLAMA_BUILD_COMMON OFF)
+
+# GCC before 12.4 (and 13 before 13.3) takes _tile_loadconfig to read 8 bytes of the 64 that it reads
+# (https://gcc.gnu.org/bugzilla/show_bug.cgi?id=114098), and drops the stores to the rest. On a CPU
+# with AMX the engine then dies of SIGSEGV or SIGILL at the first matrix product. This puts the later
+# compilers' definition in its place.
+file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/amx_tile_config.h" [[
+#pragma once
+#if defined(__AMX_TILE__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#define _tile_loadconfig(config) \
+    __asm__ volatile("ldtilecfg\t%X0" ::"m"(*((const char(*)[64])(config))))
+#endif
+]])
+add_compile_options(
+    "$<$<AND:$<COMPILE_LANGUAGE:CXX>,$<CXX_COMPILER_ID:GNU>>:SHELL:-include ${CMAKE_CURRENT_BINARY_DIR}/amx_tile_config.h>")

@@ -82,6 +82,21 @@ class Ledger:
         if account.children:
             self._inherit(account, max(account.children, key=lambda child: child.share_len))
 
+    def freed_by(self, closing: list[Account], staying: list[Account]) -> int:
+        """Tokens that would be free if the former were all closed, and the latter stayed.
+
+        That is their charges, less what those who stay would inherit, directly or through others.
+        """
+        held = {account.holder: account.share_len for account in closing}
+        for child in staying:
+            while (parent := child.parent) is not None and parent.holder in held:
+                reached = held[parent.holder] > parent.share_len
+                held[parent.holder] = max(held[parent.holder], child.share_len)
+                if reached:
+                    break
+                child = parent
+        return sum(self.pages(account.reserved) - held[account.holder] for account in closing)
+
     def _inherit(self, former: Account, heir: Account) -> None:
         """The heir takes the former owner's place under its parent, its siblings move under it."""
         self._add(heir.share_len - former.share_len)

@@ -74,13 +74,15 @@ def _make_room(group: Group, tokens: int, keep: int | None) -> bool:
     Touches nothing if all of them together would not do.
     """
     donors = [donor for donor in _evictable(group) if donor.id != keep]
-    most = sum(group.ledger.charge_of(account_of(donor)) for donor in donors)
+    gone = dict.fromkeys(donor.id for donor in donors)
+    staying = [account_of(member) for member in group.members() if member.id not in gone]
+    most = group.ledger.freed_by([account_of(donor) for donor in donors], staying)
     if tokens > group.ledger.free + most:
         return False
     while tokens > group.ledger.free or group.resident >= group.up.limits.sequences_max:
         if not donors:
             return False
-        _remove(group, donors.pop(0))
+        remove(group, donors.pop(0))
     return True
 
 
@@ -107,57 +109,42 @@ def extend(group: Group, sequence: Sequence, config: CoreConfig) -> list[Sequenc
     while more > group.ledger.free:
         donors = _evictable(group)
         if donors:
-            _remove(group, donors[0])
+            remove(group, donors[0])
             continue
         running = list(group.decoding.values()) + list(group.filling.values())
         victim = max(running, key=lambda member: member.key)
-        preempted += [*drop(group, victim), victim]
+        remove(group, victim)
+        preempted.append(victim)
         if victim is sequence:
             return preempted
     group.ledger.resize(account, reserve)
     return preempted
 
 
-def drop(group: Group, sequence: Sequence) -> list[Sequence]:
-    """Ends a running sequence's residence. Returns the placed ones that had counted on it."""
-    displaced = _displace(group, sequence, computed=0)
-    _remove(group, sequence)
-    return displaced
-
-
-def retire(group: Group, sequence: Sequence) -> list[Sequence]:
+def retire(group: Group, sequence: Sequence) -> None:
     """Makes a finished sequence a donor of what it has computed, if that can be of use.
 
-    Returns the placed sequences that had counted on more of it.
+    Not if a placed sequence counts on more of it: that one inherits its memory and computes it all.
     """
+    account = account_of(sequence)
     known = sequence.tokens[: sequence.scheduled]
-    if not (sequence.admitted and group.up.limits.shares_prefix and known):
-        return drop(group, sequence)
-    displaced = _displace(group, sequence, sequence.scheduled)
+    enough = all(child.share_len <= sequence.scheduled for child in account.children)
+    if not (sequence.admitted and group.up.limits.shares_prefix and known and enough):
+        remove(group, sequence)
+        return
     group.decoding.pop(sequence.id, None)
     group.filling.pop(sequence.id, None)
-    group.ledger.resize(account_of(sequence), sequence.scheduled)
+    group.ledger.resize(account, sequence.scheduled)
     group.tree.remove(sequence.id)
     group.tree.insert(sequence.id, known)
     group.donors[sequence.id] = sequence
-    return displaced
 
 
-def _displace(group: Group, parent: Sequence, computed: int) -> list[Sequence]:
-    """Takes out the placed sequences that wait for more of the parent than it has computed.
+def remove(group: Group, sequence: Sequence) -> None:
+    """Takes a sequence out of all books of the group; its memory is free as of the next plan.
 
-    They hold nothing on the workers yet, so leaving costs nothing; they are to be placed anew.
+    Placed sequences that were to share it share the ledger's heir instead, or are that heir.
     """
-    displaced: list[Sequence] = []
-    for child in list(account_of(parent).children):
-        sequence = group.holder(child.holder)
-        if not sequence.admitted and child.share_len > computed:
-            displaced += [*drop(group, sequence), sequence]
-    return displaced
-
-
-def _remove(group: Group, sequence: Sequence) -> None:
-    """Takes a sequence out of all books of the group; its memory is free as of the next plan."""
     group.decoding.pop(sequence.id, None)
     group.filling.pop(sequence.id, None)
     group.donors.pop(sequence.id, None)

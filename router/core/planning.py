@@ -22,7 +22,7 @@ def next_plan(
     step = _Step(group, group.plans + 1)
     step.decode()
     step.fill()
-    if not step.sequences and not group.drops:
+    if not step.work and not group.drops:
         return None, preempted
     return step.seal(now_ms), preempted
 
@@ -44,10 +44,9 @@ class _Step:
         self.group = group
         self.plan_id = plan_id
         self.budget = group.step_tokens_max
-        self.sequences: list[int] = []
-        self.tokens: list[int] = []
+        self.work: dict[int, int] = {}
         self.admits: list[Admit] = []
-        self.samples = 0
+        self.samples: dict[int, None] = {}
 
     def decode(self) -> None:
         """One token for each sequence that has not been promised its last one."""
@@ -59,11 +58,9 @@ class _Step:
         assert len(chosen) <= self.budget, "a group decodes more sequences than a step has tokens"
         for sequence in chosen:
             sequence.scheduled += 1
-            sequence.promised += 1
-        self.sequences += [sequence.facts.request for sequence in chosen]
-        self.tokens += [1] * len(chosen)
+            self.work[sequence.facts.request] = 1
+        self.samples = dict.fromkeys(self.work)
         self.budget -= len(chosen)
-        self.samples += len(chosen)
 
     def fill(self) -> None:
         """Chunks of the prompts, in order of placement, until the budget is used up."""
@@ -74,19 +71,22 @@ class _Step:
                 continue
             chunk = min(self.budget, len(sequence.tokens) - sequence.scheduled)
             sequence.scheduled += chunk
-            self.sequences.append(sequence.id)
-            self.tokens.append(chunk)
+            self.work[sequence.id] = chunk
             self.budget -= chunk
             if sequence.scheduled == len(sequence.tokens):
                 self._first_sample(sequence)
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Makes the sequence resident, unless the prefix it is to share is not computed yet."""
+        """Makes the sequence resident, unless the prefix it is to share is not computed yet.
+
+        Admits apply before the step, so what this very plan computes does not count.
+        """
         account = account_of(sequence)
         source = 0
         if account.parent is not None:
             parent = self.group.holder(account.parent.holder)
-            if not parent.admitted or parent.scheduled < account.share_len:
+            computed = parent.scheduled - self.work.get(parent.id, 0)
+            if not parent.admitted or computed < account.share_len:
                 return False
             source = parent.id
         sequence.admitted_by = self.plan_id
@@ -107,8 +107,7 @@ class _Step:
         return True
 
     def _first_sample(self, sequence: Sequence) -> None:
-        sequence.promised += 1
-        self.samples += 1
+        self.samples[sequence.id] = None
         del self.group.filling[sequence.id]
         self.group.decoding[sequence.id] = sequence
 
@@ -124,6 +123,6 @@ class _Step:
             self.plan_id,
             drops,
             tuple(self.admits),
-            tuple(self.sequences),
-            tuple(self.tokens),
+            tuple(self.work),
+            tuple(self.work.values()),
         )

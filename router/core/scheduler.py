@@ -2,7 +2,7 @@
 
     Submitted ──► waiting line ──► placed in a group ──► resident, producing ──► closed
                        ▲                  │                      │
-                       └── displaced ◄────┴──── preempted, lost ─┘
+                       └────────────── preempted, lost ◄─────────┘
 
 ``observe`` keeps the books, ``plan`` holds the policy; so a burst of arrivals is considered
 together, and the policy can change without touching the books. ``plan`` places all it can before it
@@ -10,7 +10,6 @@ forms any step: otherwise one group could be stepped before the head of the line
 """
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -26,7 +25,7 @@ from router.core.events import (
     Ticked,
 )
 from router.core.ledger import Ledger
-from router.core.placing import drop, fits_ever, missing_feature, place, ranked, retire
+from router.core.placing import fits_ever, missing_feature, place, ranked, remove, retire
 from router.core.planning import next_plan
 from router.core.prefix import PrefixTree
 from router.core.snapshot import Snapshot, take_snapshot
@@ -60,7 +59,7 @@ class Core:
         """Records one thing that has happened."""
         match event:
             case StepDone():
-                return self._step_done(event)
+                return self._step_done(now_ms, event)
             case Submitted():
                 return self._submitted(now_ms, event)
             case Ended():
@@ -87,11 +86,8 @@ class Core:
 
     def wake_at(self) -> int | None:
         """The instant at which ``plan`` has to be called even if nothing happens, or None."""
-        due = [
-            group.in_flight[0].sent_ms + self.config.step_deadline_ms
-            for group in self._groups.values()
-            if group.in_flight
-        ]
+        answers = [group.answer_due_ms(self.config) for group in self._groups.values()]
+        due = [at for at in answers if at is not None]
         while self._deadlines and self._deadlines[0][1] not in self._live:
             heapq.heappop(self._deadlines)
         if self._deadlines:
@@ -151,16 +147,21 @@ class Core:
         sequence: Sequence,
         reason: Reason,
         detail: str = "",
-        leave: Callable[[Group, Sequence], list[Sequence]] = retire,
+        useful: bool = True,
     ) -> Close:
-        """Ends a live request, wherever it is; the only way out of ``_live``."""
+        """Ends a live request, wherever it is; the only way out of ``_live``.
+
+        What it has computed, if it is ``useful``, stays for others to share.
+        """
         del self._live[sequence.id]
         if sequence.group is None:
             line = self._line_of(sequence)
             if sequence.id in line:
                 line.remove(sequence.id)
+        elif useful:
+            retire(sequence.group, sequence)
         else:
-            self._wait_again(leave(sequence.group, sequence))
+            remove(sequence.group, sequence)
         return Close(sequence.id, reason, detail, sequence.cached_tokens)
 
     def _expire(self, now_ms: int) -> list[Effect]:
@@ -172,9 +173,8 @@ class Core:
                 detail = "the deadline passed before the answer was complete"
                 effects.append(self._close(self._live[request], Reason.DEADLINE, detail))
         for group in list(self._groups.values()):
-            if group.in_flight and (
-                group.in_flight[0].sent_ms + self.config.step_deadline_ms <= now_ms
-            ):
+            due_ms = group.answer_due_ms(self.config)
+            if due_ms is not None and due_ms <= now_ms:
                 detail = f"no answer to a plan within {self.config.step_deadline_ms} ms"
                 effects += self._abandon(group, detail)
         return effects
@@ -228,7 +228,7 @@ class Core:
 
     # --- steps
 
-    def _step_done(self, event: StepDone) -> list[Effect]:
+    def _step_done(self, now_ms: int, event: StepDone) -> list[Effect]:
         group = self._groups.get(event.group)
         if group is None or group.up.epoch != event.epoch:
             return []
@@ -236,6 +236,7 @@ class Core:
         if fault is not None:
             return self._abandon(group, fault)
         group.in_flight.popleft()
+        group.answered_ms = now_ms
         return self._deliver(group, event) + self._failed(group, event)
 
     def _deliver(self, group: Group, event: StepDone) -> list[Effect]:
@@ -246,7 +247,6 @@ class Core:
             if sequence is None or sequence.admitted_by > event.plan_id:
                 continue
             token = event.tokens[index]
-            sequence.promised -= 1
             sequence.tokens.append(token)
             delivery.requests.append(request)
             delivery.tokens.append(token)
@@ -259,11 +259,17 @@ class Core:
         return [delivery, *closings] if delivery.requests else closings
 
     def _failed(self, group: Group, event: StepDone) -> list[Effect]:
+        """Ends the sequences that failed; plans in flight can draw nothing more for them."""
         effects: list[Effect] = []
         for request, message in event.failures:
             sequence = group.placed(request)
-            if sequence is not None and 0 < sequence.admitted_by <= event.plan_id:
-                effects.append(self._close(sequence, Reason.ENGINE_FAILED, message, drop))
+            born = sequence.admitted_by if sequence is not None else 0
+            for later in group.in_flight:
+                # After a preemption the same number may already stand for a new, sound sequence.
+                if not event.plan_id < born <= later.plan_id:
+                    later.samples.pop(request, None)
+            if sequence is not None and 0 < born <= event.plan_id:
+                effects.append(self._close(sequence, Reason.ENGINE_FAILED, message, False))
         return effects
 
     def _step(self, group: Group, now_ms: int) -> list[RunPlan]:
@@ -310,17 +316,11 @@ def _untrue(group: Group, event: StepDone) -> str | None:
     """Why the outcome cannot be an answer to the oldest plan in flight, if it cannot."""
     if not group.in_flight or group.in_flight[0].plan_id != event.plan_id:
         return f"an outcome for plan {event.plan_id} came out of turn"
-    expected, drawn = group.in_flight[0].samples, len(event.sequences)
-    if drawn != len(event.tokens) or drawn > expected:
-        return f"plan {event.plan_id} asked for {expected} tokens, and {drawn} came"
-    if drawn < expected and not event.failures:
-        return f"plan {event.plan_id} asked for {expected} tokens, but only {drawn} came"
-    for request in event.sequences:
-        sequence = group.placed(request)
-        if (
-            sequence is not None
-            and 0 < sequence.admitted_by <= event.plan_id
-            and sequence.promised < 1
-        ):
-            return f"plan {event.plan_id} drew a token that nobody asked for"
+    if len(event.sequences) != len(event.tokens):
+        return f"plan {event.plan_id} drew tokens for nobody"
+    due = dict(group.in_flight[0].samples)
+    for request, _ in event.failures:
+        due.pop(request, None)
+    if len(event.sequences) != len(due) or due.keys() != set(event.sequences):
+        return f"plan {event.plan_id} did not draw one token for each sequence that was due"
     return None

@@ -38,11 +38,11 @@ class CoreConfig:
 class Sequence:
     """One request on its way: waiting, placed in a group, or (as a donor) finished but resident.
 
-    ``scheduled`` tokens are computed by the plans sent so far; ``promised`` tokens will be drawn by
-    plans in flight. What is left to compute, ``len(tokens) + promised - scheduled``, is one for a
-    decode, more for a prefill, and everything after a loss: one rule for all three. Production ends
-    at ``end`` tokens, prompt included. ``account`` is what it holds of its group's memory, and
-    ``admitted_by`` the plan that made it resident there, 0 before.
+    ``scheduled`` tokens are computed by the plans sent so far. Until they draw the first token of
+    this life, what is left is ``len(tokens) - scheduled``, whether that is a prompt or everything
+    after a loss; from then on each plan computes one more, which need not be known here yet.
+    Production ends at ``end`` tokens, prompt included. ``account`` is what it holds of its group's
+    memory, and ``admitted_by`` the plan that made it resident there, 0 before.
     """
 
     facts: Submitted
@@ -52,7 +52,6 @@ class Sequence:
     group: "Group | None" = None
     admitted_by: int = 0
     scheduled: int = 0
-    promised: int = 0
     account: Account | None = None
     losses: int = 0
     cached_tokens: int = 0
@@ -80,16 +79,16 @@ class Sequence:
     def leave(self) -> None:
         """Forgets its life in a group; the tokens stay."""
         self.group = self.account = None
-        self.admitted_by = self.scheduled = self.promised = 0
+        self.admitted_by = self.scheduled = 0
 
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A plan that has been sent and not answered. ``samples`` tokens must come of it."""
+    """A plan that has been sent and not answered; each of ``samples`` must draw a token."""
 
     plan_id: int
     sent_ms: int
-    samples: int
+    samples: dict[int, None]
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +97,8 @@ class Group:
 
     ``filling`` and ``decoding`` hold the placed sequences, in order of placement, before and after
     the plan that draws their first token of this life. ``donors`` hold finished ones, the one used
-    least recently first. ``drops`` wait for the next plan.
+    least recently first. ``drops`` wait for the next plan. ``answered_ms`` is when the latest
+    outcome came: only then does the group begin with the plan after it.
     """
 
     up: GroupUp
@@ -112,6 +112,7 @@ class Group:
     drops: list[int] = field(default_factory=list)
     in_flight: deque[InFlight] = field(default_factory=deque)
     plans: int = 0
+    answered_ms: int = 0
 
     @property
     def running(self) -> int:
@@ -122,6 +123,16 @@ class Group:
     def resident(self) -> int:
         """Sequences that occupy a place on the workers, or are about to."""
         return self.running + len(self.donors)
+
+    def answer_due_ms(self, config: CoreConfig) -> int | None:
+        """When the answer to the oldest plan in flight is due, if there is one."""
+        if not self.in_flight:
+            return None
+        return max(self.in_flight[0].sent_ms, self.answered_ms) + config.step_deadline_ms
+
+    def members(self) -> list["Sequence"]:
+        """All that hold memory."""
+        return [*self.decoding.values(), *self.filling.values(), *self.donors.values()]
 
     def placed(self, request: int) -> Sequence | None:
         """The running sequence of this number, if it is here."""

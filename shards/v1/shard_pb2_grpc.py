@@ -70,7 +70,9 @@ class ShardServicer(object):
 
     def Run(self, request_iterator, context):
         """The log of plans and what came of each. Exactly one Run stream is served at a time; opening a
-        new one ends the former and empties the engine. One outcome answers each plan, in order.
+        new one ends the former and empties the engine. Initial metadata is sent once the engine is
+        empty, so a worker whose engine hangs never seems ready. One outcome answers each plan, in
+        order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,62 @@
+# The verbs of the project; `make help` lists them. CI calls nothing else.
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check proto proto-check lint type fmt sim replay bench clean
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# The first interpreter that works and is new enough.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+SETUP = @test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed (set PYTHON=...)"; exit 1; }; \
+	$(PYTHON) deploy/setup_env.py --venv $(VENV)
+PROTOS := $(wildcard proto/*/v1/*.proto)
+PROTOC = $(PY) -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
+SEEDS ?= 1000
+ARGS ?=
+
+help: ## Lists the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: ## Makes .venv and installs everything (compiles llama.cpp once); instant when done
+	$(SETUP)
+
+run: setup ## Serves the embedded model on ports 3000 (REST) and 50051 (gRPC); ARGS="--port 8080"
+	@exec $(VENV)/bin/roundhouse serve $(ARGS)
+
+test: setup ## Runs all tests; ARGS="-k name" picks some
+	@$(PY) -m pytest $(ARGS)
+
+check: setup proto-check lint type sim test ## Everything CI runs
+
+proto: setup ## Generates router/v1 and shards/v1 from proto/
+	@$(call PROTOC,.)
+
+proto-check: setup ## Fails if the generated code is not what proto/ says
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(call PROTOC,$$out) && \
+	for file in $$(cd "$$out" && find . -type f); do \
+		cmp -s "$$out/$$file" "$$file" || { echo "$$file is out of date: run 'make proto'"; exit 1; }; \
+	done && echo "generated code is up to date"
+
+lint: setup ## ruff: rules and formatting
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+fmt: setup ## Formats the code and repairs what ruff can repair
+	@$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
+
+type: setup ## mypy --strict
+	@$(PY) -m mypy
+
+sim: setup ## Simulates SEEDS=n worlds with faults, and checks that damaged cores are caught
+	@$(PY) -m tests.sim --seeds $(SEEDS) --mutants
+
+replay: setup ## Runs one simulated world again and prints it: SEED=n
+	@test -n "$(SEED)" || { echo "say which world: make replay SEED=n"; exit 1; }
+	@$(PY) -m tests.sim --replay $(SEED)
+
+bench: ## Runs all benchmarks (about 20 minutes on an idle machine); ARGS="--quick"
+	$(SETUP) llamacpp dev bench
+	@$(PY) -m benchmarks $(ARGS)
+
+clean: ## Removes what was built, the virtual environment too
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Measures Roundhouse against its speed bars; ``python -m benchmarks --help``."""

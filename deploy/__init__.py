@@ -1,0 +1,1 @@
+"""Putting the processes on machines: the ``roundhouse`` command and its local supervisor."""

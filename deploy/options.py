@@ -1,0 +1,206 @@
+"""The options of the ``roundhouse`` command: TGI's names, each with its environment variable.
+
+Options that set a field of ``router.config.Settings`` are listed in one table, take their defaults
+from there, and are not judged here: a value that does not parse is passed on as it is, so that all
+faults come back together.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, TypeVar
+
+import click
+
+from router.config import Settings
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+LISTEN, LIMITS, BATCH, FAILURES, OUTPUT = (
+    "Listening",
+    "Limits of a request",
+    "Limits of a batch",
+    "Failures",
+    "Output",
+)
+MODEL, WORKER = "Model", "Worker"
+SECTIONS = (MODEL, WORKER, LISTEN, LIMITS, BATCH, FAILURES, OUTPUT)
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """One option: where help shows it, its name, the field of ``Settings``, and what it does."""
+
+    section: str
+    name: str
+    metavar: str
+    help: str
+    field: str = ""
+    env: str = ""
+
+    @property
+    def setting(self) -> str:
+        """The field of ``Settings`` that this option fills."""
+        return self.field or self.name.replace("-", "_")
+
+    @property
+    def envvar(self) -> str:
+        """The environment variable: the name in capitals, as TGI has it."""
+        return self.env or self.name.upper().replace("-", "_")
+
+
+KNOBS = (
+    Knob(
+        LISTEN,
+        "hostname",
+        "ADDRESS",
+        "Address to listen on. (HOSTNAME itself is not read: containers set it to their name.)",
+        field="host",
+        env="ROUNDHOUSE_HOSTNAME",
+    ),
+    Knob(LISTEN, "port", "PORT", "Port of REST; 0 takes a free one."),
+    Knob(LISTEN, "grpc-port", "PORT", "Port of gRPC; 0 takes a free one."),
+    Knob(LISTEN, "api-key", "KEY", "Bearer token that clients must send. Default: none."),
+    Knob(LISTEN, "cors-allow-origin", "ORIGIN", "Origin that browsers may call from; repeatable."),
+    Knob(LISTEN, "payload-limit", "BYTES", "Largest request body."),
+    Knob(LIMITS, "max-concurrent-requests", "N", "Requests open at once; one more gets a 429."),
+    Knob(LIMITS, "max-input-tokens", "TOKENS", "Longest prompt. Default: max-total-tokens - 1."),
+    Knob(LIMITS, "max-total-tokens", "TOKENS", "Prompt and answer. Default: what the model holds."),
+    Knob(LIMITS, "max-best-of", "N", "Largest best_of; each candidate counts as a request."),
+    Knob(LIMITS, "max-stop-sequences", "N", "Stop strings in one request."),
+    Knob(LIMITS, "max-top-n-tokens", "N", "Alternatives reported at each token."),
+    Knob(LIMITS, "max-client-batch-size", "N", "Prompts in one call of /v1/completions."),
+    Knob(
+        BATCH,
+        "max-batch-prefill-tokens",
+        "TOKENS",
+        "Tokens computed in one step. Long prompts are computed in chunks of at most this.",
+    ),
+    Knob(
+        BATCH,
+        "max-batch-total-tokens",
+        "TOKENS",
+        "Tokens held in memory over all requests. Default: what the worker's cache holds.",
+    ),
+    Knob(BATCH, "max-batch-size", "N", "Requests computed at once. Default: what the worker can."),
+    Knob(BATCH, "waiting-served-ratio", "RATIO", "Accepted, no effect: prompts go in chunks here."),
+    Knob(BATCH, "max-waiting-tokens", "TOKENS", "Accepted, no effect, for the same reason."),
+    Knob(
+        FAILURES,
+        "request-deadline",
+        "SECONDS",
+        "Longest time for an answer, waiting included. Default: no limit.",
+        field="request_deadline_s",
+    ),
+    Knob(
+        FAILURES,
+        "step-deadline",
+        "SECONDS",
+        "A worker silent for so long is given up and reconnected.",
+        field="step_deadline_s",
+    ),
+    Knob(FAILURES, "attempts-max", "N", "Starts of one request when workers are lost."),
+    Knob(
+        FAILURES,
+        "resume-streams",
+        "",
+        "Continue an answer that the client has seen a part of when its worker is lost.",
+    ),
+    Knob(
+        FAILURES,
+        "graceful-termination-timeout",
+        "SECONDS",
+        "Time for running answers to end after SIGTERM or Ctrl-C; a second one ends at once.",
+        field="graceful_termination_timeout_s",
+    ),
+    Knob(OUTPUT, "json-output", "", "Log lines, and the ready line, as JSON objects."),
+    Knob(OUTPUT, "log-level", "LEVEL", "debug, info, warning or error."),
+)
+DEFAULTS: Mapping[str, object] = {
+    field.name: None if field.default is MISSING else field.default for field in fields(Settings)
+}
+
+
+def _number(text: str) -> int | float | str:
+    """A whole or real number; anything else is left for ``Settings`` to judge."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+class SectionedOption(click.Option):
+    """An option that knows under which heading of the help it belongs."""
+
+    def __init__(self, *args: Any, section: str = OUTPUT, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class SectionedCommand(click.Command):
+    """A command whose help groups the options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes one block of options for each heading."""
+        for section in SECTIONS:
+            rows = [
+                record
+                for param in self.get_params(ctx)
+                if isinstance(param, click.Option)
+                and getattr(param, "section", OUTPUT) == section
+                and (record := param.get_help_record(ctx))
+            ]
+            if rows:
+                with formatter.section(section):
+                    formatter.write_dl(rows)
+
+
+def option(section: str, *names: str, **attributes: Any) -> Callable[[Decorated], Decorated]:
+    """``click.option`` under a heading of the help, with its environment variable shown."""
+    attributes.setdefault("envvar", names[0].lstrip("-").upper().replace("-", "_"))
+    return click.option(
+        *names, cls=SectionedOption, section=section, show_envvar=True, **attributes
+    )
+
+
+def router_options(command: Decorated) -> Decorated:
+    """Adds all options that fill ``Settings``, in the order of the table."""
+    for knob in reversed(KNOBS):
+        command = _knob_option(knob)(command)
+    return command
+
+
+def _knob_option(knob: Knob) -> Callable[[Decorated], Decorated]:
+    """One option of the table, shaped by the default of its setting."""
+    default = DEFAULTS[knob.setting]
+    shape: dict[str, Any] = {"default": default, "show_default": default is not None}
+    match default:
+        case bool():
+            shape |= {"is_flag": True, "show_default": False}
+        case tuple():
+            shape |= {"multiple": True, "default": None, "show_default": "any"}
+        case str():
+            shape |= {"type": str}
+        case None if knob.name == "api-key":
+            shape |= {"type": str}
+        case _:
+            shape |= {"type": _number}
+    return option(
+        knob.section,
+        f"--{knob.name}",
+        knob.setting,
+        metavar=knob.metavar or None,
+        help=knob.help,
+        envvar=knob.envvar,
+        **shape,
+    )
+
+
+def settings_from(values: Mapping[str, Any]) -> Settings:
+    """Makes the settings of parsed options. Raises ``ConfigError`` with every fault."""
+    chosen = {knob.setting: values[knob.setting] for knob in KNOBS}
+    chosen["cors_allow_origin"] = tuple(
+        origin for text in chosen["cors_allow_origin"] for origin in text.split(",") if origin
+    )
+    return Settings(**chosen)

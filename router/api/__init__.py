@@ -1,0 +1,1 @@
+"""The faces of the router: thin translations between wire formats and the service."""

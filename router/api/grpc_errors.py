@@ -1,0 +1,52 @@
+"""Errors on gRPC: a status code, a text, and ``google.rpc.Status`` details for programs."""
+
+import logging
+from typing import Any, NoReturn
+
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from router.errors import Fault, RequestError
+
+logger = logging.getLogger(__name__)
+
+DOMAIN = "roundhouse"
+DETAILS_KEY = "grpc-status-details-bin"
+TEXT_MAX = 2000
+"""Characters of a message: trailers over 8 KB are refused by many clients."""
+
+
+def status_of(error: RequestError) -> status_pb2.Status:
+    """Returns the rich status: ErrorInfo, BadRequest for a field at fault, RetryInfo if useful."""
+    text = error.message[:TEXT_MAX]
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.fault.value, domain=DOMAIN)]
+    if error.field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=text)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.wire.retry_after_s is not None:
+        delay = Duration(seconds=error.wire.retry_after_s)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=_code(error).value[0], message=text)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def _code(error: RequestError) -> grpc.StatusCode:
+    return grpc.StatusCode[error.wire.grpc]
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+    """Ends the call with the status of an error. Anything but a RequestError is a bug: logged."""
+    if not isinstance(error, RequestError):
+        logger.error("call failed", exc_info=error)
+        error = RequestError(Fault.INTERNAL, "the router failed; its log says why")
+    status = status_of(error)
+    trailers = ((DETAILS_KEY, status.SerializeToString()),)
+    await context.abort(_code(error), status.message, trailers)
+    raise AssertionError("abort raises")

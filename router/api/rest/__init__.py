@@ -1,0 +1,1 @@
+"""The REST faces: TGI's routes and OpenAI's, over ASGI."""

@@ -1,0 +1,100 @@
+"""The REST application: all routes, error pages, CORS and documentation."""
+
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from router.api.rest import models_openai, models_tgi
+from router.api.rest.context import Context
+from router.api.rest.errors import Dialect, HttpError, error_response
+from router.api.rest.openai import openai_routes
+from router.api.rest.openapi import docs_page, install_openapi
+from router.api.rest.sse import SERVER_SEND, known_fault
+from router.api.rest.tgi import tgi_routes, version
+from router.auth import ApiKeys
+from router.config import Settings
+from router.fleet import Fleet
+from router.metrics import Metrics
+from router.service import Service
+
+DESCRIPTION = "Text generation: the interfaces of text-generation-inference and of OpenAI."
+
+
+class _App(FastAPI):
+    """Remembers the server's ``send`` for streams, see ``EventWriter``."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[SERVER_SEND] = send
+        await super().__call__(scope, receive, send)
+
+
+def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Settings) -> FastAPI:
+    """Returns the ASGI application that serves REST. It holds no state of its own."""
+    app = _App(
+        title="Roundhouse",
+        version=version(),
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+    )
+    context = Context(service, fleet, metrics, settings, ApiKeys(settings.api_key))
+    app.include_router(tgi_routes(context))
+    app.include_router(openai_routes(context))
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(settings.cors_allow_origin) or ["*"],
+        allow_methods=["GET", "POST"],
+        allow_headers=["content-type", "authorization"],
+        expose_headers=["x-ignored-parameters", "retry-after"],
+    )
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _bug)
+    install_openapi(
+        app,
+        (
+            models_tgi.GenerateRequest,
+            models_tgi.CompatGenerateRequest,
+            models_tgi.StreamResponse,
+            models_openai.ChatRequest,
+            models_openai.CompletionRequest,
+            models_openai.ChatCompletionChunk,
+            models_openai.Completion,
+        ),
+    )
+    app.get("/docs", include_in_schema=False)(_docs(app))
+    return app
+
+
+def _docs(app: FastAPI) -> Callable[[], Awaitable[Response]]:
+    page = lru_cache(maxsize=1)(lambda: docs_page(app.openapi()))
+
+    async def docs() -> Response:
+        return HTMLResponse(page())
+
+    return docs
+
+
+def _dialect(request: Request) -> Dialect:
+    return Dialect.OPENAI if request.url.path.startswith("/v1/") else Dialect.TGI
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Answers what the framework refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    method, path = request.method, request.url.path[:200]
+    response = error_response(
+        HttpError(error.status_code, f"{method} {path}: {error.detail}"), _dialect(request)
+    )
+    for name, value in (error.headers or {}).items():
+        response.headers[name] = value
+    return response
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    return error_response(known_fault(error), _dialect(request))

@@ -1,0 +1,110 @@
+"""Reading a request body: bounded bytes, strict JSON, a checked model, and what was not known."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from router.api.rest.errors import HttpError, TooLargeError
+from router.api.rest.presence import ClientLeft
+from router.errors import Fault, RequestError
+
+IGNORED_NAMES_MAX = 32
+IGNORED_NAME_LENGTH = 64
+
+
+class Body(BaseModel):
+    """Base of request bodies: no conversion between types, no NaN, unknown fields kept apart."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+B = TypeVar("B", bound=Body)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Reads a body of at most ``limit`` bytes.
+
+    Raises TooLargeError as soon as it is known to be longer, ClientLeft if it breaks off.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        raise TooLargeError(limit, waiting="expect" in request.headers)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise TooLargeError(limit, waiting=False)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def parse(request: Request, model: type[B], limit: int) -> B:
+    """Reads and checks the body of a request.
+
+    Raises HttpError 400 for bytes that are not JSON (which NaN, Infinity, lone surrogates and
+    invalid UTF-8 are not), 415 for another content type, RequestError(VALIDATION) naming the first
+    field at fault otherwise.
+    """
+    headers = request.headers
+    media = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media != "application/json" and not media.endswith("+json"):
+        raise HttpError(415, "send the body as `Content-Type: application/json`")
+    raw = await read_body(request, limit)
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise HttpError(400, f"the body is not valid JSON: {error}") from None
+    return check(value, model)
+
+
+def check(value: Any, model: type[B]) -> B:
+    """Checks a parsed body. Raises RequestError(VALIDATION) naming the first field at fault."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        # Members of a union are part of the location, in the form of type names; leave these out.
+        path = [part for part in first["loc"] if not _is_union_member(part)]
+        field = ".".join(str(part)[:IGNORED_NAME_LENGTH] for part in path)
+        message = f"`{field}`: {first['msg']}" if field else f"body: {first['msg']}"
+        raise RequestError(Fault.VALIDATION, message, field or None) from None
+
+
+def _is_union_member(part: int | str) -> bool:
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float"))
+
+
+def unknown_fields(body: BaseModel, prefix: str = "") -> Iterator[str]:
+    """Yields the names of fields the body has and its model does not, nested ones with dots."""
+    for name in body.model_extra or ():
+        yield prefix + name
+    for name in body.model_fields_set:
+        value = body.__dict__.get(name)
+        if isinstance(value, Body):
+            yield from unknown_fields(value, f"{prefix}{name}.")
+
+
+def ignored_header(body: Body) -> dict[str, str]:
+    """Returns the ``x-ignored-parameters`` header, or nothing if every field is known.
+
+    Names are the client's own text: cut to a safe alphabet and length, and at most
+    IGNORED_NAMES_MAX of them.
+    """
+    names = sorted(unknown_fields(body))
+    if not names:
+        return {}
+    safe = [
+        re.sub(r"[^A-Za-z0-9_.\-]", "_", name[:IGNORED_NAME_LENGTH])
+        for name in names[:IGNORED_NAMES_MAX]
+    ]
+    return {"x-ignored-parameters": ",".join(safe)}

@@ -1,0 +1,91 @@
+"""Running asks to their end, one or several at once, and what there is to say about the time."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from router.ask import Ask, Finish, TokenOut
+from router.fleet import ModelCard
+from router.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A complete answer, and when (perf_counter, in seconds) it was submitted, began and ended."""
+
+    tokens: list[TokenOut]
+    finish: Finish
+    submitted: float
+    first: float
+    ended: float
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log probability of the tokens, by which TGI chooses the best of several."""
+        known = [token.logprob for token in self.tokens if token.logprob is not None]
+        return sum(known) / len(known) if known else float("-inf")
+
+
+async def collect(service: Service, ask: Ask) -> Whole:
+    """Runs one ask. Raises RequestError if it is refused or breaks off."""
+    tokens: list[TokenOut] = []
+    first = 0.0
+    async with await service.generate(ask) as answer:
+        submitted = perf_counter()
+        async for chunk in answer:
+            first = first or perf_counter()
+            tokens.extend(chunk.tokens)
+            if chunk.finish is not None:
+                return Whole(tokens, chunk.finish, submitted, first, perf_counter())
+    raise AssertionError("an answer ends with a finish or an error")
+
+
+async def collect_all(service: Service, asks: Sequence[Ask]) -> list[Whole]:
+    """Runs all at once; answers come in the order of the asks. One failure cancels the others.
+
+    Raises RequestError, within an ExceptionGroup if there are several asks.
+    """
+    if len(asks) == 1:
+        return [await collect(service, asks[0])]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(collect(service, ask)) for ask in asks]
+    return [task.result() for task in tasks]
+
+
+def compute_type(model: ModelCard) -> str:
+    """Returns TGI's ``<ranks>-<device>`` for the model's first group."""
+    if not model.groups:
+        return "none"
+    group = model.groups[0]
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{group.world}-{group.device}")
+
+
+def timing_headers(
+    arrived: float, answers: Sequence[Whole], characters: int, model: ModelCard
+) -> dict[str, str]:
+    """Returns TGI's headers (router/src/server.rs, `generate_internal`).
+
+    Times are in milliseconds, x-compute-time in seconds. The queue time here is the wait for the
+    first token: the queue, and the prompt's computation, which shares its steps with others.
+    """
+    ended = max(answer.ended for answer in answers)
+    submitted = max(answer.submitted for answer in answers)
+    first = max(answer.first for answer in answers)
+    generated = sum(answer.finish.generated_tokens for answer in answers)
+
+    def ms(seconds: float) -> str:
+        return str(max(0, round(seconds * 1000)))
+
+    return {
+        "x-compute-type": compute_type(model),
+        "x-compute-time": f"{ended - arrived:.6f}",
+        "x-compute-characters": str(characters),
+        "x-total-time": ms(ended - arrived),
+        "x-validation-time": ms(submitted - arrived),
+        "x-queue-time": ms(first - submitted),
+        "x-inference-time": ms(ended - first),
+        "x-time-per-token": ms((ended - submitted) / max(1, generated)),
+        "x-prompt-tokens": str(sum(answer.finish.prompt_tokens for answer in answers)),
+        "x-generated-tokens": str(generated),
+    }

@@ -1,0 +1,58 @@
+"""What every route is given, and the steps that all routes have in common."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, TypeVar
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from router.api.rest.body import Body, parse
+from router.api.rest.errors import Dialect, error_response
+from router.api.rest.presence import ClientLeft, Presence
+from router.api.rest.sse import known_fault
+from router.auth import ApiKeys
+from router.config import Settings
+from router.fleet import Fleet
+from router.metrics import Metrics
+from router.service import Service
+
+B = TypeVar("B", bound=Body)
+Work = Callable[[B, float], Awaitable[Response]]
+"""Answers a checked body that arrived at this instant (perf_counter, seconds)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The rest of the router, as the routes see it."""
+
+    service: Service
+    fleet: Fleet
+    metrics: Metrics
+    settings: Settings
+    keys: ApiKeys
+
+    async def answer(
+        self, request: Request, model: type[B], dialect: Dialect, work: Work[B]
+    ) -> Response:
+        """Checks key and body, then runs ``work`` for as long as the client stays.
+
+        Every failure becomes the error response of the dialect.
+        """
+        arrived = perf_counter()
+        try:
+            self.keys.check(request.headers.get("authorization"))
+            body = await parse(request, model, self.settings.payload_limit)
+            async with Presence(request.receive):
+                return await work(body, arrived)
+        except ClientLeft:
+            return Response(status_code=499)
+        except Exception as error:  # noqa: BLE001 -- logged, and answered as INTERNAL
+            return error_response(known_fault(error), dialect)
+
+
+def json_response(value: Any, headers: dict[str, str] | None = None) -> Response:
+    """Returns a JSON answer, status 200."""
+    return Response(orjson.dumps(value), 200, headers, media_type="application/json")

@@ -1,0 +1,148 @@
+"""Puts the router together: settings and workers in, a running service and its faces out.
+
+Every task has an owner here, and the death of any of them ends the whole: a router that cannot
+schedule, or cannot talk to its workers because of a fault of its own, must not look alive.
+"""
+
+import asyncio
+import gc
+import logging
+import math
+from collections.abc import Callable, Coroutine, Iterable
+from itertools import count
+from types import TracebackType
+from typing import Any, Self
+
+from prometheus_client import CollectorRegistry
+
+from router.config import GroupSpec, Settings, check_groups
+from router.core.scheduler import Core
+from router.core.state import CoreConfig
+from router.driver import Driver, monotonic_ms
+from router.faces import Faces, Signals, unless
+from router.fleet import Fleet
+from router.group import Group
+from router.logs import configure
+from router.metrics import Metrics
+from router.service import Service
+
+log = logging.getLogger(__name__)
+
+
+def core_config(settings: Settings) -> CoreConfig:
+    """The settings that concern the core, in its units."""
+    return CoreConfig(
+        requests_max=settings.max_concurrent_requests,
+        step_tokens_max=settings.max_batch_prefill_tokens,
+        kv_tokens_max=settings.max_batch_total_tokens,
+        sequences_max=settings.max_batch_size,
+        plans_in_flight_max=settings.plans_in_flight_max,
+        step_deadline_ms=math.ceil(settings.step_deadline_s * 1000),
+        attempts_max=settings.attempts_max,
+        resume_streams=settings.resume_streams,
+    )
+
+
+class Router:
+    """A running router without its network faces; an async context manager.
+
+    Raises ``ConfigError`` if the groups cannot work. While inside, the failure of any task of the
+    router cancels the body; leaving then raises that failure.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        groups: Iterable[GroupSpec],
+        *,
+        registry: CollectorRegistry | None = None,
+        clock: Callable[[], int] = monotonic_ms,
+    ) -> None:
+        specs = check_groups(groups)
+        core = Core(core_config(settings))
+        self.settings = settings
+        self.metrics = Metrics(registry)
+        self.driver = Driver(core, self.metrics, settings.max_concurrent_requests, clock)
+        self.fleet = Fleet(settings, specs)
+        self.service = Service(self.fleet, self.driver, settings)
+        self.metrics.watch(core.snapshot, self.fleet.groups_up)
+        epochs = count(1)
+        self._groups = [
+            Group(
+                spec,
+                inbox=self.driver,
+                fleet=self.fleet,
+                metrics=self.metrics,
+                epochs=lambda: next(epochs),
+                slots=settings.plans_in_flight_max + 2,
+            )
+            for spec in specs
+        ]
+        for group in self._groups:
+            self.driver.attach(group.spec.name, group)
+        self._tasks = asyncio.TaskGroup()
+        self._group_tasks: list[asyncio.Task[None]] = []
+
+    def own(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Starts a task whose failure ends the router."""
+        return self._tasks.create_task(work, name=name)
+
+    async def __aenter__(self) -> Self:
+        """Starts the driver and begins to connect the groups."""
+        await self._tasks.__aenter__()
+        self.own(self.driver.run(), "driver")
+        self._group_tasks = [
+            self.own(group.run(), f"group {group.spec.name}") for group in self._groups
+        ]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes what is open, ends all tasks and waits for them."""
+        self.driver.stop()
+        for task in self._group_tasks:
+            task.cancel()
+        try:
+            await self._tasks.__aexit__(kind, error, trace)
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # the first; it has cancelled the others
+
+
+async def serve(
+    settings: Settings, groups: Iterable[GroupSpec], on_ready: Callable[[int, int], None]
+) -> None:
+    """Serves REST and gRPC until SIGTERM or SIGINT has been obeyed.
+
+    The first signal stops the intake and lets running answers end, for at most
+    ``graceful_termination_timeout_s``; a second one closes them at once. ``on_ready`` gets the
+    ports of REST and gRPC once both listen and a first group is up. Raises ``OSError`` if a port
+    cannot be had, ``ConfigError`` if the groups cannot work.
+    """
+    configure(settings)
+    with Signals() as signals:
+        async with Router(settings, groups) as router:
+            faces = await Faces.start(router.service, router.fleet, router.metrics, settings)
+            rest = router.own(faces.run(), "rest")
+            try:
+                if await unless(signals.first, router.fleet.wait_ready()):
+                    _settle_memory()
+                    on_ready(faces.port, faces.grpc_port)
+                    await signals.first.wait()
+                log.info("shutting down; %d requests are open", router.driver.open_requests)
+                faces.stop_intake()
+                limit_s = settings.graceful_termination_timeout_s
+                await unless(signals.second, router.driver.drain(limit_s))
+            finally:
+                router.driver.stop()  # closes what is still open, so that its faces can say so
+                await faces.close()
+                await rest
+
+
+def _settle_memory() -> None:
+    """Spares the collector what stays for good: a full pass over it would pause every stream."""
+    gc.collect()
+    gc.freeze()

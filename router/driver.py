@@ -1,0 +1,344 @@
+"""Sole owner of the core: its inbox, its clock, its one timer, and the doing of what it asks for.
+
+One loop: wait for the inbox or for ``core.wake_at()``, take everything that has arrived, let the
+core observe each, let it plan once, perform. Nothing here waits for a peer: a plan goes into the
+slot queue of its group's links, a token is appended to the channel of its request.
+
+The channel needs no limit of its own: it never holds more than the request's ``max_tokens``, so a
+client that reads slowly costs memory that was granted to it and stalls nobody. Submissions are
+refused beyond ``requests_max`` open ones; everything else (the end of a request, news of a group,
+an outcome) is bounded by the open requests and the groups, and is never refused.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count, repeat
+from typing import Protocol, assert_never
+
+from router.core.effects import Abandon, Close, Deliver, Effect, RunPlan
+from router.core.events import Ended, Event, Reason, Submitted, Ticked
+from router.core.snapshot import Snapshot
+from router.errors import Fault, RequestError
+from router.metrics import Lifetime, Metrics
+
+log = logging.getLogger(__name__)
+
+
+class Scheduler(Protocol):
+    """What the driver drives: ``router.core.scheduler.Core``, or a script in its place."""
+
+    def observe(self, now_ms: int, event: Event) -> list[Effect]:
+        """Records one thing that has happened."""
+
+    def plan(self, now_ms: int) -> list[Effect]:
+        """Decides all that can be decided now."""
+
+    def wake_at(self) -> int | None:
+        """The instant at which ``plan`` is due even if nothing happens, or None."""
+
+    def snapshot(self) -> Snapshot:
+        """The state in numbers."""
+
+
+class Workers(Protocol):
+    """One group, as far as effects reach it. Neither method waits."""
+
+    def write(self, plan: RunPlan) -> None:
+        """Sends a plan to every rank; ignores one of a former epoch."""
+
+    def abandon(self, effect: Abandon) -> None:
+        """Ends the streams of this epoch and starts a new one."""
+
+
+def monotonic_ms() -> int:
+    """Milliseconds of a clock that never goes back; only differences mean anything."""
+    return time.monotonic_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What has arrived for a request since the last look.
+
+    ``logprobs`` is empty if no token has any; else parallel to ``tokens``, with None or a
+    ``shards.v1.TokenLogprobs`` for each. ``close`` is set once the request has ended, and nothing
+    follows it.
+    """
+
+    tokens: list[int]
+    logprobs: list[object]
+    close: Close | None
+
+
+class Channel:
+    """The way of one request's tokens from the driver to the service. One reader.
+
+    ``life`` is what metrics want to know; ``last_ms`` is when the latest token came, -1 before any.
+    """
+
+    __slots__ = ("_close", "_logprobs", "_room", "_tokens", "_waiter", "last_ms", "life")
+
+    def __init__(self, life: Lifetime) -> None:
+        self.life = life
+        self.last_ms = -1
+        self._room = life.tokens_max
+        self._tokens: list[int] = []
+        self._logprobs: list[object] = []
+        self._close: Close | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def get(self) -> Batch:
+        """Waits until something has arrived and returns all of it.
+
+        It always comes: the core ends every request by its deadline or with its workers, and a
+        driver that ends, in whatever way, closes all channels.
+        """
+        if not self._tokens and self._close is None:
+            assert self._waiter is None, "a channel has one reader"
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        batch = Batch(self._tokens, self._logprobs, self._close)
+        self._tokens, self._logprobs = [], []
+        return batch
+
+    def push(self, token: int, logprob: object | None) -> None:
+        """Appends a token. Never waits."""
+        self._room -= 1
+        assert self._room >= 0, "more tokens than the request may have"
+        if logprob is not None or self._logprobs:
+            self._logprobs += repeat(None, len(self._tokens) - len(self._logprobs))
+            self._logprobs.append(logprob)
+        self._tokens.append(token)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def close(self, close: Close) -> None:
+        """Says that nothing follows."""
+        self._close = close
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Driver:
+    """Runs the core. All methods but ``run`` and ``drain`` return at once.
+
+    ``requests_max`` bounds the requests that are open at once; ``clock`` gives milliseconds.
+    """
+
+    def __init__(
+        self,
+        core: Scheduler,
+        metrics: Metrics,
+        requests_max: int,
+        clock: Callable[[], int] = monotonic_ms,
+    ) -> None:
+        self.metrics = metrics
+        self._core = core
+        self._clock = clock
+        self._requests_max = requests_max
+        self._ids = count(1)
+        self._groups: dict[str, Workers] = {}
+        self._channels: dict[int, Channel] = {}
+        self._inbox: list[Event] = []
+        self._submissions = 0
+        self._bell: asyncio.Future[None] | None = None
+        self._emptied: asyncio.Future[None] | None = None
+        self._refusal: str | None = None
+        self._stopping = False
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that have been accepted and have not ended."""
+        return len(self._channels)
+
+    @property
+    def accepting(self) -> bool:
+        """Whether new requests are taken at all."""
+        return self._refusal is None
+
+    def now_ms(self) -> int:
+        """The core's time, for deadlines: an instant is this plus a duration."""
+        return self._clock()
+
+    def next_request_id(self) -> int:
+        """A number that no request has had."""
+        return next(self._ids)
+
+    def attach(self, name: str, workers: Workers) -> None:
+        """Makes a group known, before its first ``GroupUp``."""
+        assert name not in self._groups
+        self._groups[name] = workers
+
+    def submit(self, submitted: Submitted) -> Channel:
+        """Hands a request to the core.
+
+        Raises ``RequestError``: OVERLOADED if too many are open, UNAVAILABLE while shutting down.
+        """
+        if self._refusal is not None:
+            raise RequestError(Fault.UNAVAILABLE, self._refusal)
+        if max(len(self._channels), self._submissions) >= self._requests_max:
+            raise RequestError(
+                Fault.OVERLOADED,
+                f"{self._requests_max} requests are open, which is the most this server takes "
+                "(max_concurrent_requests); try again later",
+            )
+        assert submitted.request not in self._channels
+        life = Lifetime(len(submitted.prompt), submitted.max_tokens, self._clock())
+        channel = self._channels[submitted.request] = Channel(life)
+        self._submissions += 1
+        self.post(submitted)
+        return channel
+
+    def end(self, request: int, reason: Reason) -> None:
+        """Ends a request on its owner's behalf. Harmless if it has ended already."""
+        channel = self._channels.pop(request, None)
+        if channel is not None:
+            self.metrics.ended(channel.life, reason, self._clock())
+            self.post(Ended(request, reason))
+            self._notice_empty()
+
+    def post(self, event: Event) -> None:
+        """Puts an event into the inbox. Never refused."""
+        self._inbox.append(event)
+        self._ring()
+
+    async def run(self) -> None:
+        """Runs until ``stop``. Whatever ends it, no reader of a channel is left waiting.
+
+        An exception here is a fault of this program and should end the process.
+        """
+        detail = "the server is shutting down"
+        try:
+            while not self._stopping:
+                await self._wait()
+                self._turn()
+        except Exception:
+            detail = "the server has failed and is restarting"
+            log.critical("the driver failed", exc_info=True)
+            raise
+        finally:
+            self._refusal = self._refusal or detail
+            self._close_all(detail)
+
+    def stop(self) -> None:
+        """Lets ``run`` return; what is still open is closed."""
+        self._refusal = self._refusal or "the server is shutting down"
+        self._stopping = True
+        self._ring()
+
+    async def drain(self, limit_s: float) -> None:
+        """Takes no more requests and waits for the open ones; closes those left after the limit."""
+        self._refusal = self._refusal or "the server is shutting down; try another one"
+        if self._channels:
+            self._emptied = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._emptied], timeout=limit_s)
+        for request in list(self._channels):
+            self.post(Ended(request, Reason.SHUTDOWN))
+        self._close_all(f"the server shut down before the answer was complete ({limit_s:g} s)")
+
+    # --- the loop
+
+    def _ring(self) -> None:
+        if self._bell is not None and not self._bell.done():
+            self._bell.set_result(None)
+
+    async def _wait(self) -> None:
+        """Until the inbox holds something, the core's timer is due, or ``stop`` is called."""
+        if self._inbox or self._stopping:
+            await asyncio.sleep(0)
+            return
+        loop = asyncio.get_running_loop()
+        self._bell = loop.create_future()
+        due_ms = self._core.wake_at()
+        timer = None
+        if due_ms is not None:
+            timer = loop.call_later(max(0, due_ms - self._clock()) / 1000, self._ring)
+        try:
+            await self._bell
+        finally:
+            self._bell = None
+            if timer is not None:
+                timer.cancel()
+
+    def _turn(self) -> None:
+        """Lets the core see everything that has arrived, plan once, and performs the lot.
+
+        Plans go out first, for the devices wait for them; tokens and endings keep their order.
+        """
+        now_ms = self._clock()
+        events, self._inbox, self._submissions = self._inbox, [], 0
+        effects: list[Effect] = []
+        for event in events:
+            effects += self._core.observe(now_ms, event)
+        due_ms = self._core.wake_at()
+        if due_ms is not None and due_ms <= now_ms:
+            effects += self._core.observe(now_ms, Ticked())
+        effects += self._core.plan(now_ms)
+        for effect in effects:
+            if effect.__class__ is RunPlan:
+                self._run_plan(effect, now_ms)
+        for effect in effects:
+            self._perform(effect, now_ms)
+        self._notice_empty()
+
+    def _perform(self, effect: Effect, now_ms: int) -> None:
+        match effect:
+            case Deliver():
+                self._deliver(effect, now_ms)
+            case Close():
+                self._closed(effect, now_ms)
+            case RunPlan():
+                pass
+            case Abandon():
+                log.warning("group %s is abandoned: %s", effect.group, effect.detail)
+                self._groups[effect.group].abandon(effect)
+            case _:
+                assert_never(effect)
+
+    def _run_plan(self, plan: RunPlan, now_ms: int) -> None:
+        self._groups[plan.group].write(plan)
+        for admit in plan.admits:
+            channel = self._channels.get(admit.sequence)
+            if channel is not None and channel.life.admitted_ms < 0:
+                channel.life.admitted_ms = now_ms
+
+    def _deliver(self, effect: Deliver, now_ms: int) -> None:
+        channels = self._channels
+        gaps: dict[int, int] = {}
+        logprobs: Iterable[object] = effect.logprobs or repeat(None)
+        for request, token, logprob in zip(effect.requests, effect.tokens, logprobs, strict=False):
+            channel = channels.get(request)
+            if channel is None:
+                continue  # its owner has ended it, and the core will hear of it
+            if channel.last_ms < 0:
+                self.metrics.first_token(now_ms - channel.life.submitted_ms)
+                channel.life.first_ms = now_ms
+            else:
+                gap_ms = now_ms - channel.last_ms
+                gaps[gap_ms] = gaps.get(gap_ms, 0) + 1
+            channel.last_ms = now_ms
+            channel.life.tokens += 1
+            channel.push(token, logprob)
+        self.metrics.token_gaps(gaps)
+
+    def _closed(self, close: Close, now_ms: int) -> None:
+        channel = self._channels.pop(close.request, None)
+        if channel is not None:
+            self.metrics.ended(channel.life, close.reason, now_ms)
+            channel.close(close)
+
+    def _close_all(self, detail: str) -> None:
+        now_ms = self._clock()
+        for request in list(self._channels):
+            self._closed(Close(request, Reason.SHUTDOWN, detail), now_ms)
+        self._notice_empty()
+
+    def _notice_empty(self) -> None:
+        if self._emptied is not None and not self._channels and not self._emptied.done():
+            self._emptied.set_result(None)

@@ -1,0 +1,174 @@
+"""The network side of one process: where REST and gRPC are started and stopped, and signals."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+import grpc.aio
+import uvicorn
+
+from router.api.grpc_server import start as start_grpc
+from router.api.rest.app import create_app
+from router.config import Settings
+from router.fleet import Fleet
+from router.metrics import Metrics
+from router.service import Service
+
+BACKLOG = 4096
+"""Connections that may wait to be accepted: a thousand clients may arrive at once."""
+
+KEEP_ALIVE_S = 75
+"""Longer than the 60 s after which common load balancers close an idle connection themselves: the
+side that closes first must be the client's, or a request may cross with the closing."""
+
+FLUSH_S = 3.0
+"""What closed answers may take to be written out to their clients."""
+
+
+class Signals:
+    """SIGTERM and SIGINT, counted: ``first`` asks for an orderly end, ``second`` for a quick one.
+
+    A third one has its usual effect. Use as a context manager in the main thread.
+    """
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+
+    def __enter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._caught)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    def _caught(self) -> None:
+        if self.first.is_set():
+            self.second.set()
+            self._let_go()
+        self.first.set()
+
+
+async def unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Does the work unless the event happens first; says whether the work was done."""
+    job, stop = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait((job, stop), return_when=asyncio.FIRST_COMPLETED)
+        if job.done():
+            await job
+        return job.done()
+    finally:
+        for task in (job, stop):
+            task.cancel()
+        await asyncio.wait((job, stop))
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to the program that it is a part of."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Faces:
+    """The REST and gRPC servers. ``run`` is the task of REST; gRPC has its own within grpcio."""
+
+    def __init__(
+        self, rest: _Uvicorn, listener: socket.socket, rpc: grpc.aio.Server, grpc_port: int
+    ) -> None:
+        self.port: int = listener.getsockname()[1]
+        self.grpc_port = grpc_port
+        self._rest = rest
+        self._listener = listener
+        self._rpc = rpc
+
+    @classmethod
+    async def start(
+        cls, service: Service, fleet: Fleet, metrics: Metrics, settings: Settings
+    ) -> "Faces":
+        """Binds both ports and starts gRPC. Raises ``OSError`` with one line if one is taken."""
+        listener = _listen(settings.host, settings.port)
+        try:
+            if settings.grpc_port == 0:
+                settings = replace(settings, grpc_port=_free_port(settings.host))
+            rpc = await start_grpc(service, fleet, settings)
+        except BaseException:
+            listener.close()
+            raise
+        config = uvicorn.Config(
+            create_app(service, fleet, metrics, settings),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        return cls(_Uvicorn(config), listener, rpc, settings.grpc_port)
+
+    async def run(self) -> None:
+        """Serves REST until the intake is stopped and every answer is written out."""
+        await self._rest.serve(sockets=[self._listener])
+        if not self._rest.should_exit:
+            raise RuntimeError("the REST server ended by itself")
+
+    def stop_intake(self) -> None:
+        """Takes no more connections; those that are open may get their answers.
+
+        A gRPC call that still arrives is refused by the driver, and told to try elsewhere.
+        """
+        self._rest.should_exit = True
+
+    async def close(self) -> None:
+        """Gives answers that have ended a moment to be written out, then closes everything."""
+        self.stop_intake()
+        asyncio.get_running_loop().call_later(FLUSH_S, self._force)
+        await self._rpc.stop(FLUSH_S)
+
+    def _force(self) -> None:
+        self._rest.force_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; ``host`` is an IPv4 or IPv6 address or a name."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        dual = family is socket.AddressFamily.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(
+            address[:2],
+            family=family,
+            backlog=BACKLOG,
+            dualstack_ipv6=dual and host == "::",
+        )
+    except OSError as error:
+        cause = str(error.strerror or error).split(" (", 1)[0]  # the address is said already
+        raise OSError(f"cannot listen on {host}:{port}: {cause}") from error
+
+
+def _free_port(host: str) -> int:
+    """A TCP port that nobody listens on now."""
+    with _listen(host, 0) as probe:
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,253 @@
+"""Which models there are, and which groups hold them, as far as users may know.
+
+Groups report here when they come up and go down. A model stays known while its workers are down:
+its requests then wait in the queue for one to return.
+"""
+
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from router.config import GroupSpec, Settings
+from router.core.events import Limits
+from router.errors import Fault, RequestError
+from router.text.tokenizer import Tokenizer
+from shards.v1.shard_pb2 import DescribeResponse, SchedulingKind
+
+DEFAULT_NAMES = frozenset({"", "tgi", "dummy"})
+"""Model names that clients of TGI and of OpenAI send when they do not care."""
+
+
+class MismatchError(Exception):
+    """Workers that cannot serve together; the text is one line that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCard:
+    """One group: what its ranks said when they last came up, and whether they are up now.
+
+    ``limits`` are the smallest of its ranks'; ``features`` what all of them can do;
+    ``weight_bytes`` is their sum and ``load_seconds`` their longest.
+    """
+
+    name: str
+    model: str
+    engine: str
+    engine_version: str
+    device: str
+    dtype: str
+    scheduling: str
+    world: int
+    limits: Limits
+    features: tuple[str, ...]
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    tokenizer_sha256: str
+    instances: tuple[str, ...]
+    load_seconds: float = 0.0
+    weight_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+    ready: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """One model. ``features`` are those that at least one of its groups has."""
+
+    id: str
+    tokenizer: Tokenizer
+    eos_token_ids: tuple[int, ...]
+    max_input_tokens: int
+    max_total_tokens: int
+    vocab_size: int
+    features: tuple[str, ...]
+    groups: tuple[GroupCard, ...]
+
+
+def card_of(spec: GroupSpec, described: Sequence[DescribeResponse]) -> GroupCard:
+    """Joins what the ranks of a group say of themselves.
+
+    Raises ``MismatchError`` unless they are each rank of one model once, and can hold anything.
+    """
+    ranks = sorted(described, key=lambda one: one.rank)
+    first = ranks[0]
+    if any(one.world != len(ranks) for one in ranks):
+        worlds = ", ".join(f"{one.rank} of {one.world}" for one in ranks)
+        raise MismatchError(f"{len(ranks)} workers were given, but they are rank {worlds}")
+    if [one.rank for one in ranks] != list(range(len(ranks))):
+        numbers = ", ".join(str(one.rank) for one in ranks)
+        raise MismatchError(f"each rank is needed once, but the workers are rank {numbers}")
+    for name in ("model_id", "engine", "dtype", "vocab_size", "tokenizer_sha256", "scheduling"):
+        values = list(dict.fromkeys(getattr(one, name) for one in ranks))
+        if len(values) > 1:
+            raise MismatchError(f"the ranks differ in {name}: {', '.join(map(str, values))}")
+    features = [set(one.features) for one in ranks]
+    return GroupCard(
+        name=spec.name,
+        model=spec.model or first.model_id,
+        engine=first.engine,
+        engine_version=first.engine_version,
+        device=first.device,
+        dtype=first.dtype,
+        scheduling=SchedulingKind.Name(first.scheduling).removeprefix("SCHEDULING_KIND_").lower(),
+        world=len(ranks),
+        limits=_limits(ranks),
+        features=tuple(sorted(set.intersection(*features))),
+        eos_token_ids=tuple(first.eos_token_ids),
+        vocab_size=first.vocab_size,
+        tokenizer_sha256=first.tokenizer_sha256,
+        instances=tuple(one.instance_id for one in ranks),
+        load_seconds=max(one.load_seconds for one in ranks),
+        weight_bytes=sum(one.weight_bytes for one in ranks),
+        warnings=tuple(dict.fromkeys(text for one in ranks for text in one.warnings)),
+    )
+
+
+def _limits(ranks: Sequence[DescribeResponse]) -> Limits:
+    """The smallest of the ranks' limits; pages are of one size."""
+    pages = {one.page_tokens for one in ranks}
+    if len(pages) > 1:
+        raise MismatchError(f"the ranks differ in page_tokens: {sorted(pages)}")
+    least = {
+        name: min(getattr(one, name) for one in ranks)
+        for name in ("kv_tokens", "page_tokens", "sequences_max", "step_tokens_max", "length_max")
+    }
+    for name, value in least.items():
+        if value < 1:
+            raise MismatchError(f"a worker says {name} = {value}, so it can hold nothing")
+    if least["kv_tokens"] < least["page_tokens"]:
+        raise MismatchError("a worker says kv_tokens < page_tokens, so it can hold nothing")
+    shares = all("prefix_sharing" in one.features for one in ranks)
+    return Limits(**least, shares_prefix=shares)
+
+
+def _vocabulary(card: GroupCard) -> tuple[str, int, tuple[int, ...]]:
+    """What replicas of one model must have in common."""
+    return card.tokenizer_sha256, card.vocab_size, card.eos_token_ids
+
+
+class Fleet:
+    """All models and groups behind one router. Changed by the groups alone."""
+
+    def __init__(self, settings: Settings, specs: Iterable[GroupSpec]) -> None:
+        self._settings = settings
+        self._specs = tuple(specs)
+        self._cards: dict[str, GroupCard] = {}
+        self._claims: dict[str, GroupCard] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._models: dict[str, ModelCard] = {}
+        self._ready = asyncio.Event()
+
+    # --- for users
+
+    def model(self, name: str | None) -> ModelCard:
+        """Finds a model; None, "", "tgi" and "dummy" mean the default one, that of the first group.
+
+        Raises ``RequestError``: UNAVAILABLE if its workers have never come up, MODEL_NOT_FOUND if
+        nobody serves a model of that name.
+        """
+        card = self._models.get(name or "")
+        if card is not None:
+            return card
+        if not self._models:
+            raise RequestError(
+                Fault.UNAVAILABLE, "no worker has come up yet; try again in a few seconds"
+            )
+        if name is None or name in DEFAULT_NAMES:
+            return self.models()[0]
+        if any(name == spec.model for spec in self._specs):
+            raise RequestError(
+                Fault.UNAVAILABLE, f"no worker of model {name!r} has come up yet; try again later"
+            )
+        known = ", ".join(self._models)
+        raise RequestError(
+            Fault.MODEL_NOT_FOUND, f"model {name!r} is not served here; there is: {known}", "model"
+        )
+
+    def models(self) -> tuple[ModelCard, ...]:
+        """Every model that has ever come up, the default one first."""
+        return tuple(self._models.values())
+
+    def groups_up(self) -> dict[str, bool]:
+        """For each configured group, whether it is connected."""
+        return {
+            spec.name: spec.name in self._cards and self._cards[spec.name].ready
+            for spec in self._specs
+        }
+
+    async def wait_ready(self) -> None:
+        """Waits until a first group has come up. The caller sets the deadline."""
+        await self._ready.wait()
+
+    # --- for groups
+
+    def tokenizer(self, sha256: str) -> Tokenizer | None:
+        """The tokenizer with this hash of its files, if some group has fetched it before."""
+        return self._tokenizers.get(sha256)
+
+    @contextmanager
+    def claim(self, card: GroupCard) -> Iterator[None]:
+        """Holds the workers of a group for it, from before their streams are opened to their end.
+
+        Raises ``MismatchError`` if the group cannot join the others.
+        """
+        for other in self._claims.values():
+            if set(card.instances) & set(other.instances):
+                raise MismatchError(f"a worker of this group already serves group {other.name}")
+        for other in (self._cards | self._claims).values():
+            if other.name == card.name or other.model != card.model:
+                continue
+            if _vocabulary(other) != _vocabulary(card):
+                raise MismatchError(
+                    f"group {other.name} serves {card.model} with another tokenizer; "
+                    "give one of them another model name"
+                )
+        self._claims[card.name] = card
+        try:
+            yield
+        finally:
+            del self._claims[card.name]
+
+    def up(self, card: GroupCard, tokenizer: Tokenizer) -> None:
+        """A group has come up."""
+        self._tokenizers[card.tokenizer_sha256] = tokenizer
+        self._cards[card.name] = card
+        self._rebuild()
+        self._ready.set()
+
+    def down(self, name: str) -> None:
+        """A group has gone down. What it said of itself stays known."""
+        self._cards[name] = replace(self._cards[name], ready=False)
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Forms the models anew, in the order of the configured groups."""
+        members: dict[str, list[GroupCard]] = {}
+        for spec in self._specs:
+            card = self._cards.get(spec.name)
+            if card is not None:
+                members.setdefault(card.model, []).append(card)
+        self._models = {name: self._model_of(name, cards) for name, cards in members.items()}
+
+    def _model_of(self, name: str, cards: list[GroupCard]) -> ModelCard:
+        """The model that these groups hold; a request may be as long as the roomiest one allows."""
+        first = cards[0]
+        total = max(self._total_tokens(card.limits) for card in cards)
+        return ModelCard(
+            id=name,
+            tokenizer=self._tokenizers[first.tokenizer_sha256],
+            eos_token_ids=first.eos_token_ids,
+            max_input_tokens=min(self._settings.max_input_tokens or total - 1, total - 1),
+            max_total_tokens=total,
+            vocab_size=first.vocab_size,
+            features=tuple(sorted({feature for card in cards for feature in card.features})),
+            groups=tuple(cards),
+        )
+
+    def _total_tokens(self, limits: Limits) -> int:
+        """The longest request, prompt and answer together, that an empty group can hold."""
+        held = min(limits.kv_tokens, self._settings.max_batch_total_tokens or limits.kv_tokens)
+        held -= held % limits.page_tokens
+        asked = self._settings.max_total_tokens or limits.length_max
+        return min(asked, limits.length_max, held)

@@ -1,0 +1,255 @@
+"""One group: joins its ranks into one thing that the core can send plans to.
+
+    down ──every rank described──► agreed ──streams open──► up (a new epoch) ──any fault──► down
+      ▲                                                                                      │
+      └────────────────────────────── pause, longer each time ◄──────────────────────────────┘
+
+A life begins with ``GroupUp`` and ends with ``GroupDown``, both with its epoch. Within it every
+rank gets the same bytes, and an outcome counts once every rank has answered that plan with the same
+digest. One rank's fault ends the life of all: ranks that differ cannot be told from ranks that are
+wrong. The group tries again for as long as the router runs.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
+from random import Random
+from time import monotonic
+from typing import Protocol, TypeVar
+
+from router.config import GroupSpec
+from router.core.effects import Abandon, RunPlan
+from router.core.events import Event, GroupDown, GroupUp, StepDone
+from router.fleet import Fleet, GroupCard, MismatchError, card_of
+from router.link import Backoff, Link, LinkDownError, encode, one_line
+from router.metrics import Metrics
+from router.text.tokenizer import Tokenizer
+from shards.v1.shard_pb2 import DescribeResponse, Outcome
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PROVEN_S = 5.0
+"""A life that lasted so long, or did any step, lets the next attempt come without a long pause."""
+
+
+class Inbox(Protocol):
+    """Where a group's news goes: the driver."""
+
+    def post(self, event: Event) -> None:
+        """Takes an event; never refuses, never waits."""
+
+
+class Group:
+    """Owner of one group's links. ``run`` is its task; ``write`` and ``abandon`` never wait.
+
+    ``epochs`` gives a number that no life of any group has had. ``slots`` is how many plans the
+    core may have in flight.
+    """
+
+    def __init__(
+        self,
+        spec: GroupSpec,
+        *,
+        inbox: Inbox,
+        fleet: Fleet,
+        metrics: Metrics,
+        epochs: Callable[[], int],
+        slots: int,
+        random: Random | None = None,
+    ) -> None:
+        self.spec = spec
+        self._inbox = inbox
+        self._fleet = fleet
+        self._metrics = metrics
+        self._epochs = epochs
+        self._slots = slots
+        self._backoff = Backoff(random or Random())  # noqa: S311
+        self._life: Life | None = None
+        self._cause = ""
+
+    def write(self, plan: RunPlan) -> None:
+        """Sends a plan to every rank, if it is for the present life."""
+        if self._life is not None and plan.epoch == self._life.epoch:
+            self._life.write(plan)
+
+    def abandon(self, effect: Abandon) -> None:
+        """Ends the present life, if it is the one that is meant."""
+        if self._life is not None and effect.epoch == self._life.epoch:
+            self._life.abandon(effect.detail)
+
+    async def run(self) -> None:
+        """Lives again and again, until cancelled."""
+        while True:
+            cause = ""
+            try:
+                await self._attempt()
+            except (LinkDownError, MismatchError) as failure:
+                cause = str(failure)
+            if cause != self._cause:
+                log.warning("group %s is down: %s", self.spec.name, cause)
+            self._cause = cause  # however often it prevents the next attempt, it is logged once
+            await asyncio.sleep(self._backoff.pause_s())
+
+    async def _attempt(self) -> None:
+        """Tries to connect every rank, and lives on until one fails."""
+        links = [Link(address, self._slots) for address in self.spec.addresses]
+        try:
+            described = await _all(link.describe() for link in links)
+            card = card_of(self.spec, described)
+            links = [links[place] for place in _places(described)]
+            with self._fleet.claim(card):
+                tokenizer = await self._tokenizer(card, links[0])
+                await _all(link.open() for link in links)
+                await self._live(card, tokenizer, links)
+        finally:
+            for link in links:
+                await link.close()
+
+    async def _tokenizer(self, card: GroupCard, link: Link) -> Tokenizer:
+        known = self._fleet.tokenizer(card.tokenizer_sha256)
+        if known is not None:
+            return known
+        files = await link.tokenizer_files()
+        try:
+            return await asyncio.to_thread(Tokenizer.from_files, files)
+        except Exception as error:  # noqa: BLE001 - a worker's file must not end the router
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise LinkDownError(f"{link.address}: unusable tokenizer files: {cause}") from None
+
+    async def _live(self, card: GroupCard, tokenizer: Tokenizer, links: list[Link]) -> None:
+        name, epoch = card.name, self._epochs()
+        life = self._life = Life(name, epoch, links, self._stepped)
+        began_s = monotonic()
+        self._fleet.up(card, tokenizer)
+        self._inbox.post(GroupUp(name, epoch, card.model, card.engine, card.limits, card.features))
+        log.info("group %s is up: %s on %s, epoch %d", name, card.engine, card.device, epoch)
+        for warning in card.warnings:
+            log.warning("group %s: %s", name, warning)
+        self._cause = ""
+        try:
+            await life.run()
+        finally:
+            if life.steps or monotonic() - began_s > PROVEN_S:
+                self._backoff.reset()
+            self._life = None
+            self._fleet.down(name)
+            self._inbox.post(GroupDown(name, epoch))
+
+    def _stepped(self, done: StepDone, step_s: float) -> None:
+        self._metrics.stepped(done.group, step_s)
+        self._inbox.post(done)
+
+
+class Life:
+    """The streams of one epoch. ``stepped`` gets each finished step and the engine's seconds.
+
+    ``links`` are in order of rank. ``steps`` counts the plans that every rank has answered.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        epoch: int,
+        links: Sequence[Link],
+        stepped: Callable[[StepDone, float], None],
+    ) -> None:
+        self.name = name
+        self.epoch = epoch
+        self.steps = 0
+        self._links = links
+        self._stepped = stepped
+        self._sent = 0
+        self._answers: list[deque[Outcome]] = [deque() for _ in links]
+        self._abandoned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def write(self, plan: RunPlan) -> None:
+        """Sends a plan to every rank."""
+        self._sent = plan.plan_id
+        wire = encode(plan)
+        for link in self._links:
+            link.write(wire)
+
+    def abandon(self, detail: str) -> None:
+        """Ends this life, with a line that says why."""
+        if not self._abandoned.done():
+            self._abandoned.set_exception(LinkDownError(detail))
+
+    async def run(self) -> None:
+        """Passes on what comes from the open streams, until the first fault."""
+        work: list[asyncio.Future[None]] = [self._abandoned]
+        for rank, link in enumerate(self._links):
+            work.append(asyncio.create_task(link.write_plans()))
+            work.append(asyncio.create_task(link.read_outcomes(partial(self._answered, rank))))
+        await _together(work)
+
+    def _answered(self, rank: int, outcome: Outcome) -> None:
+        """A rank has answered a plan; a step is done when the last of them has."""
+        answers = self._answers
+        due = self.steps + len(answers[rank]) + 1
+        if outcome.epoch != self.epoch or outcome.plan_id != due or due > self._sent:
+            raise LinkDownError(
+                f"{self._links[rank].address}: answered plan {outcome.plan_id} of epoch "
+                f"{outcome.epoch}, but plan {due} of epoch {self.epoch} is due"
+            )
+        answers[rank].append(outcome)
+        if not all(answers):
+            return
+        step = [answer.popleft() for answer in answers]
+        self.steps = due = outcome.plan_id
+        if any(one.digest != step[0].digest for one in step):
+            digests = ", ".join(f"{one.digest:016x}" for one in step)
+            raise LinkDownError(f"the ranks differ after plan {due}: {digests}")
+        self._stepped(step_done(self.name, step[0]), step[0].step_us / 1e6)
+
+
+def step_done(group: str, outcome: Outcome) -> StepDone:
+    """Rank 0's outcome as the core reads it: plain lists, and logprobs parallel to the tokens."""
+    sequences = list(outcome.sequences)
+    logprobs: list[object] = []
+    if outcome.logprobs:
+        sparse = {one.sequence: one for one in outcome.logprobs}
+        logprobs = [sparse.get(sequence) for sequence in sequences]
+    return StepDone(
+        group,
+        outcome.epoch,
+        outcome.plan_id,
+        sequences,
+        list(outcome.tokens),
+        logprobs,
+        tuple((one.sequence, one.message) for one in outcome.failures),
+    )
+
+
+async def _all(calls: Iterable[Coroutine[None, None, T]]) -> list[T]:
+    """Runs calls to all ranks at once and returns what they return."""
+    return await _together([asyncio.create_task(call) for call in calls])
+
+
+async def _together(work: Sequence[asyncio.Future[T]]) -> list[T]:
+    """Owns the work until all of it is done; the first failure cancels the rest and is raised.
+
+    Not ``asyncio.TaskGroup``: where a task fails just as the group is cancelled, that reports the
+    failure and forgets the cancellation (Python 3.11, 3.12), and the router would not end.
+    """
+    try:
+        await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for one in work:
+            one.cancel()
+        await asyncio.wait(work)
+    failures = [one.exception() for one in work if not one.cancelled()]
+    causes = [failure for failure in failures if failure is not None]
+    for cause in causes:
+        if not isinstance(cause, LinkDownError):
+            raise cause
+    if causes:
+        raise LinkDownError(one_line(causes))
+    return [one.result() for one in work]
+
+
+def _places(described: Sequence[DescribeResponse]) -> list[int]:
+    """Where each rank is in the list, rank 0 first."""
+    return sorted(range(len(described)), key=lambda place: described[place].rank)

@@ -1,0 +1,272 @@
+"""What the router tells Prometheus: TGI's names where they mean the same, ``roundhouse_`` else.
+
+Nothing here is called once per token. A request is counted when it ends, a step when it is
+delivered; gauges are read from the core at the moment of a scrape. All of it runs on the event
+loop, so the histograms of this module need no lock.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    UnknownMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from router.core.events import Reason
+from router.core.snapshot import Snapshot
+from router.errors import FAULT_OF_REASON, Fault
+
+SECONDS = tuple(0.000_15 * 1.5**step for step in range(35))
+"""TGI's bounds: 0.15 ms to 146 s, each one and a half times the one before."""
+
+TOKENS = tuple(2.0**step for step in range(18))
+"""1 to 131,072 tokens."""
+
+ERR_OF_FAULT: dict[Fault, str] = {
+    Fault.VALIDATION: "validation",
+    Fault.UNSUPPORTED: "validation",
+    Fault.TEMPLATE: "template",
+    Fault.MODEL_NOT_FOUND: "validation",
+    Fault.TOO_LARGE: "validation",
+    Fault.OVERLOADED: "overloaded",
+    Fault.UNAVAILABLE: "unavailable",
+    Fault.DEADLINE: "deadline",
+    Fault.WORKER_LOST: "generation",
+    Fault.ENGINE_FAILED: "generation",
+    Fault.CANCELLED: "dropped",
+    Fault.UNAUTHENTICATED: "unauthenticated",
+    Fault.INTERNAL: "incomplete",
+}
+"""The ``err`` label of ``tgi_request_failure``; TGI's words where it has one."""
+
+
+@dataclass(slots=True)
+class Lifetime:
+    """One request in numbers. Instants are the driver's milliseconds, -1 before they come."""
+
+    prompt_tokens: int
+    tokens_max: int
+    submitted_ms: int
+    admitted_ms: int = -1
+    first_ms: int = -1
+    tokens: int = 0
+
+
+class Histogram:
+    """Counts of observations below each bound; one call may count many equal observations."""
+
+    def __init__(self, name: str, help_text: str, bounds: tuple[float, ...]) -> None:
+        self.name = name
+        self.help_text = help_text
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Counts ``times`` observations of the same value."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def cumulated(self) -> list[tuple[str, float]]:
+        """For each bound, its text and how many observations did not exceed it."""
+        total, rows = 0, []
+        for bound, number in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += number
+            rows.append(("+Inf" if bound == float("inf") else f"{bound:.6g}", float(total)))
+        return rows
+
+    @property
+    def sum(self) -> float:
+        """Sum of all observed values."""
+        return self._sum
+
+
+class Metrics(Collector):
+    """All metrics of one router. Registers itself with the registry that it is given."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry if registry is not None else CollectorRegistry()
+        self._requests = 0
+        self._successes = 0
+        self._failures = dict.fromkeys(ERR_OF_FAULT.values(), 0)
+        self._generated = 0
+        self._histograms: list[Histogram] = []
+        new = self._histogram
+        self._duration = new("tgi_request_duration", "Seconds from submission to end", SECONDS)
+        self._validation = new(
+            "tgi_request_validation_duration", "Seconds of checks and tokenisation", SECONDS
+        )
+        self._queue = new("tgi_request_queue_duration", "Seconds before the first plan", SECONDS)
+        self._inference = new(
+            "tgi_request_inference_duration", "Seconds from the first plan to the end", SECONDS
+        )
+        self._per_token = new(
+            "tgi_request_mean_time_per_token_duration",
+            "Seconds per generated token of a request, waiting left out",
+            SECONDS,
+        )
+        self._tokens = new("tgi_request_generated_tokens", "Generated tokens per request", TOKENS)
+        self._input = new("tgi_request_input_length", "Prompt tokens per request", TOKENS)
+        self._asked = new("tgi_request_max_new_tokens", "Tokens allowed per request", TOKENS)
+        self._first = new(
+            "roundhouse_time_to_first_token_seconds",
+            "Seconds from submission to the first token",
+            SECONDS,
+        )
+        self._gap = new(
+            "roundhouse_inter_token_latency_seconds",
+            "Seconds between a token and the one before it in the same answer",
+            SECONDS,
+        )
+        self._steps: dict[str, Histogram] = {}
+        self._snapshot: Callable[[], Snapshot] | None = None
+        self._groups: Callable[[], Mapping[str, bool]] = dict
+        self.registry.register(self)
+
+    def _histogram(self, name: str, help_text: str, bounds: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(name, help_text, bounds)
+        self._histograms.append(histogram)
+        return histogram
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def watch(
+        self, snapshot: Callable[[], Snapshot], groups: Callable[[], Mapping[str, bool]]
+    ) -> None:
+        """Says where gauges come from: the core, and for each known group whether it is up."""
+        self._snapshot = snapshot
+        self._groups = groups
+
+    # --- what happens
+
+    def validated(self, seconds: float) -> None:
+        """A request was checked and tokenised."""
+        self._validation.observe(seconds)
+
+    def refused(self, fault: Fault) -> None:
+        """A request was turned away before the core saw it."""
+        self._requests += 1
+        self._failures[ERR_OF_FAULT[fault]] += 1
+
+    def first_token(self, waited_ms: int) -> None:
+        """A request has its first token."""
+        self._first.observe(waited_ms / 1000)
+
+    def token_gaps(self, gaps_ms: Mapping[int, int]) -> None:
+        """A step was delivered: for each time since the token before, how many tokens had it."""
+        for gap_ms, times in gaps_ms.items():
+            self._gap.observe(gap_ms / 1000, times)
+
+    def stepped(self, group: str, seconds: float) -> None:
+        """An engine took this long for a step."""
+        histogram = self._steps.get(group)
+        if histogram is None:
+            histogram = self._steps[group] = Histogram("", "", SECONDS)
+        histogram.observe(seconds)
+
+    def ended(self, life: Lifetime, reason: Reason, now_ms: int) -> None:
+        """A request that the core knew has ended."""
+        self._requests += 1
+        fault = FAULT_OF_REASON.get(reason)
+        if fault is None:
+            self._successes += 1
+        else:
+            self._failures[ERR_OF_FAULT[fault]] += 1
+        self._generated += life.tokens
+        self._input.observe(life.prompt_tokens)
+        self._asked.observe(life.tokens_max)
+        self._tokens.observe(life.tokens)
+        self._duration.observe((now_ms - life.submitted_ms) / 1000)
+        if life.admitted_ms < 0:
+            self._queue.observe((now_ms - life.submitted_ms) / 1000)
+            return
+        self._queue.observe((life.admitted_ms - life.submitted_ms) / 1000)
+        inference_s = (now_ms - life.admitted_ms) / 1000
+        self._inference.observe(inference_s)
+        if life.tokens:
+            self._per_token.observe(inference_s / life.tokens)
+
+    # --- what a scrape sees
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields every metric family."""
+        # TGI's counters lack the suffix _total that this library gives to every counter.
+        yield UnknownMetricFamily("tgi_request_count", "Counts requests", self._requests)
+        yield UnknownMetricFamily(
+            "tgi_request_success", "Counts requests answered to an ordinary end", self._successes
+        )
+        failures = UnknownMetricFamily(
+            "tgi_request_failure", "Counts requests refused or broken off", labels=["err"]
+        )
+        for err, number in self._failures.items():
+            failures.add_metric([err], number)
+        yield failures
+        yield CounterMetricFamily(
+            "roundhouse_generated_tokens", "Tokens of ended requests", value=self._generated
+        )
+        for histogram in self._histograms:
+            yield HistogramMetricFamily(
+                histogram.name,
+                histogram.help_text,
+                buckets=histogram.cumulated(),
+                sum_value=histogram.sum,
+            )
+        steps = HistogramMetricFamily(
+            "roundhouse_step_seconds", "Seconds that the engine took for a step", labels=["group"]
+        )
+        for group, histogram in self._steps.items():
+            steps.add_metric([group], histogram.cumulated(), histogram.sum)
+        yield steps
+        yield from _of_groups(self._groups())
+        if self._snapshot is not None:
+            yield from _of_snapshot(self._snapshot())
+
+
+def _of_groups(groups: Mapping[str, bool]) -> Iterable[Metric]:
+    yield GaugeMetricFamily("roundhouse_groups", "Groups configured", value=len(groups))
+    yield GaugeMetricFamily("roundhouse_groups_up", "Groups connected", value=sum(groups.values()))
+
+
+def _of_snapshot(core: Snapshot) -> Iterable[Metric]:
+    """Gauges and the core's own counters."""
+    held = sum(group.kv_used for group in core.groups)
+    total = sum(group.kv_total for group in core.groups)
+    for name, text, value in (
+        ("tgi_queue_size", "Requests that wait for a place", core.waiting),
+        ("tgi_batch_current_size", "Sequences running", core.running),
+        ("tgi_batch_current_max_tokens", "Tokens that running sequences hold or reserve", held),
+        ("tgi_batch_max_total_tokens", "Tokens that all groups hold", total),
+        ("roundhouse_requests_waiting", "Requests that wait for a place", core.waiting),
+        ("roundhouse_requests_running", "Sequences running", core.running),
+    ):
+        yield GaugeMetricFamily(name, text, value=value)
+    for name, text, value in (
+        ("roundhouse_preemptions", "Running sequences put back for want of memory", core.preempted),
+        ("roundhouse_resumptions", "Sequences started anew after a loss", core.resumed),
+        ("roundhouse_prefix_hit_tokens", "Tokens not computed: shared", core.prefix_hit_tokens),
+        ("roundhouse_admitted_tokens", "Tokens of admitted sequences", core.admitted_tokens),
+    ):
+        yield CounterMetricFamily(name, text, value=value)
+    used = GaugeMetricFamily(
+        "roundhouse_kv_tokens_used", "Tokens that running sequences hold", labels=["group"]
+    )
+    donors = GaugeMetricFamily(
+        "roundhouse_kv_tokens_cached", "Tokens of ended answers kept to share", labels=["group"]
+    )
+    whole = GaugeMetricFamily(
+        "roundhouse_kv_tokens_total", "Tokens that the group can hold", labels=["group"]
+    )
+    for group in core.groups:
+        used.add_metric([group.name], group.kv_used)
+        donors.add_metric([group.name], group.kv_donors)
+        whole.add_metric([group.name], group.kv_total)
+    yield from (used, donors, whole)

@@ -1,0 +1,213 @@
+"""Chat templates: the model's own Jinja template, in a sandbox, with bounds.
+
+The dialect is that of ``transformers.utils.chat_template_utils``: trimmed blocks, ``break`` and
+``continue``, ``tojson`` without HTML escapes, ``raise_exception``, ``strftime_now`` and
+``{% generation %}`` blocks, whose bounds matter in training only.
+
+A template comes with the weights of a model, so it is not trusted: it cannot reach Python's
+internals, cannot change the messages, and is stopped when its loops run too long or its output
+grows too large.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from router.errors import Fault, RequestError
+
+SOURCE_CHARS_MAX = 1 << 20
+OUTPUT_CHARS_MAX = 1 << 23
+RENDER_S_MAX = 2.0
+_REPEATS_MAX = 1 << 20
+_POWER_MAX = 1024
+_RESERVED = frozenset({"messages", "bos_token", "eos_token"})
+_DEADLINE: ContextVar[float] = ContextVar("template_deadline", default=float("inf"))
+
+
+class ChatTemplate:
+    """A compiled template with the model's special tokens.
+
+    A template that cannot be compiled is reported when it is used: the model may still serve
+    requests that need none.
+    """
+
+    def __init__(self, source: str, bos_token: str | None, eos_token: str | None) -> None:
+        self.source = source
+        tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._tokens = {name: text for name, text in tokens.items() if text is not None}
+        self._template = self._compile()
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        output_chars_max: int = OUTPUT_CHARS_MAX,
+        seconds_max: float = RENDER_S_MAX,
+    ) -> str:
+        """Lays out a conversation as one prompt.
+
+        ``variables`` are what the template may read beside the messages: ``tools``, ``documents``,
+        ``add_generation_prompt`` (true unless given) and the model's own switches.
+
+        Raises RequestError: VALIDATION for a variable that is not the caller's to set, TEMPLATE
+        for everything that the template objects to, with its own words.
+        """
+        given = variables or {}
+        for name in _RESERVED.intersection(given):
+            raise RequestError(
+                Fault.VALIDATION, f"the chat template variable `{name}` cannot be set", name
+            )
+        values: dict[str, Any] = {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            **self._tokens,
+            "messages": messages,
+            **given,
+        }
+        if isinstance(self._template, RequestError):
+            raise _fault(self._template.message)
+        token = _DEADLINE.set(time.monotonic() + seconds_max)
+        try:
+            return _join(self._template.generate(values), output_chars_max)
+        except Exception as error:  # a template calls methods of the values it gets
+            raise _fault(_line(error)) from error
+        finally:
+            _DEADLINE.reset(token)
+
+    def _compile(self) -> "jinja2.Template | RequestError":
+        if len(self.source) > SOURCE_CHARS_MAX:
+            return _fault(f"the chat template is longer than {SOURCE_CHARS_MAX} characters")
+        try:
+            return _ENVIRONMENT.from_string(self.source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            return _fault(_line(error))
+
+
+class _BoundError(Exception):
+    """A bound was passed."""
+
+
+def _fault(message: str) -> RequestError:
+    return RequestError(Fault.TEMPLATE, message, "messages")
+
+
+def _line(error: Exception) -> str:
+    """One line for a person. What the template itself says comes through as it is."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"the model's chat template is broken, line {error.lineno}: {error.message}"
+    text = " ".join(str(error).split())
+    if type(error) is jinja2.TemplateError or isinstance(error, _BoundError):
+        return text
+    if isinstance(error, RecursionError):
+        return "the chat template nests too deeply"
+    return f"the chat template cannot lay out these messages: {type(error).__name__}: {text}"
+
+
+def _join(pieces: Iterator[str], chars_max: int) -> str:
+    taken, size = [], 0
+    for piece in pieces:
+        size += len(piece)
+        if size > chars_max:
+            raise _BoundError(f"the chat template gives more than {chars_max} characters")
+        _check_time()
+        taken.append(piece)
+    return "".join(taken)
+
+
+def _check_time() -> None:
+    if time.monotonic() > _DEADLINE.get():
+        raise _BoundError("the chat template takes too long for these messages")
+
+
+def _steps(items: Iterable[Any]) -> Iterator[Any]:
+    """The items of a loop, with a look at the clock now and then."""
+    for count, item in enumerate(items):
+        if not count & 63:
+            _check_time()
+        yield item
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with bounds on loops, calls and repetition."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, "_steps", [], [], None, None, lineno=loop.lineno)
+        return tree
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        _check_time()
+        return super().call(context, obj, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Refuses the two operators by which one short expression can fill the memory."""
+        if operator == "**" and max(abs(left), abs(right)) > _POWER_MAX:
+            raise _BoundError("the chat template raises a number to too high a power")
+        for times, value in ((left, right), (right, left)):
+            repeats = isinstance(times, int) and hasattr(value, "__len__")
+            if operator == "*" and repeats and times * len(value) > _REPEATS_MAX:
+                raise _BoundError("the chat template repeats a value too often")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(Extension):
+    """``{% generation %}...{% endgeneration %}``: the assistant's words. Nothing to do here."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    # Local time without a zone, as transformers gives it: models were trained on that.
+    return datetime.now().strftime(pattern)  # noqa: DTZ005
+
+
+def _environment() -> _Environment:
+    environment = _Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+        cache_size=0,
+    )
+    filters: dict[str, Callable[..., Any]] = {"tojson": _to_json, "_steps": _steps}
+    environment.filters.update(filters)
+    del environment.globals["lipsum"]
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    return environment
+
+
+_ENVIRONMENT = _environment()

@@ -1,0 +1,154 @@
+"""``python -m shards``: one worker, until a signal, its parent's end, or the engine's loss.
+
+What happens is told on standard error, one JSON object a line: ``listening``, ``loading`` with a
+``fraction``, ``warning``, ``ready`` with ``address`` and ``seconds``, ``error`` with a ``message``.
+Exit codes: 0 after a signal, 1 if it never became ready, 2 for a faulty command line, 3 if the
+engine was lost.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+
+from shards import engines
+from shards.config import ConfigError, WorkerConfig, parse
+from shards.engines.base import Engine, ModelError
+from shards.worker import Worker
+
+EXIT_NOT_READY = 1
+EXIT_USAGE = 2
+EXIT_LOST = 3
+# After the parent's end, a worker that has not left by itself within this time is ended.
+ORPHAN_S = 10.0
+PROGRESS_STEP = 0.02
+
+
+def tell(event: str, **facts: object) -> None:
+    """One line for whoever started the worker, who may be gone."""
+    with suppress(OSError):
+        print(json.dumps({"event": event, **facts}), file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Runs the worker; returns the exit code."""
+    try:
+        config = parse(sys.argv[1:])
+    except ConfigError as error:
+        tell("error", message=str(error))
+        return EXIT_USAGE
+    return asyncio.run(_run(config))
+
+
+async def _run(config: WorkerConfig) -> int:
+    began = time.monotonic()
+    leave = asyncio.Event()
+    _watch_signals(leave)
+    if config.exit_with_parent:
+        _watch_parent(leave, asyncio.get_running_loop())
+    worker = Worker(lambda: _make(config), config.listen, lambda: _overrides(config))
+    try:
+        await worker.start()
+    except OSError as error:
+        tell("error", message=str(error))
+        return EXIT_NOT_READY
+    tell("listening", address=worker.address)
+    try:
+        code = await _serve(worker, leave, began)
+    finally:
+        freed = await worker.stop()
+    if not freed:
+        # The engine is inside a step that does not end; the thread must not run into the
+        # interpreter's own end.
+        sys.stderr.flush()
+        os._exit(code or EXIT_LOST)
+    return code
+
+
+def _make(config: WorkerConfig) -> Engine:
+    """Loads the engine; runs on the engine thread."""
+    told = -1.0
+
+    def progress(fraction: float) -> None:
+        nonlocal told
+        if fraction >= told + PROGRESS_STEP or fraction >= 1.0 > told:
+            told = fraction
+            tell("loading", fraction=round(fraction, 3))
+
+    return engines.load(config.engine, config.options, progress)
+
+
+def _overrides(config: WorkerConfig) -> dict[str, bytes]:
+    """Tokenizer files that take the place of the model's own; runs on the engine thread."""
+    path = config.chat_template
+    if path is None:
+        return {}
+    try:
+        return {"chat_template.jinja": path.read_bytes()}
+    except OSError as error:
+        raise ModelError(f"chat template {path}: {error.strerror}") from error
+
+
+async def _serve(worker: Worker, leave: asyncio.Event, began: float) -> int:
+    """Waits for the model, then for a reason to end; returns the exit code."""
+    leaving = asyncio.create_task(leave.wait(), name="leave")
+    ready = asyncio.create_task(worker.ready(), name="ready")
+    lost = asyncio.create_task(worker.lost(), name="lost")
+    try:
+        await asyncio.wait((leaving, ready), return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done():
+            return 0
+        try:
+            loaded = ready.result()
+        except ModelError as error:
+            tell("error", message=str(error))
+            return EXIT_NOT_READY
+        for warning in loaded.info.warnings:
+            tell("warning", message=warning)
+        seconds = round(time.monotonic() - began, 3)
+        tell("ready", address=worker.address, seconds=seconds)
+        await asyncio.wait((leaving, lost), return_when=asyncio.FIRST_COMPLETED)
+        if lost.done():
+            tell("error", message=lost.result())
+            return EXIT_LOST
+        return 0
+    finally:
+        for task in (leaving, ready, lost):
+            task.cancel()
+        await asyncio.gather(leaving, ready, lost, return_exceptions=True)
+
+
+def _watch_signals(leave: asyncio.Event) -> None:
+    """The first SIGTERM or SIGINT asks to leave; the second ends the process at once."""
+
+    def on_signal(number: int) -> None:
+        if leave.is_set():
+            os._exit(128 + number)
+        leave.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+
+
+def _watch_parent(leave: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
+    """Leaves when standard input ends, as it does however the parent died."""
+
+    def watch() -> None:
+        with suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(leave.set)
+        time.sleep(ORPHAN_S)
+        os._exit(EXIT_LOST)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

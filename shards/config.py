@@ -1,0 +1,112 @@
+"""What a worker is told on its command line."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from shards.engines import NAMES
+from shards.engines.base import EngineOptions
+
+
+_NUMBERS = (
+    ("--kv-tokens", 0, "KV cache size in tokens; 0: the engine chooses"),
+    ("--sequences-max", 0, "resident sequences; 0: the engine chooses"),
+    ("--step-tokens-max", 0, "tokens in one step; 0: the engine chooses"),
+    ("--threads", 0, "compute threads; 0: follows what else the machine is doing"),
+    ("--rank", 0, "tensor-parallel rank of this worker"),
+    ("--world", 1, "ranks in the group"),
+)
+
+
+class ConfigError(Exception):
+    """The command line makes no sense. The text is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Which engine with which options, where to listen, and whether to end with the parent.
+
+    ``chat_template`` is a file that takes the place of the model's own template.
+    """
+
+    engine: str
+    options: EngineOptions
+    listen: str
+    exit_with_parent: bool
+    chat_template: Path | None = None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parse(arguments: Sequence[str]) -> WorkerConfig:
+    """Reads the command line. Raises ``ConfigError``; ``--help`` prints and exits."""
+    given = _parser().parse_args(arguments)
+    if not 0 <= given.rank < given.world:
+        raise ConfigError(f"--rank {given.rank} is not below --world {given.world}")
+    model: Path | None = given.model
+    options = EngineOptions(
+        model=model,
+        model_id=given.model_id or (model.stem if model else given.engine),
+        kv_tokens=given.kv_tokens,
+        sequences_max=given.sequences_max,
+        step_tokens_max=given.step_tokens_max,
+        threads=given.threads,
+        rank=given.rank,
+        world=given.world,
+        extra=tuple(given.engine_option),
+    )
+    return WorkerConfig(
+        given.engine, options, given.listen, given.exit_with_parent, given.chat_template
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m shards", description="A shard worker: one engine over gRPC.")
+    parser.add_argument("--engine", required=True, choices=NAMES, help="which engine to host")
+    parser.add_argument("--model", type=Path, help="model file or folder")
+    parser.add_argument("--model-id", default="", help="the name that clients use")
+    parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="Jinja file to use for the model's own"
+    )
+    parser.add_argument("--listen", required=True, type=_address, help="unix:///path or HOST:PORT")
+    for name, default, meaning in _NUMBERS:
+        parser.add_argument(name, type=_count, default=default, metavar="N", help=meaning)
+    parser.add_argument(
+        "--engine-option",
+        action="append",
+        default=[],
+        type=_pair,
+        metavar="KEY=VALUE",
+        help="option of that engine; may be given several times",
+    )
+    parser.add_argument(
+        "--exit-with-parent",
+        action="store_true",
+        help="end when standard input closes, which is to be a pipe from the parent",
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 0")
+    return int(text)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text} is not key=value")
+    return key, value
+
+
+def _address(text: str) -> str:
+    if not re.fullmatch(r"unix:.+|unix-abstract:.+|.+:[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(f"{text} is neither unix:///path nor HOST:PORT")
+    return text

@@ -1,0 +1,251 @@
+"""The one thread that touches the engine, and what passes between it and the event loop.
+
+The loop puts jobs on a queue; they run in order. Answers go back to the session that the job
+belongs to, by one ``call_soon_threadsafe`` each. While a step runs, the next plan already waits on
+the queue, so the engine does not wait for the loop between steps.
+
+A job that cannot be done is answered in its place in the order: whatever was asked before it is
+answered first.
+"""
+
+import asyncio
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from queue import SimpleQueue
+from typing import TypeVar
+
+from shards.engines.base import Engine, EngineInfo, EngineLost, Outcome, Plan, PlanError
+from shards.wire import Digest
+
+_T = TypeVar("_T")
+# Plans that may be under way or waiting; the router keeps to its own, smaller number.
+PLANS_MAX = 8
+
+
+class Ending(Enum):
+    """Why a session ends."""
+
+    FINISHED = auto()
+    BAD_LOG = auto()
+    BAD_PLAN = auto()
+    TAKEN_OVER = auto()
+    LOST = auto()
+    STOPPING = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The engine is empty and waits for the session's first plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one plan; ``step_us`` is the time that the engine took, in microseconds."""
+
+    epoch: int
+    plan_id: int
+    outcome: Outcome
+    digest: int
+    step_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The last thing that a session hears. ``message`` is one line."""
+
+    why: Ending
+    message: str
+
+
+Said = Begun | Answer | End
+
+
+@dataclass(eq=False)
+class Session:
+    """One Run stream. The loop owns it; the engine thread reads and sets ``over`` only.
+
+    ``begun`` says that the engine has been emptied for it.
+    """
+
+    over: bool = False
+    begun: bool = False
+    answers: deque[Said] = field(default_factory=deque)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PLANS_MAX))
+
+    def begin(self) -> None:
+        """The engine is empty and ready for this session; called on the loop."""
+        self.begun = True
+        self.wake.set()
+
+    def hear(self, said: Said) -> None:
+        """Takes an answer in; called on the loop."""
+        self.answers.append(said)
+        self.wake.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Begin:
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    session: Session
+    epoch: int
+    plan_id: int
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Finish:
+    session: Session
+    end: End
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+_Job = _Begin | _Step | _Finish | _Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the engine said when it was ready."""
+
+    info: EngineInfo
+    files: dict[str, bytes]
+    seconds: float
+
+
+class EngineThread:
+    """Makes the engine, runs its steps, closes it. A daemon: a wedged step cannot hold the exit.
+
+    ``loaded`` ends with the engine's description or with the error that loading raised; ``lost``
+    ends with one line when the engine cannot be trusted any more.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Engine],
+        loop: asyncio.AbstractEventLoop,
+        overrides: Callable[[], dict[str, bytes]] = dict,
+    ) -> None:
+        self._make = make
+        self._overrides = overrides
+        self._loop = loop
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._digest = Digest()
+        self.loaded: asyncio.Future[Loaded] = loop.create_future()
+        self.lost: asyncio.Future[str] = loop.create_future()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begins to load."""
+        self._thread.start()
+
+    def begin(self, session: Session) -> None:
+        """Empties the engine; what follows belongs to this session."""
+        self._jobs.put(_Begin(session))
+
+    def step(self, session: Session, epoch: int, plan_id: int, plan: Plan) -> None:
+        """Runs a plan once those before it are done."""
+        self._jobs.put(_Step(session, epoch, plan_id, plan))
+
+    def finish(self, session: Session, end: End) -> None:
+        """Ends the session once all its plans are answered."""
+        self._jobs.put(_Finish(session, end))
+
+    def stop(self, timeout_s: float) -> bool:
+        """Closes the engine after the step under way; says whether that was done in time."""
+        self._jobs.put(_Stop())
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # On the engine thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        began = time.perf_counter()
+        try:
+            overrides = self._overrides()
+            engine = self._make()
+            files = engine.tokenizer_files() | overrides
+            loaded = Loaded(engine.describe(), files, time.perf_counter() - began)
+        except BaseException as error:  # noqa: BLE001 - handed to whoever awaits
+            self._call(_settle_error, self.loaded, error)
+            return
+        self._call(_settle, self.loaded, loaded)
+        try:
+            self._serve(engine)
+        finally:
+            engine.close()
+
+    def _serve(self, engine: Engine) -> None:
+        while True:
+            job = self._jobs.get()
+            match job:
+                case _Stop():
+                    return
+                case _Begin(session):
+                    engine.reset()
+                    self._digest = Digest()
+                    self._call(session.begin)
+                case _Finish(session, end):
+                    self._end(session, end)
+                case _Step():
+                    if not job.session.over and not self._step(engine, job):
+                        return
+
+    def _step(self, engine: Engine, job: _Step) -> bool:
+        """Runs one plan; says whether the engine can go on."""
+        began = time.perf_counter()
+        try:
+            outcome = engine.step(job.plan)
+        except PlanError as error:
+            self._end(job.session, End(Ending.BAD_PLAN, f"plan {job.plan_id}: {error}"))
+            return True
+        except EngineLost as error:
+            self._lose(job.session, str(error))
+            return False
+        except Exception as error:  # noqa: BLE001 - a bug is the loss of the engine
+            traceback.print_exc()
+            self._lose(job.session, f"the engine failed: {type(error).__name__}: {error}")
+            return False
+        step_us = int((time.perf_counter() - began) * 1e6)
+        digest = self._digest.add(job.plan, outcome)
+        self._call(job.session.hear, Answer(job.epoch, job.plan_id, outcome, digest, step_us))
+        return True
+
+    def _end(self, session: Session, end: End) -> None:
+        if not session.over:
+            session.over = True
+            self._call(session.hear, end)
+
+    def _lose(self, session: Session, message: str) -> None:
+        self._end(session, End(Ending.LOST, message))
+        self._call(_settle, self.lost, message)
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        """Runs a function on the loop, unless that is closed already."""
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+
+def _settle(future: asyncio.Future[_T], value: _T) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _settle_error(future: asyncio.Future[_T], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)

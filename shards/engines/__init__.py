@@ -1,0 +1,32 @@
+"""Engines by name. A module is imported only when its engine was asked for."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+from shards.engines.base import Engine, EngineOptions, ModelError, Progress
+
+_MODULES = {
+    "llamacpp": "shards.engines.llamacpp",
+    "scripted": "shards.engines.scripted",
+}
+# What to install when an engine's own package is missing.
+_INSTALL = {
+    "llamacpp": 'CMAKE_ARGS="-DGGML_OPENMP=OFF" pip install llama-cpp-python',
+    "scripted": "pip install numpy tokenizers",
+}
+NAMES = tuple(sorted(_MODULES))
+
+
+def load(name: str, options: EngineOptions, progress: Progress) -> Engine:
+    """Makes the engine of that name, loaded. Raises ``ModelError`` with one line if it cannot."""
+    if name not in _MODULES:
+        raise ModelError(f"no engine is called {name}; there is {', '.join(NAMES)}")
+    try:
+        module = import_module(_MODULES[name])
+    except ModuleNotFoundError as missing:
+        raise ModelError(
+            f"engine {name} needs the package {missing.name}, which is not installed;"
+            f" try: {_INSTALL[name]}"
+        ) from missing
+    make: Callable[[EngineOptions, Progress], Engine] = module.load
+    return make(options, progress)

@@ -1,0 +1,230 @@
+"""The few calls of llama.cpp that the engine needs, over llama-cpp-python's ctypes layer.
+
+Batches are filled through numpy arrays that lie behind the pointers of one ``llama_batch``; logits
+are read through a numpy view of llama.cpp's own buffer. Nothing here is called per token.
+"""
+
+import ctypes
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import llama_cpp as llama
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.engines.base import EngineLost, ModelError, Progress
+
+# ggml_log_level in ggml.h.
+_LEVEL_ERROR = 4
+# llama_decode: no room in the KV cache, which the account of the residents rules out.
+_NO_SLOT = 1
+
+_errors: deque[str] = deque(maxlen=4)
+
+
+@llama.llama_log_callback
+def _on_log(level: int, text: bytes, _data: int | None) -> None:
+    """Keeps errors, for the one line that a failed load prints; everything else is silence."""
+    if level == _LEVEL_ERROR:
+        line = text.decode(errors="replace").strip()
+        _errors.append(line)
+
+
+def last_error() -> str:
+    """What llama.cpp said of the last failure, in one line."""
+    return _errors[0] if _errors else "no reason given"
+
+
+@dataclass(frozen=True, slots=True)
+class ContextSizes:
+    """Counts in tokens, sequences and threads; ``flash`` turns flash attention on."""
+
+    kv_tokens: int
+    sequences_max: int
+    step_tokens_max: int
+    ubatch_tokens: int
+    threads: int
+    flash: bool
+
+
+class Model:
+    """The weights and the vocabulary."""
+
+    def __init__(self, path: Path, gpu_layers: int, progress: Progress) -> None:
+        llama.llama_log_set(_on_log, ctypes.c_void_p(0))
+        llama.llama_backend_init()
+        _errors.clear()
+
+        @llama.llama_progress_callback
+        def on_progress(fraction: float, _data: int | None) -> bool:
+            progress(min(fraction, 1.0))
+            return True
+
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        params.progress_callback = on_progress
+        pointer = llama.llama_model_load_from_file(str(path).encode(), params)
+        if not pointer:
+            raise ModelError(f"model file {path}: llama.cpp cannot load it: {last_error()}")
+        self.pointer = pointer
+        self.vocab = llama.llama_model_get_vocab(pointer)
+        self.vocab_size: int = llama.llama_vocab_n_tokens(self.vocab)
+        self.weight_bytes: int = llama.llama_model_size(pointer)
+        self.length_trained: int = llama.llama_model_n_ctx_train(pointer)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is a plain decoder, which is all that the engine can drive."""
+        pointer = self.pointer
+        return bool(
+            llama.llama_model_has_decoder(pointer) and not llama.llama_model_has_encoder(pointer)
+        )
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether the start of one sequence can be copied to another; recurrent states cannot."""
+        pointer = self.pointer
+        return not (llama.llama_model_is_recurrent(pointer) or llama.llama_model_is_hybrid(pointer))
+
+    def ends_generation(self, token: int) -> bool:
+        """Whether the token ends an answer."""
+        return bool(llama.llama_vocab_is_eog(self.vocab, token))
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """The engine's own tokenisation without added tokens; for checks of the converted one."""
+        data = text.encode()
+        room = len(data) + 16
+        buffer = (llama.llama_token * room)()
+        count = llama.llama_tokenize(self.vocab, data, len(data), buffer, room, False, special)
+        return list(buffer[:count])
+
+    def close(self) -> None:
+        """Frees the weights."""
+        llama.llama_model_free(self.pointer)
+
+
+class Batch:
+    """Room for the tokens of one ``llama_decode``: each belongs to exactly one sequence."""
+
+    def __init__(self, tokens_max: int, sequences_max: int) -> None:
+        self._tokens = np.zeros(tokens_max, np.int32)
+        self._positions = np.zeros(tokens_max, np.int32)
+        self._ones = np.ones(tokens_max, np.int32)
+        self._wanted = np.zeros(tokens_max, np.int8)
+        # llama.cpp wants a pointer to a list of sequence ids per token: here into one table.
+        self._table = np.arange(sequences_max, dtype=np.int32)
+        self._lists = np.zeros(tokens_max, np.uint64)
+        native = self.native = llama.llama_batch()
+        native.token = _pointer(self._tokens, ctypes.c_int32)
+        native.pos = _pointer(self._positions, ctypes.c_int32)
+        native.n_seq_id = _pointer(self._ones, ctypes.c_int32)
+        native.seq_id = _pointer(self._lists, ctypes.POINTER(ctypes.c_int32))
+        native.logits = _pointer(self._wanted, ctypes.c_int8)
+
+    def fill(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        slots: Sequence[int],
+        wanted: Sequence[int],
+    ) -> None:
+        """Sets token, position and sequence of each row, and the rows whose logits are wanted."""
+        count = len(tokens)
+        self._tokens[:count] = tokens
+        self._positions[:count] = positions
+        lists = self._lists[:count]
+        lists[:] = slots
+        lists *= np.uint64(self._table.itemsize)
+        lists += np.uint64(self._table.ctypes.data)
+        flags = self._wanted[:count]
+        flags[:] = 0
+        flags[wanted] = 1
+        self.native.n_tokens = count
+
+
+def _pointer(array: NDArray[np.generic], kind: type) -> object:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+
+class Context:
+    """The KV cache and the compute buffers. All calls from one thread."""
+
+    def __init__(self, model: Model, sizes: ContextSizes) -> None:
+        _errors.clear()
+        params = llama.llama_context_default_params()
+        params.n_ctx = sizes.kv_tokens
+        params.n_batch = sizes.step_tokens_max
+        params.n_ubatch = sizes.ubatch_tokens
+        params.n_seq_max = sizes.sequences_max
+        params.n_threads = params.n_threads_batch = sizes.threads
+        params.flash_attn_type = (
+            llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if sizes.flash
+            else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        # One pool of cells for all sequences: this is what makes a shared prefix cost nothing.
+        params.kv_unified = True
+        # Sliding-window layers keep all positions, or a prefix could not be shared.
+        params.swa_full = True
+        params.no_perf = True
+        pointer = llama.llama_init_from_model(model.pointer, params)
+        if not pointer:
+            raise ModelError(
+                f"llama.cpp cannot make a KV cache of {sizes.kv_tokens} tokens: {last_error()}"
+            )
+        self._pointer = pointer
+        self._memory = llama.llama_get_memory(pointer)
+        self._vocab_size = model.vocab_size
+        self._threads = sizes.threads
+        self.kv_tokens: int = llama.llama_n_ctx(pointer)
+
+    def set_threads(self, count: int) -> None:
+        """How many threads the next step computes with."""
+        if count != self._threads:
+            self._threads = count
+            llama.llama_set_n_threads(self._pointer, count, count)
+
+    def decode(self, batch: Batch, rows: int) -> NDArray[np.float32]:
+        """Computes the batch; returns the logits [rows, vocabulary] of the rows that wanted them.
+
+        The array is llama.cpp's own memory, valid until the next call. Raises ``EngineLost``.
+        """
+        code = llama.llama_decode(self._pointer, batch.native)
+        if code == _NO_SLOT:
+            raise EngineLost("llama.cpp found no room in its KV cache, though the account has some")
+        if code:
+            raise EngineLost(f"llama_decode failed with code {code}: {last_error()}")
+        if not rows:
+            return np.empty((0, self._vocab_size), np.float32)
+        first = llama.llama_get_logits(self._pointer)
+        kind = ctypes.c_float * (rows * self._vocab_size)
+        flat = np.frombuffer(kind.from_address(ctypes.addressof(first.contents)), np.float32)
+        return flat.reshape(rows, self._vocab_size)
+
+    def drop(self, slot: int) -> None:
+        """Frees the cells that only this sequence has."""
+        llama.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Lets a sequence have the first cells of another one."""
+        llama.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def clear(self) -> None:
+        """Frees all cells."""
+        llama.llama_memory_clear(self._memory, False)
+
+    def close(self) -> None:
+        """Frees the cache."""
+        llama.llama_free(self._pointer)
+
+
+def has_gpu() -> bool:
+    """Whether this build can compute on an accelerator."""
+    return bool(llama.llama_supports_gpu_offload())
+
+
+def has_openmp() -> bool:
+    """Whether this build waits inside OpenMP, which collapses beside other busy programs."""
+    return "OPENMP = 1" in llama.llama_print_system_info().decode()

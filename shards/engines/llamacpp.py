@@ -1,0 +1,276 @@
+"""llama.cpp with continuous batching: any GGUF model, on CPU or what the build supports.
+
+Each resident sequence has one llama.cpp sequence id, its slot, in one unified KV cache. A step is
+one ``llama_decode`` of all work, prefill chunks and decodes alike; sampling is ours.
+
+Engine options (``--engine-option key=value``):
+
+- ``flash``: ``on`` (default) or ``off``. On decodes many sequences faster.
+- ``ubatch_tokens``: how many tokens llama.cpp computes at once inside a step.
+- ``exact=1``: logits do not depend on what else is in the batch, nor on how a sequence was cut into
+  chunks or re-filled after a loss. Costs prefill speed: flash attention on, and at most 63 tokens
+  at once, because from 64 on another attention kernel runs.
+- ``gpu_layers``: layers to keep on an accelerator, if the build has one. Default: all.
+"""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from shards.engines.base import (
+    Engine,
+    EngineInfo,
+    EngineOptions,
+    ModelError,
+    Outcome,
+    Plan,
+    Progress,
+    Scheduling,
+)
+from shards.engines.llama_native import Batch, Context, ContextSizes, Model, has_gpu, has_openmp
+from shards.engines.threads import ThreadControl
+from shards.extras import Extras
+from shards.gguf_file import dtype_name, read_metadata
+from shards.gguf_tokenizer import tokenizer_files
+from shards.residents import Limits, Resident, Residents
+from shards.sampling import Sampler
+
+SEQUENCES_MAX = 64
+# llama.cpp's own bound (LLAMA_MAX_SEQ).
+SEQUENCES_LIMIT = 256
+STEP_TOKENS_MAX = 256
+UBATCH_TOKENS = 128
+EXACT_UBATCH_TOKENS = 63
+# Every decode reads the mask of the whole cache, used or not by its sequence.
+KV_TOKENS_MAX = 32768
+# Share of the machine's memory that the KV cache may take unasked.
+KV_MEMORY_SHARE = 0.25
+_ALL_LAYERS = 999
+_KV_ELEMENT_BYTES = 2
+# tokenizer.ggml.token_type: control and user-defined tokens, among which the ends are.
+_SPECIAL_TYPES = (3, 4)
+
+
+class LlamaCppEngine(Engine):
+    """See the module."""
+
+    def __init__(self, options: EngineOptions, progress: Progress) -> None:
+        if options.world > 1:
+            raise ModelError(
+                "llamacpp: cannot be one of several ranks: start it with --num-shard 1 (one process"
+                " spreads layers over its devices), or take an engine with tensor parallelism"
+            )
+        if options.model is None:
+            raise ModelError("llamacpp: --model PATH is missing")
+        self._path = _model_file(options.model)
+        self._metadata = read_metadata(self._path)
+        extras = Extras("llamacpp", options.extra)
+        exact = extras.whole("exact", 0) > 0
+        flash = extras.choice("flash", "on", ("on", "off")) == "on" or exact
+        ubatch = extras.whole("ubatch_tokens", UBATCH_TOKENS)
+        gpu_layers = extras.whole("gpu_layers", _ALL_LAYERS)
+        extras.finish()
+        self._control = ThreadControl(options.threads)
+        self._model = Model(self._path, gpu_layers, progress)
+        if not self._model.decodes:
+            raise ModelError(f"model file {self._path}: is not a decoder-only language model")
+        sizes = self._sizes(options, EXACT_UBATCH_TOKENS if exact else ubatch, flash=flash)
+        self._context = Context(self._model, sizes)
+        self._limits = self._limit(sizes)
+        self._residents = Residents(self._limits)
+        self._sampler = Sampler(self._model.vocab_size)
+        self._batch = Batch(sizes.step_tokens_max, sizes.sequences_max)
+        self._info = self._describe(options)
+
+    def _sizes(self, options: EngineOptions, ubatch: int, *, flash: bool) -> ContextSizes:
+        if options.sequences_max > SEQUENCES_LIMIT:
+            raise ModelError(f"llamacpp: --sequences-max is at most {SEQUENCES_LIMIT}")
+        step_tokens = options.step_tokens_max or STEP_TOKENS_MAX
+        kv_tokens = options.kv_tokens or kv_tokens_default(
+            self._metadata, self._model.length_trained, _memory_bytes()
+        )
+        return ContextSizes(
+            kv_tokens=kv_tokens,
+            sequences_max=options.sequences_max or SEQUENCES_MAX,
+            step_tokens_max=step_tokens,
+            ubatch_tokens=max(1, min(ubatch, step_tokens)),
+            threads=self._control.threads,
+            flash=flash,
+        )
+
+    def _limit(self, sizes: ContextSizes) -> Limits:
+        return Limits(
+            kv_tokens=self._context.kv_tokens,
+            page_tokens=1,
+            sequences_max=sizes.sequences_max,
+            step_tokens_max=sizes.step_tokens_max,
+            length_max=min(self._model.length_trained, self._context.kv_tokens),
+            vocab_size=self._model.vocab_size,
+        )
+
+    def _describe(self, options: EngineOptions) -> EngineInfo:
+        features = ["logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p"]
+        if self._model.shares_prefix:
+            features.append("prefix_sharing")
+        limits = self._limits
+        return EngineInfo(
+            engine="llamacpp",
+            engine_version=version("llama-cpp-python"),
+            device="gpu" if has_gpu() else "cpu",
+            model_id=options.model_id,
+            dtype=dtype_name(self._metadata),
+            scheduling=Scheduling.CALLER,
+            kv_tokens=limits.kv_tokens,
+            page_tokens=limits.page_tokens,
+            sequences_max=limits.sequences_max,
+            step_tokens_max=limits.step_tokens_max,
+            length_max=limits.length_max,
+            vocab_size=limits.vocab_size,
+            eos_token_ids=self._ends(),
+            features=tuple(features),
+            weight_bytes=self._model.weight_bytes,
+            warnings=_warnings(),
+        )
+
+    def _ends(self) -> tuple[int, ...]:
+        kinds = self._metadata.get("tokenizer.ggml.token_type", [])
+        special = [token for token, kind in enumerate(kinds) if kind in _SPECIAL_TYPES]
+        return tuple(token for token in special if self._model.ends_generation(token))
+
+    def describe(self) -> EngineInfo:
+        """See ``Engine``."""
+        return self._info
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The vocabulary of the GGUF file, converted."""
+        return tokenizer_files(self._path, self._metadata)
+
+    def reset(self) -> None:
+        """See ``Engine``."""
+        self._residents.clear()
+        self._context.clear()
+
+    def close(self) -> None:
+        """Frees the cache, then the weights."""
+        self._context.close()
+        self._model.close()
+
+    def step(self, plan: Plan) -> Outcome:
+        """See ``Engine``. Sequences draw in the order of the plan's work."""
+        residents, context = self._residents, self._context
+        residents.check(plan)
+        for sequence in plan.drops:
+            context.drop(residents.drop(sequence).slot)
+        for admit in plan.admits:
+            resident = residents.admit(admit)
+            if admit.share_len:
+                donor = residents.by_sequence[admit.share_from]
+                context.share(donor.slot, resident.slot, admit.share_len)
+        outcome = Outcome()
+        if plan.work:
+            self._compute(plan, outcome)
+        return outcome
+
+    def _compute(self, plan: Plan, outcome: Outcome) -> None:
+        rows = self._fill(plan)
+        if rows is None:
+            return
+        self._context.set_threads(self._control.look())
+        logits = self._context.decode(self._batch, len(rows))
+        if not rows:
+            return
+        drawn = self._sampler.draw(logits, rows)
+        for index, (row, token) in enumerate(zip(rows, drawn.tokens, strict=True)):
+            if index in drawn.failures:
+                row.failed = True
+                outcome.failures[row.sequence] = drawn.failures[index]
+                continue
+            row.tokens.append(token)
+            outcome.sequences.append(row.sequence)
+            outcome.tokens.append(token)
+            if index in drawn.logprobs:
+                outcome.logprobs[row.sequence] = drawn.logprobs[index]
+
+    def _fill(self, plan: Plan) -> list[Resident] | None:
+        """Lays the work out in the batch; the sequences that draw, or None if there is no work."""
+        by_sequence, compute = self._residents.by_sequence, self._residents.compute
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        wanted: list[int] = []
+        rows: list[Resident] = []
+        for sequence, count in plan.work:
+            resident = by_sequence[sequence]
+            if resident.failed:
+                continue
+            start = resident.computed
+            if count == 1:
+                tokens.append(resident.tokens[start])
+                positions.append(start)
+                slots.append(resident.slot)
+            else:
+                tokens += resident.tokens[start : start + count]
+                positions += range(start, start + count)
+                slots += [resident.slot] * count
+            if compute(resident, count):
+                wanted.append(len(tokens) - 1)
+                rows.append(resident)
+        if not tokens:
+            return None
+        self._batch.fill(tokens, positions, slots, wanted)
+        return rows
+
+
+def kv_tokens_default(metadata: dict[str, Any], length_trained: int, memory_bytes: int) -> int:
+    """Tokens of KV cache when nobody says: what a quarter of the memory holds, within reason."""
+    room = int(memory_bytes * KV_MEMORY_SHARE) // kv_bytes_per_token(metadata)
+    return max(256, min(room, max(KV_TOKENS_MAX, length_trained // 8)) // 256 * 256)
+
+
+def kv_bytes_per_token(metadata: dict[str, Any]) -> int:
+    """Bytes that one token takes in a 16-bit KV cache, over all layers."""
+    arch = metadata["general.architecture"]
+    layers = int(metadata[f"{arch}.block_count"])
+    heads = metadata[f"{arch}.attention.head_count"]
+    kv_heads = metadata.get(f"{arch}.attention.head_count_kv", heads)
+    width = int(metadata[f"{arch}.embedding_length"]) // max(_each(heads, 1))
+    per_head = int(metadata.get(f"{arch}.attention.key_length", width))
+    per_head += int(metadata.get(f"{arch}.attention.value_length", width))
+    return max(1, sum(_each(kv_heads, layers)) * per_head * _KV_ELEMENT_BYTES)
+
+
+def _each(value: Any, layers: int) -> list[int]:
+    """One number per layer, of a number for all or a list."""
+    return [int(part) for part in value] if isinstance(value, list) else [int(value)] * layers
+
+
+def _memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _model_file(path: Path) -> Path:
+    """The GGUF file that is meant: the file itself, or the only one (or first part) in a folder."""
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    whole = [file for file in files if "-of-" not in file.stem or "-00001-of-" in file.stem]
+    if len(whole) == 1:
+        return whole[0]
+    found = "no GGUF file" if not whole else f"{len(whole)} GGUF files; name one"
+    raise ModelError(f"model folder {path}: holds {found}")
+
+
+def _warnings() -> tuple[str, ...]:
+    if not has_openmp():
+        return ()
+    return (
+        "this llama.cpp was built with OpenMP and becomes very slow when other programs are busy;"
+        ' build it with CMAKE_ARGS="-DGGML_OPENMP=OFF"',
+    )
+
+
+def load(options: EngineOptions, progress: Progress) -> Engine:
+    """Makes the engine; see ``shards.engines``."""
+    return LlamaCppEngine(options, progress)

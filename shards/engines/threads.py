@@ -1,0 +1,118 @@
+"""How many threads an engine computes with, from what else the machine is doing.
+
+Compute threads wait for each other at every operation, by spinning. When another program wants one
+of their cores, every wait lasts until the scheduler gives that core back, and the engine slows down
+by a factor of ten and more. One thread fewer costs its share of the speed and no more. So the count
+follows the processor time that others use: quickly down, slowly up.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Time between two looks at the counters, in seconds. The kernel counts in hundredths.
+LOOK_S = 0.4
+# Others must leave this much of a core for one more thread, and take this much to cost one.
+SPARE_UP = 0.75
+SPARE_DOWN = 0.5
+# Looks in a row that must agree before a thread is added.
+LOOKS_UP = 3
+
+_STAT = Path("/proc/stat")
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Processor time since the machine started, in seconds: everybody's, and this process's."""
+
+    at_s: float
+    busy_s: float
+    own_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The thread count, and for how many looks in a row a higher one seemed right."""
+
+    threads: int
+    calm: int = 0
+
+
+def others(before: Load, after: Load) -> float:
+    """How many cores other processes kept busy between two looks."""
+    elapsed = after.at_s - before.at_s
+    busy = (after.busy_s - before.busy_s) - (after.own_s - before.own_s)
+    return max(0.0, busy / elapsed) if elapsed > 0 else 0.0
+
+
+def choose(choice: Choice, cores: int, taken: float) -> Choice:
+    """The next thread count when others keep ``taken`` cores busy; at least 1, at most ``cores``.
+
+    Each thread needs a core that others leave free for more than half of the time. Going up needs
+    a core that is free for most of the time, at several looks in a row.
+    """
+    free = cores - taken
+    down = max(1, min(cores, int(free + 1.0 - SPARE_DOWN)))
+    up = max(1, min(cores, int(free + 1.0 - SPARE_UP)))
+    if down < choice.threads:
+        return Choice(down)
+    if up <= choice.threads:
+        return Choice(choice.threads)
+    if choice.calm + 1 < LOOKS_UP:
+        return Choice(choice.threads, choice.calm + 1)
+    return Choice(up)
+
+
+class ThreadControl:
+    """Says between steps how many threads the next one gets. ``pinned`` > 0 fixes the count."""
+
+    def __init__(self, pinned: int = 0) -> None:
+        self._cores = usable_cores()
+        self._pinned = pinned > 0
+        self._choice = Choice(pinned or self._cores)
+        self._load = None if self._pinned else read_load()
+
+    @property
+    def threads(self) -> int:
+        """The present count."""
+        return self._choice.threads
+
+    def look(self) -> int:
+        """The count for the next step. Reads the counters if the last look is long enough ago."""
+        before = self._load
+        if before is None or self._cores == 1 or time.monotonic() - before.at_s < LOOK_S:
+            return self._choice.threads
+        after = read_load()
+        if after is not None:
+            self._choice = choose(self._choice, self._cores, others(before, after))
+        self._load = after
+        return self._choice.threads
+
+
+def usable_cores() -> int:
+    """Processors that this process may use: its affinity, and its control group's quota."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = _CGROUP_QUOTA.read_text().split()
+        if quota != "max":
+            cores = min(cores, round(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, cores)
+
+
+def read_load() -> Load | None:
+    """The counters now; None where the system has none (then the count stays as it is)."""
+    try:
+        with _STAT.open("rb") as file:
+            fields = [int(field) for field in file.readline().split()[1:9]]
+        user, nice, system, _idle, _iowait, irq, softirq, steal = fields
+    except (OSError, ValueError):
+        return None
+    ticks = user + nice + system + irq + softirq + steal
+    return Load(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time())

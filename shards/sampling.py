@@ -1,0 +1,296 @@
+"""The one sampler: draws the next token of each sequence from a batch of logits.
+
+Order, per row: logit bias, penalties, the min_tokens mask, temperature, top_k, then top_p, min_p
+and typical_p, then one draw. This is the order of the ``transformers`` library [1], where each
+filter sees the distribution that the former one left, renormalised. Sources:
+
+- top_p: arXiv:1904.09751. min_p: arXiv:2407.01082. typical_p: arXiv:2202.00666.
+- repetition penalty: arXiv:1909.05858, section 4.1. Frequency and presence penalty: as in the
+  OpenAI API. All three look at generated tokens only.
+- Where equal logits compete for the last place of a filter, the smaller token id wins.
+- The draw inverts the cumulative distribution, in the order of token ids, at one uniform number
+  that is a function of (seed, position): splitmix64 [2] of the two. There is no state, so a draw
+  does not depend on what else is in the batch, and a resumed sequence draws the same.
+
+Filters do not sort the vocabulary. They look at the few tokens near the top first, and widen the
+cut until it provably holds all that can survive.
+
+[1] ``generation/utils.py``, ``_get_logits_processor``. [2] Steele et al., OOPSLA 2014,
+doi:10.1145/2660193.2660195.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.engines.base import Logprobs, SamplingParams
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.intp]
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+# Distances below the largest logit at which candidates are looked for, then all of them.
+_REACH = (8.0, 16.0, math.inf)
+# Distances of surprise from the entropy, in nats, for typical_p.
+_SPREADS = (1.0, 4.0, math.inf)
+_BLOCK = 256
+_MINUS_INF = np.float32(-np.inf)
+
+
+class Row(Protocol):
+    """What the sampler needs to know of a sequence."""
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How to draw."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """All tokens so far; the drawn one comes behind them."""
+
+    @property
+    def prompt_len(self) -> int:
+        """How many of the tokens are prompt."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the argmax of the raw logits is all that is wanted."""
+
+
+@dataclass(slots=True)
+class Drawn:
+    """One token per row; what was asked for beside it, and faults, by index of the row."""
+
+    tokens: list[int]
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+def splitmix64(value: int) -> int:
+    """Scatters 64 bits, a bijection."""
+    value = (value + _GOLDEN) & _MASK
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
+    return value ^ value >> 31
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits, a function of its arguments alone."""
+    return (splitmix64(splitmix64(seed & _MASK) ^ position) >> 11) * 2.0**-53
+
+
+class Sampler:
+    """Draws tokens for one engine. Holds scratch memory, so it serves one thread."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab = vocab_size
+        blocks = -(-vocab_size // _BLOCK)
+        self._padded: Floats = np.zeros(blocks * _BLOCK, np.float32)
+        self._weights = self._padded[:vocab_size]
+        self._adjusted: Floats = np.empty(vocab_size, np.float32)
+
+    def draw(self, logits: Floats, rows: Sequence[Row]) -> Drawn:
+        """One token for each row of ``logits`` [rows, vocabulary], which are not changed.
+
+        A row whose logits are not finite gets token 0 and an entry in ``failures``.
+        """
+        best: Ids = logits.argmax(axis=1)
+        drawn = Drawn(best.tolist())
+        tops: list[float] = logits[np.arange(len(best)), best].tolist()
+        for index, row in enumerate(rows):
+            if not math.isfinite(tops[index]):
+                self._fail(drawn, index, "the engine's logits are not finite numbers")
+            elif not row.plain:
+                self._draw_row(logits[index], row, drawn, index, tops[index])
+        return drawn
+
+    @staticmethod
+    def _fail(drawn: Drawn, index: int, message: str) -> None:
+        drawn.tokens[index] = 0
+        drawn.failures[index] = message
+
+    def _draw_row(self, raw: Floats, row: Row, drawn: Drawn, index: int, top: float) -> None:
+        sampling = row.sampling
+        logits, best, peak = raw, drawn.tokens[index], top
+        if _adjusts(row):
+            logits = self._adjust(raw, row)
+            best = int(logits.argmax())
+            peak = float(logits[best])
+            if not math.isfinite(peak):
+                self._fail(drawn, index, "bias, penalties and min_tokens leave no token to draw")
+                return
+        token = best
+        if sampling.temperature > 0.0:
+            token = self._sample(logits, sampling, peak, uniform(sampling.seed, len(row.tokens)))
+        drawn.tokens[index] = token
+        if sampling.logprobs:
+            drawn.logprobs[index] = self._logprobs(raw, token, top, sampling.top_logprobs)
+
+    def _adjust(self, raw: Floats, row: Row) -> Floats:
+        """A copy of the row with bias, penalties and the mask of min_tokens applied."""
+        sampling, logits = row.sampling, self._adjusted
+        np.copyto(logits, raw)
+        if sampling.logit_bias:
+            for token, bias in sampling.logit_bias:
+                logits[token] += bias
+        generated = row.tokens[row.prompt_len :]
+        if generated and _penalises(sampling):
+            ids, counts = np.unique(np.array(generated, np.intp), return_counts=True)
+            seen = logits[ids]
+            penalty = np.float32(sampling.repetition_penalty)
+            seen = np.where(seen > 0, seen / penalty, seen * penalty)
+            seen -= (sampling.frequency_penalty * counts).astype(np.float32)
+            seen -= np.float32(sampling.presence_penalty)
+            logits[ids] = seen
+        if len(generated) < sampling.min_tokens:
+            stops = [token for token in sampling.stop_tokens if token < self._vocab]
+            logits[stops] = _MINUS_INF
+        return logits
+
+    def _sample(self, logits: Floats, sampling: SamplingParams, peak: float, chance: float) -> int:
+        """Temperature, filters, draw. ``peak`` is the largest logit."""
+        ids: Ids | None = None
+        if 0 < sampling.top_k < self._vocab:
+            ids = largest(logits, sampling.top_k, peak)
+            logits = logits[ids]
+        weights = self._weigh(logits, sampling.temperature, peak)
+        kept = _filter(logits, weights, sampling)
+        if kept is not None:
+            ids = kept if ids is None else ids[kept]
+            weights = weights[kept]
+        elif ids is None:
+            return _invert_blocks(self._padded, chance)
+        assert ids is not None, "a filter was applied"
+        return int(ids[_invert(weights, chance)])
+
+    def _weigh(self, logits: Floats, temperature: float, peak: float) -> Floats:
+        """Probabilities up to a factor; the likeliest token weighs 1."""
+        weights = self._weights if len(logits) == self._vocab else np.empty_like(logits)
+        np.subtract(logits, np.float32(peak), out=weights)
+        if temperature != 1.0:
+            with np.errstate(over="ignore"):
+                np.divide(weights, np.float32(temperature), out=weights)
+        return np.exp(weights, out=weights)
+
+    def _logprobs(self, raw: Floats, token: int, top: float, count: int) -> Logprobs:
+        weights = self._weigh(raw, 1.0, top)
+        log_total = top + math.log(float(weights.sum()))
+        ids: list[int] = []
+        values: list[float] = []
+        if count:
+            likeliest = largest(raw, min(count, self._vocab), top)
+            likeliest = likeliest[np.argsort(-raw[likeliest], kind="stable")]
+            ids = likeliest.tolist()
+            values = [value - log_total for value in raw[likeliest].tolist()]
+        return Logprobs(float(raw[token]) - log_total, ids, values)
+
+
+def _penalises(sampling: SamplingParams) -> bool:
+    return (
+        sampling.repetition_penalty != 1.0
+        or sampling.frequency_penalty != 0.0
+        or sampling.presence_penalty != 0.0
+    )
+
+
+def _adjusts(row: Row) -> bool:
+    sampling = row.sampling
+    return bool(
+        sampling.logit_bias
+        or _penalises(sampling)
+        or len(row.tokens) - row.prompt_len < sampling.min_tokens
+    )
+
+
+def largest(logits: Floats, count: int, peak: float) -> Ids:
+    """Ids of the ``count`` largest, ascending; ``peak`` is the largest value."""
+    near: Ids = np.empty(0, np.intp)
+    for reach in _REACH:
+        near = np.flatnonzero(logits >= np.float32(peak - reach))
+        if len(near) >= count:
+            break
+    values = logits[near]
+    last = np.partition(values, len(values) - count)[len(values) - count]
+    chosen = values > last
+    equal = np.flatnonzero(values == last)[: count - int(np.count_nonzero(chosen))]
+    chosen[equal] = True
+    ids: Ids = near[chosen]
+    return ids
+
+
+def _filter(logits: Floats, weights: Floats, sampling: SamplingParams) -> Ids | None:
+    """Indices that top_p, min_p and typical_p leave, ascending; None if none of them is on."""
+    kept: Ids | None = None
+    if 0.0 < sampling.top_p < 1.0:
+        kept = _nucleus(logits, weights, sampling.top_p)
+    if sampling.min_p > 0.0:
+        # The likeliest token weighs 1, whatever top_p took away.
+        floor = np.float32(min(sampling.min_p, 1.0))
+        likely = weights >= floor
+        kept = np.flatnonzero(likely) if kept is None else kept[likely[kept]]
+    if 0.0 < sampling.typical_p < 1.0:
+        if kept is None:
+            kept = _typical(weights, sampling.typical_p)
+        else:
+            kept = kept[_typical(weights[kept], sampling.typical_p)]
+    return kept
+
+
+def _nucleus(logits: Floats, weights: Floats, top_p: float) -> Ids:
+    """Indices of the smallest set of likeliest tokens with that share of the mass, ascending."""
+    wanted = top_p * float(weights.sum())
+    for floor in (1e-2, 1e-4, 1e-6, 0.0):
+        near = np.flatnonzero(weights >= np.float32(floor))
+        order = near
+        if floor == 0.0 or float(weights[near].sum()) >= wanted:
+            order = near[np.argsort(-logits[near], kind="stable")]
+            break
+    mass = np.cumsum(weights[order], dtype=np.float64)
+    return np.sort(order[: int(np.searchsorted(mass, wanted)) + 1])
+
+
+def _typical(weights: Floats, typical_p: float) -> Ids:
+    """Indices whose surprise is nearest to the entropy, up to that share of the mass, ascending."""
+    total = float(weights.sum())
+    with np.errstate(divide="ignore"):
+        surprise = np.log(np.float32(total)) - np.log(weights)
+    possible = weights > 0
+    entropy = float(np.sum(weights[possible] * surprise[possible])) / total
+    distance = np.abs(surprise - np.float32(entropy))
+    wanted = typical_p * total
+    for spread in _SPREADS:
+        near = np.flatnonzero((distance <= np.float32(spread)) & possible)
+        order = near
+        if spread == math.inf or float(weights[near].sum()) >= wanted:
+            order = near[np.argsort(distance[near], kind="stable")]
+            break
+    mass = np.cumsum(weights[order], dtype=np.float64)
+    return np.sort(order[: int(np.searchsorted(mass, wanted)) + 1])
+
+
+def _invert(weights: Floats, chance: float) -> int:
+    """The first index whose cumulative weight exceeds that share of the total."""
+    mass = np.cumsum(weights, dtype=np.float64)
+    index = int(np.searchsorted(mass, chance * mass[-1], side="right"))
+    # Rounding can ask for one behind the end; then the last that has any weight is meant.
+    return index if index < len(weights) else int(np.flatnonzero(weights)[-1])
+
+
+def _invert_blocks(weights: Floats, chance: float) -> int:
+    """As ``_invert``, in two levels, so that the whole vocabulary is not accumulated."""
+    table = weights.reshape(-1, _BLOCK)
+    sums = np.add.reduce(table, axis=1)
+    mass = np.cumsum(sums, dtype=np.float64)
+    wanted = chance * float(mass[-1])
+    block = min(int(np.searchsorted(mass, wanted, side="right")), int(np.flatnonzero(sums)[-1]))
+    before = float(mass[block - 1]) if block else 0.0
+    inner = np.cumsum(table[block], dtype=np.float64)
+    index = int(np.searchsorted(inner, wanted - before, side="right"))
+    if index == _BLOCK:
+        index = int(np.flatnonzero(table[block])[-1])
+    return block * _BLOCK + index

@@ -1,0 +1,234 @@
+"""The servicer of ``shards.v1.Shard``: plans in, outcomes out, one message for each.
+
+The engine lives on a thread of its own (``engine_thread``). Here a Run stream is two coroutines:
+one reads plans, checks their count, and queues them; the other writes answers as they come. At most
+``PLANS_MAX`` plans wait; a router that sends more is held back by the stream's flow control.
+"""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from shards.engine_thread import Answer, Begun, End, Ending, EngineThread, Loaded, Session
+from shards.engines.base import Engine, PlanError
+from shards.v1 import shard_pb2, shard_pb2_grpc
+from shards.wire import file_chunks, info_to_wire, outcome_to_wire, plan_from_wire
+
+SERVICE = "shards.v1.Shard"
+# A plan may admit many long prompts; an outcome may carry many log probabilities.
+MESSAGE_MAX_BYTES = 64 << 20
+# How long streams may take to hear that the worker stops, and the engine to end its step.
+GRACE_S = 3.0
+
+_CODES = {
+    Ending.BAD_LOG: grpc.StatusCode.FAILED_PRECONDITION,
+    Ending.BAD_PLAN: grpc.StatusCode.INVALID_ARGUMENT,
+    Ending.TAKEN_OVER: grpc.StatusCode.ABORTED,
+    Ending.LOST: grpc.StatusCode.INTERNAL,
+    Ending.STOPPING: grpc.StatusCode.UNAVAILABLE,
+}
+
+_Context = grpc.aio.ServicerContext[shard_pb2.Plan, shard_pb2.Outcome]
+_Health = health_pb2.HealthCheckResponse
+
+
+class ShardServicer(shard_pb2_grpc.ShardServicer):
+    """Answers for one engine."""
+
+    def __init__(self, engine: EngineThread) -> None:
+        self._engine = engine
+        self._instance_id = uuid.uuid4().hex
+        self._session: Session | None = None
+        self._stopping = False
+
+    async def Describe(  # noqa: N802 - named by the protocol
+        self,
+        request: shard_pb2.DescribeRequest,
+        context: grpc.aio.ServicerContext[shard_pb2.DescribeRequest, shard_pb2.DescribeResponse],
+    ) -> shard_pb2.DescribeResponse:
+        """Waits for the model, as long as the caller's deadline allows."""
+        loaded = await self._loaded(context)
+        return info_to_wire(loaded.info, loaded.seconds, self._instance_id, loaded.files)
+
+    async def GetTokenizer(  # noqa: N802
+        self,
+        request: shard_pb2.GetTokenizerRequest,
+        context: grpc.aio.ServicerContext[shard_pb2.GetTokenizerRequest, shard_pb2.TokenizerChunk],
+    ) -> AsyncIterator[shard_pb2.TokenizerChunk]:
+        """The tokenizer files, one after the other."""
+        loaded = await self._loaded(context)
+        for chunk in file_chunks(loaded.files):
+            yield chunk
+
+    async def Run(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[shard_pb2.Plan],  # noqa: ARG002 - read from the context
+        context: _Context,
+    ) -> None:
+        """Serves the log of plans; see the .proto file."""
+        loaded = await self._loaded(context)
+        session = self._take_over()
+        reader = asyncio.create_task(self._read(session, context), name="plans")
+        try:
+            end = await self._write(session, context, loaded.info.rank)
+        finally:
+            session.over = True
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+        if end.why is not Ending.FINISHED:
+            await context.abort(_CODES[end.why], end.message)
+
+    def stop(self) -> None:
+        """Tells the stream that is open to end; new ones are turned away."""
+        self._stopping = True
+        self._end_session(End(Ending.STOPPING, "the worker is stopping"))
+
+    async def _loaded(self, context: grpc.aio.ServicerContext[Any, Any]) -> Loaded:
+        try:
+            loaded = await asyncio.shield(self._engine.loaded)
+        except Exception as error:  # noqa: BLE001 - the process ends and says why
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the model is not loaded: {error}")
+            raise
+        if self._engine.lost.done():
+            await context.abort(grpc.StatusCode.INTERNAL, self._engine.lost.result())
+        if self._stopping:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is stopping")
+        return loaded
+
+    def _take_over(self) -> Session:
+        self._end_session(End(Ending.TAKEN_OVER, "another Run stream took over"))
+        session = self._session = Session()
+        self._engine.begin(session)
+        return session
+
+    def _end_session(self, end: End) -> None:
+        session = self._session
+        if session is not None and not session.over:
+            session.over = True
+            session.hear(end)
+
+    async def _read(self, session: Session, context: _Context) -> None:
+        """Queues plans until the stream ends or one breaks the protocol."""
+        last_id, epoch = 0, None
+        while True:
+            message: object = await context.read()
+            if not isinstance(message, shard_pb2.Plan):
+                self._engine.finish(session, End(Ending.FINISHED, "the router closed the stream"))
+                return
+            epoch = message.epoch if epoch is None else epoch
+            if message.plan_id != last_id + 1 or message.epoch != epoch:
+                told = f"plan {message.plan_id} of epoch {message.epoch}"
+                due = f"{last_id + 1} of epoch {epoch}"
+                self._engine.finish(session, End(Ending.BAD_LOG, f"{told} came where {due} is due"))
+                return
+            last_id += 1
+            try:
+                plan = plan_from_wire(message)
+            except PlanError as error:
+                bad = End(Ending.BAD_PLAN, f"plan {last_id}: {error}")
+                self._engine.finish(session, bad)
+                return
+            await session.room.acquire()
+            self._engine.step(session, epoch, last_id, plan)
+
+    async def _write(self, session: Session, context: _Context, rank: int) -> End:
+        """Writes answers in order until the session ends. Initial metadata says: it has begun."""
+        told = False
+        while True:
+            await session.wake.wait()
+            session.wake.clear()
+            if session.begun and not told:
+                told = True
+                await context.send_initial_metadata(())
+            while session.answers:
+                match session.answers.popleft():
+                    case Begun():
+                        # Tells the router that the engine is empty and not stuck in a step.
+                        await context.send_initial_metadata(())
+                    case End() as end:
+                        return end
+                    case Answer() as answer:
+                        await context.write(_message(answer, rank))
+                        session.room.release()
+
+
+def _message(said: Answer, rank: int) -> shard_pb2.Outcome:
+    return outcome_to_wire(said.epoch, said.plan_id, said.outcome, said.digest, said.step_us, rank)
+
+
+class Worker:
+    """One engine behind one gRPC server.
+
+    ``overrides`` gives tokenizer files that take the place of the model's own.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Engine],
+        address: str,
+        overrides: Callable[[], dict[str, bytes]] = dict,
+    ) -> None:
+        self._engine = EngineThread(make, asyncio.get_running_loop(), overrides)
+        self._servicer = ShardServicer(self._engine)
+        self._health = HealthServicer()
+        self.address = address
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
+                ("grpc.max_send_message_length", MESSAGE_MAX_BYTES),
+                # Two workers on one port would each get some of the calls.
+                ("grpc.so_reuseport", 0),
+                # The router pings an idle stream to learn whether this host is still there.
+                ("grpc.http2.max_ping_strikes", 0),
+            )
+        )
+
+    async def start(self) -> None:
+        """Listens, then begins to load. Raises ``OSError`` with one line if it cannot listen."""
+        shard_pb2_grpc.add_ShardServicer_to_server(  # type: ignore[no-untyped-call]
+            self._servicer, self._server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
+        await self._tell_health(_Health.NOT_SERVING)
+        try:
+            port = self._server.add_insecure_port(self.address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self.address}: {error}") from error
+        if self.address.endswith(":0"):
+            self.address = f"{self.address[:-2]}:{port}"
+        await self._server.start()
+        self._engine.start()
+
+    async def ready(self) -> Loaded:
+        """Waits until the model is loaded, and serves. Raises what loading raised."""
+        loaded = await asyncio.shield(self._engine.loaded)
+        await self._tell_health(_Health.SERVING)
+        return loaded
+
+    async def lost(self) -> str:
+        """Waits until the engine is lost; returns why, in one line. The streams have heard it."""
+        reason = await asyncio.shield(self._engine.lost)
+        await self._tell_health(_Health.NOT_SERVING)
+        return reason
+
+    async def stop(self) -> bool:
+        """Ends all streams and closes the engine; says whether the engine let go in time."""
+        await self._tell_health(_Health.NOT_SERVING)
+        self._servicer.stop()
+        await self._server.stop(GRACE_S)
+        return await asyncio.to_thread(self._engine.stop, GRACE_S)
+
+    async def _tell_health(self, status: int) -> None:
+        for name in ("", SERVICE):
+            await self._health.set(name, status)

@@ -1,0 +1,17 @@
+"""What all tests share."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# Nobody listens there: no test asks a model hub by accident, and a mistake fails at once.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# gRPC's own lines about connections that tests break on purpose.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+# How long an example takes says more about the machine's other work than about the code.
+settings.register_profile(
+    "roundhouse", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("roundhouse")

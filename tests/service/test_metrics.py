@@ -1,0 +1,121 @@
+"""What a scrape shows."""
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from router.core.events import Reason
+from router.core.snapshot import GroupSnapshot, Snapshot
+from router.errors import Fault
+from router.metrics import ERR_OF_FAULT, Histogram, Lifetime, Metrics
+
+TGI_NAMES = {
+    "tgi_request_count",
+    "tgi_request_success",
+    "tgi_request_failure",
+    "tgi_request_duration",
+    "tgi_request_validation_duration",
+    "tgi_request_queue_duration",
+    "tgi_request_inference_duration",
+    "tgi_request_mean_time_per_token_duration",
+    "tgi_request_generated_tokens",
+    "tgi_request_input_length",
+    "tgi_request_max_new_tokens",
+    "tgi_queue_size",
+    "tgi_batch_current_size",
+    "tgi_batch_current_max_tokens",
+}
+
+
+def snapshot() -> Snapshot:
+    groups = (
+        GroupSnapshot("g", 1, "m", 3, 1, 1000, 300, 50, 2, 9),
+        GroupSnapshot("h", 2, "m", 1, 0, 500, 40, 0, 1, 4),
+    )
+    return Snapshot(5, 4, groups, 6, 7, 80, 900)
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    families = text_string_to_metric_families(metrics.render().decode())
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def shown() -> Metrics:
+    metrics = Metrics()
+    metrics.watch(snapshot, lambda: {"g": True, "h": True, "i": False})
+    return metrics
+
+
+def test_names_of_tgi_are_kept() -> None:
+    families = {family.name for family in text_string_to_metric_families(shown().render().decode())}
+    assert families >= TGI_NAMES
+
+
+def test_gauges_come_from_the_core_at_each_scrape() -> None:
+    seen = samples(shown())
+    assert seen["tgi_queue_size", ()] == 5
+    assert seen["tgi_batch_current_size", ()] == 4
+    assert seen["tgi_batch_current_max_tokens", ()] == 340
+    assert seen["roundhouse_kv_tokens_used", (("group", "g"),)] == 300
+    assert seen["roundhouse_kv_tokens_cached", (("group", "g"),)] == 50
+    assert seen["roundhouse_kv_tokens_total", (("group", "h"),)] == 500
+    assert seen["roundhouse_groups_up", ()] == 2
+    assert seen["roundhouse_groups", ()] == 3
+    assert seen["roundhouse_preemptions_total", ()] == 6
+    assert seen["roundhouse_prefix_hit_tokens_total", ()] == 80
+
+
+def test_failures_are_counted_by_their_kind() -> None:
+    metrics = Metrics()
+    metrics.refused(Fault.OVERLOADED)
+    life = Lifetime(3, 10, 1000)
+    metrics.ended(life, Reason.WORKER_LOST, 1500)
+    metrics.ended(life, Reason.CANCELLED, 1500)
+    metrics.ended(life, Reason.STOP_STRING, 1500)
+    seen = samples(metrics)
+    assert seen["tgi_request_count", ()] == 4
+    assert seen["tgi_request_success", ()] == 1
+    assert seen["tgi_request_failure", (("err", "overloaded"),)] == 1
+    assert seen["tgi_request_failure", (("err", "generation"),)] == 1
+    assert seen["tgi_request_failure", (("err", "dropped"),)] == 1
+    assert seen["tgi_request_queue_duration_sum", ()] == 1.5  # none of the three got a place
+    assert seen["tgi_request_inference_duration_count", ()] == 0
+
+
+def test_every_fault_has_a_label() -> None:
+    assert set(ERR_OF_FAULT) == set(Fault)
+
+
+def test_a_step_counts_its_tokens_at_once() -> None:
+    metrics = Metrics()
+    metrics.token_gaps({20: 63, 40: 1})
+    seen = samples(metrics)
+    assert seen["roundhouse_inter_token_latency_seconds_count", ()] == 64
+    assert round(seen["roundhouse_inter_token_latency_seconds_sum", ()], 6) == 1.3
+
+
+def test_steps_are_told_apart_by_group() -> None:
+    metrics = Metrics()
+    metrics.stepped("g", 0.5)
+    metrics.stepped("h", 0.25)
+    metrics.stepped("h", 0.25)
+    seen = samples(metrics)
+    assert seen["roundhouse_step_seconds_count", (("group", "h"),)] == 2
+    assert seen["roundhouse_step_seconds_sum", (("group", "g"),)] == 0.5
+
+
+def test_a_bound_counts_what_does_not_exceed_it() -> None:
+    histogram = Histogram("h", "", (1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 3.0):
+        histogram.observe(value)
+    assert histogram.cumulated() == [("1", 2.0), ("2", 4.0), ("+Inf", 5.0)]
+    assert histogram.sum == 8.0
+
+
+def test_a_registry_of_the_callers_own_is_used() -> None:
+    registry = CollectorRegistry()
+    assert Metrics(registry).registry is registry
+    assert Metrics().registry is not registry

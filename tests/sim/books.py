@@ -1,0 +1,197 @@
+"""What the checkers know of requests and groups, kept from events and effects alone."""
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from router.core.effects import Close, RunPlan
+from router.core.events import Limits, Reason, Submitted
+from router.core.state import CoreConfig
+from tests.sim.worker import Worker, digest_of, draw, ensure, follow
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request: its place in line, what it has received, and where it resides."""
+
+    facts: Submitted
+    model: int
+    key: tuple[int, int]
+    digest: int
+    tokens: list[int] = field(default_factory=list)
+    open: bool = True
+    failed: bool = False
+    asked: Reason | None = None
+    stop_after: int | None = None
+    losses: int = 0
+    cached: int = 0
+    shared: int = 0
+    home: "GroupBook | None" = None
+    admitted_by: int = 0
+
+    @property
+    def id(self) -> int:
+        """The request's number."""
+        return self.facts.request
+
+    @property
+    def end(self) -> int:
+        """Tokens that it may have in all."""
+        return len(self.facts.prompt) + self.facts.max_tokens
+
+    def take(self, token: int) -> Reason | None:
+        """Receives a token, which must be the right one; says why this was the last, if so."""
+        ensure(self.open, f"a token for {self.id}, which is closed")
+        ensure(token == draw(self.digest), f"{self.id} received a wrong token")
+        self.digest = follow(self.digest, token)
+        self.tokens.append(token)
+        ensure(len(self.tokens) <= self.facts.max_tokens, f"{self.id} received too many tokens")
+        if token in self.facts.stop_tokens:
+            return Reason.EOS
+        return Reason.LENGTH if len(self.tokens) == self.facts.max_tokens else None
+
+
+@dataclass(slots=True, eq=False)
+class GroupBook:
+    """One life of a group: the worker as it will be once all sent plans are applied."""
+
+    name: str
+    model: int
+    limits: Limits
+    features: tuple[str, ...]
+    worker: Worker
+    kv_capacity: int
+    step_tokens: int
+    batch: int
+    in_flight: deque[tuple[int, int]] = field(default_factory=deque)
+    answered_ms: int = 0
+    plan: RunPlan | None = None
+    budget_left: int = 0
+    idle_plans: dict[int, int] = field(default_factory=dict)
+
+    def due_ms(self, config: CoreConfig) -> int | None:
+        """When the answer to the oldest plan in flight is due, if there is one."""
+        if not self.in_flight:
+            return None
+        return max(self.in_flight[0][1], self.answered_ms) + config.step_deadline_ms
+
+    def able(self, request: Request) -> bool:
+        """Whether the empty group could run the request to its end."""
+        page = self.limits.page_tokens
+        return (
+            request.end <= self.limits.length_max
+            and -(-request.end // page) * page <= self.kv_capacity
+            and not set(request.facts.needs) - set(self.features)
+        )
+
+
+def group_book(
+    spec: tuple[str, int, tuple[str, ...]], limits: Limits, epoch: int, config: CoreConfig
+) -> GroupBook:
+    """The book of a new life; what is smaller counts, the group's limits or the router's."""
+    name, model, features = spec
+    kv_tokens = min(limits.kv_tokens, config.kv_tokens_max or limits.kv_tokens)
+    step_tokens = min(limits.step_tokens_max, config.step_tokens_max or limits.step_tokens_max)
+    batch = min(limits.sequences_max, config.sequences_max or limits.sequences_max, step_tokens)
+    return GroupBook(
+        name,
+        model,
+        limits,
+        features,
+        Worker(epoch, limits, kv_tokens, salt=model + 1),
+        kv_tokens // limits.page_tokens * limits.page_tokens,
+        step_tokens,
+        batch,
+    )
+
+
+class Books:
+    """All requests and all live groups.
+
+    ``due`` are the endings that this call must bring; ``waits`` says for whom a request waited.
+    """
+
+    def __init__(self, config: CoreConfig, seen: Counter[str]) -> None:
+        self.config = config
+        self.seen = seen
+        self.requests: dict[int, Request] = {}
+        self.open: dict[int, Request] = {}
+        self.groups: dict[str, GroupBook] = {}
+        self.due: dict[int, Reason] = {}
+        self.waits: dict[int, int] = {}
+        self.now = 0
+
+    # --- requests
+
+    def submitted(self, facts: Submitted, model: int) -> Request:
+        """Opens a request, before the core is told of it."""
+        arrived = self.now + facts.priority * self.config.head_start_ms
+        key = (arrived, len(self.requests))
+        request = Request(facts, model, key, digest_of(model + 1, facts.prompt))
+        self.requests[request.id] = self.open[request.id] = request
+        return request
+
+    def delivered(self, number: int, token: int) -> Request:
+        """A token has come."""
+        request = self.requests[number]
+        last = request.take(token)
+        if last is not None:
+            self.due[number] = last
+        return request
+
+    def closed(self, close: Close) -> Request:
+        """A request has been closed, for a reason that must be true."""
+        request = self.requests[close.request]
+        ensure(request.open, f"{request.id} is closed twice")
+        ensure(close.cached_tokens == request.cached, f"{request.id}: cached_tokens is wrong")
+        due = self.due.pop(close.request, None)
+        if due is None:
+            self._check_refusal(request, close)
+        else:
+            ensure(due is close.reason, f"{request.id} should end with {due}, not {close.reason}")
+        request.open = False
+        request.failed = close.reason is Reason.ENGINE_FAILED
+        del self.open[request.id]
+        self.seen[f"close {close.reason.value}"] += 1
+        return request
+
+    def _check_refusal(self, request: Request, close: Close) -> None:
+        groups = self.serving(request.model)
+        able = any(group.able(request) for group in groups)
+        lacking = any(set(request.facts.needs) - set(group.features) for group in groups)
+        match close.reason:
+            case Reason.OVERLOADED:
+                true = len(self.open) - 1 >= self.config.requests_max
+            case Reason.UNSUPPORTED:
+                true = bool(groups) and not able and lacking
+            case Reason.TOO_LONG:
+                true = bool(groups) and not able and not lacking
+            case _:
+                true = False
+        ensure(true, f"{request.id} ended with {close.reason}, which is not so")
+        ensure(close.detail, "a refusal without a word of why")
+
+    def serving(self, model: int) -> list[GroupBook]:
+        """The live groups that serve a model."""
+        return [group for group in self.groups.values() if group.model == model]
+
+    # --- groups
+
+    def lost(self, group: GroupBook) -> None:
+        """A life of a group is over; what must become of those who were resident there."""
+        del self.groups[group.name]
+        for request in list(self.open.values()):
+            if request.home is not group:
+                continue
+            request.home = None
+            if request.id in self.due:
+                continue
+            request.losses += 1
+            broken = bool(request.tokens) and not self.config.resume_streams
+            if broken or request.losses >= self.config.attempts_max:
+                self.due[request.id] = Reason.WORKER_LOST
+            else:
+                self.seen["resume" if request.tokens else "retry"] += 1
+
+    def settle(self) -> None:
+        """The end of a call: all that was due has come."""
+        ensure(not self.due, f"these should have ended: {self.due}")

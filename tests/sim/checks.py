@@ -1,0 +1,343 @@
+"""What must hold of every plan that is sent, and of the core after every turn.
+
+Most of it is computed anew from the books and the simulated workers. Where it looks inside the
+core, it is to compare the core's account with theirs.
+"""
+
+from collections.abc import Sequence as Seq
+
+from router.core.effects import Close, RunPlan
+from router.core.events import Reason
+from router.core.ledger import Account
+from router.core.scheduler import Core
+from router.core.state import Group, Sequence
+from tests.sim.books import Books, GroupBook, Request
+from tests.sim.worker import ensure
+
+Places = dict[int, Group | None]
+
+
+class Turn:
+    """What the core looked like before a call of ``plan``, to be compared with after."""
+
+    def __init__(self, core: Core) -> None:
+        self.places: Places = {number: sequence.group for number, sequence in core._live.items()}
+        self.donors = {name: list(group.donors) for name, group in core._groups.items()}
+        self.pinned = {name: pinned(group) for name, group in core._groups.items()}
+        self.ran = {name for name, group in core._groups.items() if group.running}
+        self.lives = dict(core._groups)
+        self.reserved = {
+            number: sequence.account.reserved
+            for number, sequence in core._live.items()
+            if sequence.account is not None
+        }
+        self.preempted = core.counters.preempted
+
+
+def pinned(group: Group) -> set[int]:
+    """Those whose memory a placed sequence is yet to share."""
+    accounts = [s.account for s in group.filling.values() if not s.admitted]
+    return {a.parent.holder for a in accounts if a is not None and a.parent is not None}
+
+
+def check_plan(books: Books, group: GroupBook, plan: RunPlan) -> None:
+    """A plan, before the worker applies it: nobody was left out or preempted unduly."""
+    work = dict(zip(plan.work_sequences, plan.work_tokens, strict=True))
+    group.plan, group.budget_left = plan, group.step_tokens - sum(plan.work_tokens)
+    ensure(group.budget_left >= 0, "more work than the step budget")
+    fillers = {admit.sequence: len(admit.tokens) - admit.share_len for admit in plan.admits}
+    running = list(fillers)
+    for number, resident in group.worker.residents.items():
+        request = books.requests[number]
+        if number in plan.drops or not request.open:
+            continue
+        running.append(number)
+        if resident.failed:
+            continue
+        if resident.drawn == 0:
+            fillers[number] = len(resident.tokens) - resident.computed
+        elif len(resident.tokens) < request.end:
+            ensure(work.get(number) == 1, f"{number} is not decoded in this step")
+    ensure(len(running) <= group.batch, "more sequences run than the batch may have")
+    ensure(not fillers or fillers.keys() & work.keys(), "nobody's prompt makes progress")
+    for number, pending in fillers.items():
+        full = work.get(number) == pending or group.budget_left == 0
+        ensure(full, f"{number} is not filled although the step has room")
+    _check_victims(books, plan, running)
+
+
+def _check_victims(books: Books, plan: RunPlan, running: list[int]) -> None:
+    """Whoever is preempted is last in line of those that run."""
+    victims = [books.requests[number] for number in plan.drops if books.requests[number].open]
+    keys = [books.requests[number].key for number in running]
+    for victim in victims:
+        books.seen["preemption"] += 1
+        ensure(not keys or max(keys) < victim.key, f"{victim.id} is preempted out of turn")
+
+
+def check_kept(books: Books, core: Core, close: Close) -> None:
+    """What a request had computed stays for others to share, unless one of them needs more of it.
+
+    Called before the books are changed.
+    """
+    request = books.requests[close.request]
+    group = None if request.home is None else core._groups.get(request.home.name)
+    if group is None or request.home is None or close.reason is Reason.ENGINE_FAILED:
+        return
+    resident = request.home.worker.residents.get(request.id)
+    if resident is None or not resident.computed or not group.up.limits.shares_prefix:
+        return
+    wanted = any(
+        not member.admitted and _common(resident.tokens, member.tokens) > resident.computed
+        for member in group.filling.values()
+    )
+    ensure(request.id in group.donors or wanted, f"what {request.id} computed is thrown away")
+
+
+def check_turn(books: Books, core: Core, before: Turn) -> None:
+    """The core after a turn."""
+    ensure(core._live.keys() == books.open.keys(), "the core and the clients differ on who lives")
+    ensure(len(books.open) <= books.config.requests_max, "more requests than requests_max")
+    ensure(core._groups.keys() == books.groups.keys(), "the core knows other groups")
+    waiting = _check_places(books, core)
+    preempted = core.counters.preempted > before.preempted
+    for name, group in core._groups.items():
+        _check_memory(books.groups[name], group)
+        _check_progress(books, books.groups[name], group, {} if preempted else before.places)
+        if before.lives.get(name) is group and not preempted:
+            _check_evictions(books, group, before)
+            _check_sharing(books, group, before)
+    if not preempted:
+        _check_line(books, core, before, waiting)
+    _check_heads(books, core, waiting)
+    _check_wake(books, core)
+
+
+def _check_places(books: Books, core: Core) -> list[Request]:
+    """Each request is in exactly one place; returns those that wait."""
+    waiting = []
+    for number, sequence in core._live.items():
+        line = core._lines[sequence.facts.model]
+        places = [g for g in core._groups.values() if g.placed(number) is sequence]
+        ensure(len(places) + (number in line) == 1, f"{number} is in no place, or in several")
+        ensure(sequence.group is (places[0] if places else None), f"{number} is elsewhere")
+        if not places:
+            waiting.append(books.requests[number])
+    ensure(sum(len(line) for line in core._lines.values()) == len(waiting), "ghosts are waiting")
+    placed = sum(group.running for group in core._groups.values())
+    ensure(placed == len(core._live) - len(waiting), "ghosts are running")
+    return waiting
+
+
+def _check_memory(book: GroupBook, group: Group) -> None:
+    """The ledger is the sum of its accounts, and exactly what the worker holds and will hold."""
+    members = [*group.decoding.values(), *group.filling.values(), *group.donors.values()]
+    ledger, worker, page = group.ledger, book.worker, book.limits.page_tokens
+    ensure(len(members) <= book.limits.sequences_max, "more residents than sequences_max")
+    ensure(all(member.id in group.tree for member in members), "a holder is not in the tree")
+    ensure(len(members) == len(group.tree._ends), "the tree holds what is gone")
+    charged = used = 0
+    for member in members:
+        account = _account(member)
+        charged += ledger.charge_of(account)
+        resident = worker.residents.get(member.id)
+        if member.admitted and resident is not None:
+            ahead = ledger.pages(account.reserved) - len(resident.pages) * page
+            ensure(ahead >= 0, f"{member.id} has computed more than it has reserved")
+            idle = member.id in group.donors and not resident.failed
+            ensure(ahead == 0 or not idle, f"donor {member.id} holds more than it has computed")
+            used += ahead
+        else:
+            used += ledger.charge_of(account)
+    ensure(charged == ledger.charged <= book.kv_capacity, "the ledger is not its accounts' sum")
+    if group.drops or any(resident.failed for resident in worker.residents.values()):
+        return
+    admitted = {member.id for member in members if member.admitted}
+    ensure(admitted == worker.residents.keys(), "the worker holds other sequences")
+    ensure(worker.kv_used + used == charged, "the ledger is not what the worker holds")
+
+
+def _account(member: Sequence) -> Account:
+    assert member.account is not None
+    return member.account
+
+
+def _check_progress(books: Books, book: GroupBook, group: Group, stood: Places) -> None:
+    """Nothing that could be computed is left, unless all slots for plans are in use."""
+    ensure(len(book.in_flight) <= books.config.plans_in_flight_max, "too many plans in flight")
+    ensure(len(book.in_flight) == len(group.in_flight), "the core miscounts its plans")
+    if len(book.in_flight) < books.config.plans_in_flight_max:
+        ensure(not group.filling and not group.drops, "work is left, and a slot for a plan")
+    idle = {}
+    for number, sequence in group.filling.items():
+        if not sequence.admitted:
+            ready = _check_waits(books, book, group, sequence) and stood.get(number) is group
+            ensure(not ready or not book.plan, f"{number} waits for nothing")
+        idle[number] = book.idle_plans.get(number, 0)
+        ensure(idle[number] <= book.kv_capacity + 2, f"{number} makes no progress")
+    book.idle_plans = idle
+
+
+def _check_waits(books: Books, book: GroupBook, group: Group, sequence: Sequence) -> bool:
+    """Whether a placed sequence could have been admitted with the latest plan."""
+    account = _account(sequence)
+    if account.parent is None:
+        books.seen["heir not admitted yet"] += sequence.id in books.waits
+        return book.budget_left > 0
+    books.seen["wait for a parent"] += 1
+    first = books.waits.setdefault(sequence.id, account.parent.holder)
+    books.seen["heir not admitted yet"] += first != account.parent.holder
+    source = group.holder(account.parent.holder)
+    work = 0 if book.plan is None else _work_on(book.plan, account.parent.holder)
+    computed = source.scheduled - work
+    return book.budget_left > 0 and source.admitted and computed >= account.share_len
+
+
+def _work_on(plan: RunPlan, sequence: int) -> int:
+    if sequence not in plan.work_sequences:
+        return 0
+    return plan.work_tokens[plan.work_sequences.index(sequence)]
+
+
+def _check_evictions(books: Books, group: Group, before: Turn) -> None:
+    """The donor used least recently goes first, unless somebody shares it or is about to."""
+    former = before.donors[group.up.group]
+    gone = [index for index, donor in enumerate(former) if donor not in group.donors]
+    books.seen["eviction"] += len(gone)
+    ensure(not gone or _grown(group, before), "donors were evicted in vain")
+    for donor in former[: max(gone, default=0)]:
+        if donor in group.donors and donor not in before.pinned[group.up.group]:
+            ensure(
+                _shared_now(books, group, donor, before),
+                f"{donor} was to go before {former[gone[-1]]}",
+            )
+
+
+def _grown(group: Group, before: Turn) -> bool:
+    """Whether somebody was placed, or has reserved more than before."""
+    members = (*group.filling.values(), *group.decoding.values())
+    return any(
+        before.places.get(member.id) is not group
+        or _account(member).reserved > before.reserved[member.id]
+        for member in members
+    )
+
+
+def _check_sharing(books: Books, group: Group, before: Turn) -> None:
+    """Whoever was placed shares as much as one of those who stay has, and that one counts as used.
+
+    Only beside others that run: for the sake of the only one, what it was to share is given up.
+    """
+    members = group.members()
+    placed = [member for member in members if before.places.get(member.id) is not group]
+    new = {member.id for member in placed} - group.donors.keys()
+    if len(new) == group.running or not group.up.limits.shares_prefix:
+        return
+    known = {m.id: _known(group, m) for m in members}
+    for member in placed:
+        if member.id not in new:
+            continue
+        share = _share(books, member)
+        others = {number: _common(known[number], member.tokens) for number in known.keys() - new}
+        best = group.ledger.whole_pages(min(max(others.values()), len(member.tokens) - 1))
+        ensure(share >= best or best < books.config.share_tokens_min, f"{member.id} shares less")
+        donors = [
+            number
+            for number in known
+            if number != member.id and 0 < share <= _common(known[number], member.tokens)
+        ]
+        if len(donors) == 1 and donors[0] in group.donors:
+            after = list(group.donors)[list(group.donors).index(donors[0]) + 1 :]
+            used = all(_shared_now(books, group, donor, before) for donor in after)
+            ensure(used, f"donor {donors[0]} was used, and does not count as used")
+
+
+def _known(group: Group, member: Sequence) -> Seq[int]:
+    """What others can count on: the prompt of one who runs, and what a donor has computed."""
+    return member.tokens[: member.scheduled] if member.id in group.donors else member.facts.prompt
+
+
+def _share(books: Books, member: Sequence) -> int:
+    """How much it started with. As an heir, it owns that by now and its account shares less."""
+    return books.requests[member.id].shared if member.admitted else _account(member).share_len
+
+
+def _common(known: Seq[int], tokens: Seq[int]) -> int:
+    """How many tokens two lists begin with in common."""
+    pairs = zip(known, tokens, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(known), len(tokens)))
+
+
+def _shared_now(books: Books, group: Group, donor: int, before: Turn) -> bool:
+    """Whether somebody placed in this turn begins with tokens that the donor has."""
+    known = _known(group, group.donors[donor])
+    return any(
+        before.places.get(member.id) is not group
+        and (share := _share(books, member)) > 0
+        and known[:share] == member.tokens[:share]
+        for member in (*group.filling.values(), *group.decoding.values())
+    )
+
+
+def _check_line(books: Books, core: Core, before: Turn, waiting: list[Request]) -> None:
+    """Nobody was placed ahead of one who stood before it in the same line."""
+    placed = [
+        books.requests[number]
+        for number, sequence in core._live.items()
+        if sequence.group is not None and before.places.get(number) is not sequence.group
+    ]
+    for model in range(2):
+        left = [r.key for r in waiting if r.model == model and before.places[r.id] is None]
+        taken = [r.key for r in placed if r.model == model]
+        if left and taken:
+            ensure(max(taken) < min(left), "somebody was overtaken in the line")
+
+
+def _check_heads(books: Books, core: Core, waiting: list[Request]) -> None:
+    """The head of a line waits only if there is no room for it."""
+    for model in range(2):
+        line = [request for request in waiting if request.model == model]
+        if not line:
+            continue
+        head = min(line, key=lambda request: request.key)
+        books.seen["wait for room"] += 1
+        able = [book for book in books.serving(model) if book.able(head)]
+        ensure(able or not books.serving(model), f"{head.id} waits for what cannot be")
+        for book in able:
+            ensure(not _has_room(books, book, core._groups[book.name], head), f"{head.id} had room")
+
+
+def _has_room(books: Books, book: GroupBook, group: Group, head: Request) -> bool:
+    """Whether the request fits beside what runs, even if the largest donor has to be kept."""
+    if not group.running:
+        return True
+    if group.running >= book.batch:
+        return False
+    page = book.limits.page_tokens
+    tokens = len(head.facts.prompt) + len(head.tokens) + books.config.reserve_tokens
+    known = (*head.facts.prompt, *head.tokens)
+    common = [_common(_known(group, member), known) for member in group.members()]
+    share = group.ledger.whole_pages(min(max(common), len(known) - 1))
+    shares = group.up.limits.shares_prefix and share >= books.config.share_tokens_min
+    need = -(-min(head.end, tokens) // page) * page - shares * share
+    held = pinned(group)
+    charges = [
+        group.ledger.charge_of(_account(donor))
+        for donor in group.donors.values()
+        if donor.id not in held and not _account(donor).children
+    ]
+    free = group.ledger.free + sum(charges) - max(charges, default=0)
+    return need <= free and (
+        len(charges) > 1 or group.running + len(group.donors) < book.limits.sequences_max
+    )
+
+
+def _check_wake(books: Books, core: Core) -> None:
+    """The timer is set to the first thing that is due, which is not yet past."""
+    due = [r.facts.deadline_ms for r in books.open.values() if r.facts.deadline_ms is not None]
+    due += [at for group in books.groups.values() if (at := group.due_ms(books.config)) is not None]
+    wake = core.wake_at()
+    ensure(
+        wake == min(due, default=None), f"wake_at is {wake}, but {min(due, default=None)} is due"
+    )
+    ensure(wake is None or wake > books.now, "wake_at is past")

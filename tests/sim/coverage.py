@@ -1,0 +1,23 @@
+"""What must have happened somewhere in a thousand worlds, or the simulation has gone blind."""
+
+from collections import Counter
+
+from router.core.events import Reason
+
+_NEVER = {Reason.STOP_TOKEN, Reason.SHUTDOWN}  # the first is the service's word, as is the last
+
+REQUIRED = (
+    *(f"close {reason.value}" for reason in Reason if reason not in _NEVER),
+    *(f"untrue: {kind}" for kind in ("repeated", "skipped", "missing", "hidden")),
+    *(f"untrue: {kind}" for kind in ("surplus", "uneven", "swapped")),
+    *("crash", "wedged", "abandoned late", "abandoned untrue", "old news", "stale outcome"),
+    *("eviction", "preemption", "resume", "retry", "failure", "failure by share"),
+    *("share from running", "share from finished", "share of an answer", "share after a loss"),
+    *("heir", "heir not admitted yet", "wait for a parent", "wait for room"),
+    *("token thrown away", "priority", "two models", "needs", "resized", "follow-up"),
+)
+
+
+def missing(seen: Counter[str]) -> list[str]:
+    """What has not happened."""
+    return [kind for kind in REQUIRED if not seen[kind]]

@@ -1,0 +1,386 @@
+"""One simulated world: a clock, clients, workers and faults around one core.
+
+The clock is a heap of ``(time, tie, handler, arguments)``. As the driver does, a turn lets the core
+observe everything that happens at one instant, then plan once, then performs what it asked for.
+Faults stop at some time; then everything must end, for no event is left but what the core caused.
+"""
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from random import Random
+from zlib import crc32
+
+from router.core.effects import Abandon, Close, Deliver, Effect, RunPlan
+from router.core.events import Ended, Event, GroupDown, GroupUp, Reason, StepDone, Submitted, Ticked
+from router.core.scheduler import Core
+from tests.sim.books import Books, GroupBook, Request, group_book
+from tests.sim.checks import Turn, check_kept, check_plan, check_turn
+from tests.sim.untrue import untrue
+from tests.sim.worker import ensure
+from tests.sim.world import (
+    NO_FAULTS,
+    GroupSpec,
+    World,
+    draw_limits,
+    draw_prompt,
+    draw_request,
+    draw_tokens,
+    draw_world,
+)
+
+TURNS_MAX = 4000
+
+
+class Simulation:
+    """Runs the world of one seed; raises ``Violation`` if the core does wrong."""
+
+    def __init__(self, seed: int, core_type: type[Core] = Core, keep: int | None = 50) -> None:
+        self.rng = Random(seed)
+        self.world: World = draw_world(self.rng)
+        self.core = core_type(self.world.config)
+        self.seen: Counter[str] = Counter()
+        self.books = Books(self.world.config, self.seen)
+        self.trace: deque[tuple[int, object]] = deque(maxlen=keep)
+        self.digest = 0
+        self.events = 0
+        self.submitted = 0
+        self.faults_on = True
+        self._heap: list[tuple[int, int, Callable[..., None], tuple[object, ...]]] = []
+        self._tie = 0
+        self._timer: int | None = None
+        self._epochs: Counter[str] = Counter()
+        self._busy_until: Counter[str] = Counter()
+        self._wedged: set[str] = set()
+        self._last: dict[str, StepDone] = {}
+
+    def run(self) -> None:
+        """From the first event to the last."""
+        self._schedule()
+        turns = 0
+        while self._heap:
+            self.books.now = self._heap[0][0]
+            while self._heap and self._heap[0][0] == self.books.now:
+                _, _, handler, arguments = heapq.heappop(self._heap)
+                handler(*arguments)
+            self._turn()
+            turns += 1
+            ensure(turns < TURNS_MAX, "the world does not come to an end")
+        self._check_end()
+
+    # --- the clock
+
+    def _at(self, delay_ms: int, handler: Callable[..., None], *arguments: object) -> None:
+        self._tie += 1
+        heapq.heappush(self._heap, (self.books.now + delay_ms, self._tie, handler, arguments))
+
+    def _schedule(self) -> None:
+        rng, world = self.rng, self.world
+        for spec in world.groups:
+            self._at(0 if rng.random() < 0.6 else rng.randrange(60), self._up, spec)
+            while rng.random() < world.faults.crash_per_group / 4:
+                self._at(rng.randrange(world.spread_ms + 300), self._crash, spec)
+        for _ in range(world.requests):
+            burst = rng.random() < 0.3
+            self._at(0 if burst else rng.randrange(world.spread_ms), self._submit, None)
+        self._at(world.spread_ms + 400, self._stop_faults)
+
+    def _stop_faults(self) -> None:
+        self.faults_on = False
+
+    def _happens(self, rate: float) -> bool:
+        return rate > 0 and self.faults_on and self.rng.random() < rate
+
+    def _turn(self) -> None:
+        """Plans once, performs, and checks everything."""
+        books, core, now = self.books, self.core, self.books.now
+        before = Turn(core)
+        for request in books.open.values():
+            deadline = request.facts.deadline_ms
+            if deadline is not None and deadline <= now:
+                books.due[request.id] = Reason.DEADLINE
+        for group in books.groups.values():
+            group.plan = None
+        late = {
+            name
+            for name, group in books.groups.items()
+            if (due := group.due_ms(books.config)) is not None and due <= now
+        }
+        effects = core.plan(now)
+        ensure(core.plan(now) == [], "plan, called again at once, returns something")
+        self._perform(effects, late, turn=True)
+        check_turn(books, core, before)
+        wake = core.wake_at()
+        if wake is not None and (self._timer is None or self._timer <= now or wake < self._timer):
+            self._timer = wake
+            self._at(wake - now + self.rng.choice((0, 0, 0, 3)), self._tick)
+
+    def _tick(self) -> None:
+        ensure(self._observe(Ticked()) == [], "a tick has effects")
+
+    def _observe(self, event: Event) -> list[Effect]:
+        """Lets the core observe an event, which is all that happens in between two checks."""
+        self.events += 1
+        self.trace.append((self.books.now, event))
+        effects = self.core.observe(self.books.now, event)
+        for effect in effects:
+            if isinstance(effect, Close):
+                check_kept(self.books, self.core, effect)
+        return effects
+
+    # --- what the core asks for
+
+    def _perform(
+        self, effects: list[Effect], doubted: Collection[str] = (), turn: bool = False
+    ) -> None:
+        """Performs effects; exactly the ``doubted`` groups may, and must, be abandoned."""
+        doubted = set(doubted)
+        for effect in effects:
+            self.trace.append((self.books.now, effect))
+            match effect:
+                case RunPlan():
+                    self._run_plan(effect)
+                case Deliver():
+                    self._deliver(effect)
+                case Close():
+                    self._closed(effect)
+                case Abandon():
+                    self.seen["abandoned late" if turn else "abandoned untrue"] += 1
+                    ensure(effect.group in doubted, f"{effect.group} is abandoned: {effect.detail}")
+                    doubted.discard(effect.group)
+                    self._abandoned(effect)
+        ensure(not doubted, f"these should have been abandoned: {doubted}")
+        self.books.settle()
+
+    def _note(self, *numbers: object) -> None:
+        self.digest = crc32(repr(numbers).encode(), self.digest)
+
+    def _run_plan(self, plan: RunPlan) -> None:
+        group = self.books.groups[plan.group]
+        self._note(plan.group, plan.plan_id, plan.drops, plan.work_sequences, plan.work_tokens)
+        check_plan(self.books, group, plan)
+        self._count_shares(plan)
+        heirs = group.worker.heirs
+        drawn = group.worker.apply(plan, lambda: self._happens(self.world.faults.failure_per_token))
+        self.seen["heir"] += group.worker.heirs - heirs
+        self.seen["failure"] += len(drawn.failures)
+        self.seen["failure by share"] += any("share" in why for _, why in drawn.failures)
+        for number in plan.drops:
+            self.books.requests[number].home = None
+        for admit in plan.admits:
+            request = self.books.requests[admit.sequence]
+            full = (*request.facts.prompt, *request.tokens)
+            ensure(admit.tokens == full, "an admit with other tokens than the request has")
+            ensure(admit.prompt_len == len(request.facts.prompt), "prompt_len is wrong")
+            ensure(admit.sampling is request.facts.sampling, "sampling is not passed on")
+            request.home, request.admitted_by = group, plan.plan_id
+            request.shared = admit.share_len
+            request.cached = max(request.cached, min(admit.share_len, admit.prompt_len))
+        for number in group.idle_plans:
+            group.idle_plans[number] += 1
+        for number in plan.work_sequences:
+            group.idle_plans.pop(number, None)
+        group.in_flight.append((plan.plan_id, self.books.now))
+        logprobs = [
+            ("logprob", *pair) for pair in zip(drawn.sequences, drawn.positions, strict=True)
+        ]
+        self._answer(
+            group,
+            StepDone(
+                plan.group,
+                plan.epoch,
+                plan.plan_id,
+                drawn.sequences,
+                drawn.tokens,
+                logprobs if self.world.logprobs else (),
+                tuple(drawn.failures),
+            ),
+        )
+
+    def _count_shares(self, plan: RunPlan) -> None:
+        for admit in plan.admits:
+            if admit.share_len:
+                source = self.books.requests[admit.share_from]
+                ensure(not source.failed, "a share of a sequence that is known to have failed")
+                self.seen["share from running" if source.open else "share from finished"] += 1
+                self.seen["share after a loss"] += len(admit.tokens) > admit.prompt_len
+                self.seen["share of an answer"] += admit.share_len > len(source.facts.prompt)
+
+    def _deliver(self, effect: Deliver) -> None:
+        self._note(effect.requests, effect.tokens)
+        ensure(not effect.logprobs or len(effect.logprobs) == len(effect.tokens), "logprobs lost")
+        ensure(bool(effect.logprobs) == self.world.logprobs, "logprobs lost or invented")
+        for index, (number, token) in enumerate(zip(effect.requests, effect.tokens, strict=True)):
+            request = self.books.delivered(number, token)
+            if effect.logprobs:
+                position = len(request.facts.prompt) + len(request.tokens) - 1
+                drawn = ("logprob", number, position)
+                ensure(effect.logprobs[index] == drawn, "a logprob of another token")
+            if len(request.tokens) == request.stop_after:
+                self._at(self.rng.randrange(8), self._end, request, Reason.STOP_STRING)
+
+    def _closed(self, close: Close) -> None:
+        self._note(close.request, close.reason.value, close.cached_tokens)
+        request = self.books.closed(close)
+        if self._happens(0.05):
+            self._at(self.rng.randrange(5), self._end, request, Reason.CANCELLED)
+        more = request.tokens and self.submitted < 2 * self.world.requests
+        if more and self.rng.random() < self.world.follow_up:
+            self._at(self.rng.randrange(30), self._submit, request)
+
+    def _abandoned(self, abandon: Abandon) -> None:
+        self._note(abandon.group, abandon.epoch)
+        group = self.books.groups[abandon.group]
+        ensure(group.worker.epoch == abandon.epoch, "another epoch is abandoned")
+        ensure(abandon.detail, "a group is abandoned without a word of why")
+        self.books.lost(group)
+        if self.rng.random() < 0.5:
+            self._at(self.rng.randrange(60), self._down_late, group.name, abandon.epoch)
+        self._restart(group.name)
+
+    def _restart(self, name: str) -> None:
+        self._wedged.discard(name)
+        self._busy_until[name] = 0
+        spec = next(spec for spec in self.world.groups if spec.name == name)
+        self._at(self.rng.randrange(self.world.down_ms_max), self._up, spec)
+
+    # --- what happens to groups
+
+    def _up(self, spec: GroupSpec) -> None:
+        self._epochs[spec.name] += 1
+        epoch = self._epochs[spec.name]
+        if self.world.resizes and self.faults_on and epoch > 1:
+            self.seen["resized"] += 1
+            spec.limits = draw_limits(self.rng, spec.limits.page_tokens, spec.limits.kv_tokens)
+        book = group_book(
+            (spec.name, spec.model, spec.features), spec.limits, epoch, self.core.config
+        )
+        self.books.groups[spec.name] = book
+        model = f"m{spec.model}"
+        up = GroupUp(spec.name, epoch, model, "scripted", spec.limits, spec.features)
+        ensure(self._observe(up) == [], "news of a group has effects")
+
+    def _crash(self, spec: GroupSpec) -> None:
+        group = self.books.groups.get(spec.name)
+        if group is None or not self.faults_on:
+            return
+        self.seen["crash"] += 1
+        self.books.lost(group)
+        self._perform(self._observe(GroupDown(spec.name, group.worker.epoch)))
+        self._restart(spec.name)
+
+    def _down_late(self, name: str, epoch: int) -> None:
+        self.seen["old news"] += name in self.books.groups
+        ensure(self._observe(GroupDown(name, epoch)) == [], "an old GroupDown has effects")
+
+    def _answer(self, group: GroupBook, outcome: StepDone) -> None:
+        """Sends the outcome on its way, unless the worker is stuck."""
+        if self._happens(self.world.faults.wedge_per_step):
+            self.seen["wedged"] += group.name not in self._wedged
+            self._wedged.add(group.name)
+        if group.name in self._wedged:
+            return
+        spec = next(spec for spec in self.world.groups if spec.name == group.name)
+        done = max(self.books.now, self._busy_until[group.name])
+        done += self.rng.randint(1, spec.step_ms_max)
+        self._busy_until[group.name] = done
+        self._at(done - self.books.now, self._outcome, group, outcome)
+        if self._happens(self.world.faults.stale_per_step):
+            self._at(done - self.books.now + self.rng.randrange(200), self._stale, outcome)
+
+    def _stale(self, outcome: StepDone) -> None:
+        """The outcome comes once more, if by now it is one of a former epoch."""
+        group = self.books.groups.get(outcome.group)
+        if group is None or group.worker.epoch != outcome.epoch:
+            self.seen["stale outcome"] += 1
+            ensure(self._observe(outcome) == [], "a stale outcome has effects")
+
+    def _outcome(self, group: GroupBook, outcome: StepDone) -> None:
+        if self.books.groups.get(group.name) is not group:
+            self._stale(outcome)
+            return
+        if self._happens(self.world.faults.untrue_per_step):
+            last = self._last.get(group.name)
+            last = last if last is not None and last.epoch == outcome.epoch else None
+            kind, wrong = untrue(self.rng, outcome, last)
+            self.seen[f"untrue: {kind}"] += 1
+            self._perform(self._observe(wrong), {group.name})
+            return
+        group.in_flight.popleft()
+        group.answered_ms = self.books.now
+        self._last[group.name] = outcome
+        present = {
+            request.id
+            for request in self.books.open.values()
+            if request.home is group and request.admitted_by <= outcome.plan_id
+        }
+        pairs = zip(outcome.sequences, outcome.tokens, strict=True)
+        expected = [pair for pair in pairs if pair[0] in present]
+        for number, _ in outcome.failures:
+            if number in present:
+                self.books.due[number] = Reason.ENGINE_FAILED
+        effects = self._observe(outcome)
+        delivered = [
+            pair
+            for effect in effects
+            if isinstance(effect, Deliver)
+            for pair in zip(effect.requests, effect.tokens, strict=True)
+        ]
+        ensure(delivered == expected, f"delivered {delivered} instead of {expected}")
+        self.seen["token thrown away"] += len(outcome.sequences) - len(expected)
+        self._perform(effects)
+
+    # --- what clients do
+
+    def _submit(self, former: Request | None) -> None:
+        facts, model = self._draw_request(former)
+        full = len(self.books.open) >= self.world.config.requests_max
+        request = self.books.submitted(facts, model)
+        groups = self.books.serving(model)
+        hopeless = bool(groups) and not any(group.able(request) for group in groups)
+        effects = self._observe(facts)
+        ensure(len(effects) == (full or hopeless), f"{facts.request} is taken or refused wrongly")
+        self._perform(effects)
+        self._plan_ends(request)
+        self.seen["priority"] += facts.priority > 0
+        self.seen["two models"] += model > 0
+        self.seen["needs"] += bool(facts.needs)
+
+    def _draw_request(self, former: Request | None) -> tuple[Submitted, int]:
+        self.submitted += 1
+        now, rates = self.books.now, self.world.faults if self.faults_on else NO_FAULTS
+        if former is None:
+            model, prompt = self.rng.randrange(self.world.models), draw_prompt(self.rng, self.world)
+        else:
+            self.seen["follow-up"] += 1
+            model = former.model
+            prompt = (*former.facts.prompt, *former.tokens, *draw_tokens(self.rng, 2))
+        ask = draw_request(self.rng, self.world, rates, now)
+        return replace(ask, request=self.submitted, model=f"m{model}", prompt=prompt), model
+
+    def _plan_ends(self, request: Request) -> None:
+        faults = self.world.faults
+        if self._happens(faults.cancel_per_request):
+            delay = self.rng.choice((0, 3, 20, 100, 300))
+            self._at(self.rng.randint(0, delay), self._end, request, Reason.CANCELLED)
+        if self._happens(faults.stop_string_per_request):
+            request.stop_after = self.rng.randint(1, 6)
+
+    def _end(self, request: Request, reason: Reason) -> None:
+        if request.open:
+            self.books.due[request.id] = reason
+        self._perform(self._observe(Ended(request.id, reason)))
+
+    # --- the end of the world
+
+    def _check_end(self) -> None:
+        """Everything has ended, and nothing is held but what donors keep for the next request."""
+        ensure(not self.books.open, f"these wait for ever: {list(self.books.open)}")
+        shot = self.core.snapshot()
+        ensure(shot.waiting == shot.running == 0, "something is left after the end")
+        for group in shot.groups:
+            ensure(group.kv_used == 0, f"{group.name} holds memory for nobody")
+            ensure(group.plans_in_flight == 0, f"{group.name} has a plan in flight at the end")
+            donors = self.books.groups[group.name].worker.residents
+            ensure(len(donors) == group.donors, f"{group.name} forgot a resident sequence")

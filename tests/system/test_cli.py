@@ -1,0 +1,89 @@
+"""The ``roundhouse`` command: help, and one line for each thing that a user can get wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.models import embedded
+from deploy.options import KNOBS
+
+
+def roundhouse(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | env,
+    )
+
+
+def only_line(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of an error."""
+    assert result.returncode not in (0, -6, -11)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("serving ")]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("roundhouse: error: ")
+    assert result.stdout == ""
+    return lines[0]
+
+
+def test_help_shows_every_option_with_its_variable() -> None:
+    shown = " ".join(roundhouse("serve", "--help").stdout.split())
+    for knob in KNOBS:
+        assert f"--{knob.name} " in shown
+        assert f"env var: {knob.envvar}" in shown.replace("env var: ", "env var: ")
+    assert "default: 3000" in shown
+    assert "Examples:" in shown
+
+
+def test_version() -> None:
+    assert roundhouse("--version").stdout.startswith("roundhouse ")
+
+
+def test_all_bad_values_are_told_at_once() -> None:
+    line = only_line(
+        roundhouse("serve", "--port", "high", "--max-batch-size=-1", MAX_TOTAL_TOKENS="many")
+    )
+    assert "port (TCP port)" in line
+    assert "max_batch_size (sequences)" in line
+    assert "max_total_tokens (tokens)" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("serve", "./no-such.gguf"), "model file ./no-such.gguf does not exist"),
+        (("serve", "--engine", "abacus"), "abacus"),
+        (("serve", "--no-such-option"), "--no-such-option"),
+        (("serve", "--num-shard", "0"), "num-shard"),
+        (("router",), "--worker"),
+        (("router", "--worker", "nowhere"), "nowhere"),
+        (("router", "--worker", "a:1", "--worker", "a:1"), "a:1"),
+        (("worker", "./no-such.gguf"), "model file ./no-such.gguf does not exist"),
+        (("serve", "--engine", "scripted", "--engine-option", "novalue"), "novalue"),
+        (("serve", "--engine", "scripted", "--worker-python", "/no/python"), "/no/python"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], told: str) -> None:
+    assert told in only_line(roundhouse(*arguments, PORT="0", GRPC_PORT="0"))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"no model" * 99], ids=len)
+def test_a_corrupt_model_file_is_one_line_that_names_it(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(content)
+    assert str(path) in only_line(roundhouse("serve", str(path), PORT="0", GRPC_PORT="0"))
+
+
+def test_a_model_file_that_was_cut_short_is_one_line_that_names_it(tmp_path: Path) -> None:
+    whole = embedded().path
+    assert whole is not None
+    path = tmp_path / "half.gguf"
+    with whole.open("rb") as file:
+        path.write_bytes(file.read(whole.stat().st_size // 2))
+    assert str(path) in only_line(roundhouse("serve", str(path), PORT="0", GRPC_PORT="0"))

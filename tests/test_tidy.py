@@ -1,0 +1,142 @@
+"""Keeps the structure of the project: imports, purity, size, docstrings. The rules: ``tidy.py``."""
+
+import os
+import re
+import subprocess
+import tomllib
+
+import pytest
+
+from tests import tidy
+
+VERBS = (
+    *("help", "setup", "run", "test", "check", "proto", "proto-check", "lint", "type", "sim"),
+    *("replay", "bench", "clean"),
+)
+SOURCES = tidy.sources()
+
+
+@pytest.mark.parametrize("rule", tidy.RULES, ids=lambda rule: rule.__name__)
+def test_every_file_keeps_the_rule(rule: tidy.Rule) -> None:
+    complaints = [f"{src.path}:{text}" for src in SOURCES for text in rule(src)]
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_the_rules_see_the_whole_project() -> None:
+    seen = {src.folder for src in SOURCES}
+    assert {"router", "shards", "deploy", "tests"} <= seen
+    assert any(src.core for src in SOURCES)
+    assert not any("v1" in src.path.parts for src in SOURCES)
+
+
+GOOD = {
+    "router/driver.py": '"""D."""\nfrom shards.v1 import shard_pb2\nimport asyncio\n',
+    "deploy/cli.py": '"""C."""\nimport router.app\nimport shards.engines\n',
+    "router/core/ledger.py": (
+        '"""L."""\n'
+        "from collections import deque\n"
+        "from router.core.events import Reason\n"
+        "def total(held: set[int], order: list[int]) -> int:\n"
+        '    """T."""\n'
+        "    return sum(sorted(held)) // 2 + len(held) + sum(x for x in order if x in held)\n"
+    ),
+    "shards/worker.py": '"""W."""\nimport asyncio\nqueue = asyncio.Queue(maxsize=3)\n',
+}
+BAD = [
+    (tidy.importing, "router/driver.py", "import shards.worker"),
+    (tidy.importing, "router/driver.py", "from shards import engines"),
+    (tidy.importing, "router/driver.py", "from shards.engines.base import Plan"),
+    (tidy.importing, "router/driver.py", "def f():\n    import deploy.cli"),
+    (tidy.importing, "router/driver.py", "from . import link"),
+    (tidy.importing, "shards/worker.py", "from router.errors import Fault"),
+    (tidy.importing, "tests/test_x.py", "import proto"),
+    (tidy.importing, "deploy/cli.py", "import pickle"),
+    (tidy.importing, "router/core/plan.py", "import time"),
+    (tidy.importing, "router/core/plan.py", "from random import random"),
+    (tidy.importing, "router/core/plan.py", "import logging"),
+    (tidy.importing, "router/core/plan.py", "from router.driver import Driver"),
+    (tidy.importing, "router/core/plan.py", "from collections.evil import x"),
+    (tidy.purity, "router/core/plan.py", "async def f(): pass"),
+    (tidy.purity, "router/core/plan.py", "print(1)"),
+    (tidy.purity, "router/core/plan.py", "open('x')"),
+    (tidy.purity, "router/core/plan.py", "x = 0.5"),
+    (tidy.purity, "router/core/plan.py", "x = 1 / 2"),
+    (tidy.purity, "router/core/plan.py", "x = 1\nx /= 2"),
+    (tidy.purity, "router/core/plan.py", "x = float(3)"),
+    (tidy.purity, "router/core/plan.py", "for x in {1, 2}: pass"),
+    (tidy.purity, "router/core/plan.py", "y = [x for x in set([1])]"),
+    (tidy.purity, "router/core/plan.py", "def f(held: frozenset[int]):\n    return list(held)"),
+    (tidy.purity, "router/core/plan.py", "class C:\n  a: set[int]\n  b = [x for x in C.a]"),
+    (tidy.purity, "router/core/plan.py", "def f(self):\n    self.a = {1}\n    list(self.a)"),
+    (tidy.purity, "router/core/plan.py", "a = set()\nfor x in a | b: pass"),
+    (tidy.purity, "router/core/plan.py", "a = {1}\nb = [*a]"),
+    (tidy.purity, "router/core/plan.py", "a = {1}\nb = a.pop()"),
+    (tidy.lengths, "router/driver.py", "\n" * 401),
+    (tidy.lengths, "tests/test_x.py", "\n" * 401),
+    (tidy.lengths, "router/driver.py", "def f():\n" + "    x = 1\n" * 60),
+    (tidy.docstrings, "router/driver.py", "x = 1"),
+    (tidy.docstrings, "shards/worker.py", '"""W."""\ndef public(): pass'),
+    (tidy.docstrings, "deploy/cli.py", '"""W."""\nclass C:\n    """C."""\n    def f(self): pass'),
+    (tidy.calls, "router/driver.py", "print('x')"),
+    (tidy.calls, "deploy/cli.py", "eval('1')"),
+    (tidy.calls, "tests/test_x.py", "exec('1')"),
+    (tidy.calls, "router/driver.py", "asyncio.Queue()"),
+    (tidy.calls, "shards/worker.py", "Queue()"),
+    (tidy.calls, "shards/worker.py", "queue.SimpleQueue()"),
+    (tidy.calls, "shards/worker.py", "load(trust_remote_code=True)"),
+    (tidy.leftovers, "tests/test_x.py", "x = 1  # TO" + "DO later"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), BAD)
+def test_a_bad_sample_is_caught(rule: tidy.Rule, path: str, text: str) -> None:
+    assert list(rule(tidy.source(path, text)))
+
+
+@pytest.mark.parametrize("rule", tidy.RULES, ids=lambda rule: rule.__name__)
+def test_a_good_sample_passes(rule: tidy.Rule) -> None:
+    for path, text in GOOD.items():
+        assert not list(rule(tidy.source(path, text))), path
+
+
+def test_proto_holds_nothing_but_proto_files() -> None:
+    files = [path for path in (tidy.ROOT / "proto").rglob("*") if path.is_file()]
+    assert files
+    assert {path.suffix for path in files} == {".proto"}
+
+
+def test_every_proto_file_has_generated_code_beside_its_users() -> None:
+    for path in (tidy.ROOT / "proto").rglob("*.proto"):
+        stem = tidy.ROOT / path.relative_to(tidy.ROOT / "proto").with_suffix("")
+        for suffix in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py"):
+            assert stem.with_name(stem.name + suffix).is_file()
+
+
+def test_makefile_has_the_verbs_and_help_lists_them() -> None:
+    makefile = (tidy.ROOT / "Makefile").read_text()
+    listed = re.findall(r"^([a-z-]+):.*## ", makefile, flags=re.MULTILINE)
+    assert set(VERBS) <= set(listed)
+    shown = subprocess.run(
+        ["make", "-C", tidy.ROOT], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(f"make {verb} " in shown for verb in VERBS)
+
+
+def test_readme_gives_the_two_commands_and_ci_calls_its_test_command() -> None:
+    readme = (tidy.ROOT / "README.md").read_text()
+    assert "make run" in readme
+    assert "make test" in readme
+    ci = tidy.ROOT / ".ci" / "run"
+    assert os.access(ci, os.X_OK)
+    assert "make test" in ci.read_text()
+
+
+def test_the_packages_are_listed_and_tests_are_not_shipped() -> None:
+    project = tomllib.loads((tidy.ROOT / "pyproject.toml").read_text())
+    found = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert found == [f"{name}*" for name in tidy.PRODUCT]
+    assert project["project"]["scripts"]["roundhouse"] == "deploy.cli:main"
+
+
+def test_contributing_is_short() -> None:
+    assert len((tidy.ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 120

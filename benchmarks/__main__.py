@@ -1,6 +1,7 @@
 """``python -m benchmarks``: measures, prints a table, and ends with one line of JSON."""
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,6 +68,9 @@ def measure(name: str, quick: bool) -> tuple[list[Row], bool]:
 def main() -> int:
     """Returns the exit status: 1 if a scenario could not be run. A bar missed is no failure."""
     given = arguments()
+    # Leaves through every "with", which ends what was started.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     raise_file_limit()
     names = given.scenario or list(SCENARIOS)
     rows: list[Row] = []

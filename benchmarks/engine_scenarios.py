@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from statistics import median
+from time import monotonic
 
 from benchmarks.jobs import Seen, percentile
 from benchmarks.processes import running
@@ -19,6 +20,7 @@ DECODE = {1: (8, 0.90), 8: (24, 0.95), 32: (64, 0.95)}
 PREFIX_BAR, CONTENDED_BAR = 3.5, 0.40
 CONTENDED_CLIENTS, CONTENDED_REQUESTS = 8, 16
 WARM_SEED, SEED = 1, 100
+WARM_S, WARM_NEW = 2.0, 24
 SPIN = "import sys, time\nend = time.monotonic() + 120\nwhile time.monotonic() < end: pass"
 
 
@@ -28,12 +30,16 @@ def say(line: str) -> None:
 
 
 def take_turns(
-    systems: Sequence[System], rounds: int, measure: Callable[[System, int], Seen]
+    systems: Sequence[System],
+    rounds: int,
+    clients: int,
+    measure: Callable[[System, int], Seen],
 ) -> dict[str, list[Seen]]:
     """Measures the systems one after the other, ``rounds`` times: A B A B."""
     seen: dict[str, list[Seen]] = {system.name: [] for system in systems}
     for number in range(rounds):
         for system in systems:
+            warm(system, clients)
             one = measure(system, number).raise_errors()
             first = percentile(one.first_s, 50)
             say(f"  {system.name}: {one.rate:.1f} tokens/s, first token p50 {first * 1e3:.0f} ms")
@@ -47,9 +53,17 @@ def both() -> list[AbstractContextManager[System]]:
 
 
 def warm(system: System, clients: int) -> None:
-    """A short load that is not counted."""
-    bodies = [completion(prompt, 8) for prompt in distinct(clients, PROMPT, WARM_SEED)]
-    system.load(bodies, clients, 8).raise_errors()
+    """A load of at least two seconds that is not counted.
+
+    It precedes every turn: what the other system did meanwhile must not count, neither in caches
+    nor in our engine's count of threads, which follows what else the machine does.
+    """
+    until = monotonic() + WARM_S
+    while monotonic() < until:
+        prompts = distinct(max(2, clients), PROMPT, WARM_SEED)
+        system.load(
+            [completion(one, WARM_NEW) for one in prompts], clients, WARM_NEW
+        ).raise_errors()
 
 
 def rate(runs: Sequence[Seen]) -> float:
@@ -85,9 +99,7 @@ def decode(clients: int, quick: bool) -> list[Row]:
 
     with ExitStack() as stack:
         systems = [stack.enter_context(system) for system in both()]
-        for system in systems:
-            warm(system, clients)
-        seen = take_turns(systems, 1 if quick else ROUNDS, measure)
+        seen = take_turns(systems, 1 if quick else ROUNDS, clients, measure)
     what = f"{PROMPT} prompt + {NEW} new tokens, c={clients}, REST streaming"
     return [compare(f"decode_c{clients}", what, seen, bar)]
 
@@ -102,9 +114,7 @@ def shared_prefix(quick: bool) -> list[Row]:
 
     with ExitStack() as stack:
         systems = [stack.enter_context(system) for system in both()]
-        for system in systems:
-            warm(system, SHARED_CLIENTS)
-        seen = take_turns(systems, 1 if quick else ROUNDS, measure)
+        seen = take_turns(systems, 1 if quick else ROUNDS, SHARED_CLIENTS, measure)
     what = (
         f"{SHARED_REQUESTS} requests of {SHARED_CLIENTS} clients sharing a {PREFIX}-token prefix, "
         f"{PROMPT} prompt + {SHARED_NEW} new tokens"

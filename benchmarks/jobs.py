@@ -87,7 +87,7 @@ def percentile(values: list[float], percent: int) -> float:
 def run_job(module: str, job: Job) -> Seen:
     """Runs ``benchmarks.<module>`` as a generator process. Raises ``LoadError``."""
     command = [sys.executable, "-m", f"benchmarks.{module}"]
-    done = subprocess.run(
+    done = subprocess.run(  # which ends the process when this one is told to leave
         command,
         input=json.dumps(asdict(job)),
         capture_output=True,

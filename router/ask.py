@@ -13,8 +13,8 @@ from router.core.events import Reason
 class Params:
     """How to draw tokens and when to end. Neutral values are explicit: 1.0, 0.0 or 0 is off.
 
-    ``max_tokens`` None means: as many as fit. ``temperature`` 0 is greedy. ``seed`` None means: drawn
-    by the service. ``logprobs`` asks for the raw natural log of each token's probability,
+    ``max_tokens`` None means: as many as fit. ``temperature`` 0 is greedy. ``seed`` None means:
+    drawn by the service. ``logprobs`` asks for the raw natural log of each token's probability,
     ``top_logprobs`` for this many of the likeliest beside it.
     """
 
@@ -58,8 +58,10 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class TokenOut:
-    """A generated token. ``text`` is what it adds to the answer when special tokens are shown; a
-    token that ends inside a character has the empty text, and the next one carries the whole."""
+    """A generated token. ``text`` is what it adds to the answer when special tokens are shown.
+
+    A token that ends inside a character has the empty text, and the next one carries the whole.
+    """
 
     id: int
     text: str
@@ -86,7 +88,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What came since the last chunk: tokens, the text that became final, and the end if this is it.
+    """What came since the last chunk: tokens, the text that became final, perhaps the end.
 
     Text held back because a stop string may be starting comes with a later chunk, so ``text`` is
     not always the tokens' texts joined.

@@ -23,6 +23,8 @@ STOP_CHARS_MAX = 1024
 LIST_MAX = 1024
 """Entries that logit_bias and stop_token_ids may have: they travel with every admission."""
 PRIORITY_MAX = 3
+# What OpenAI allows, and the operator may raise. TGI's routes keep to max_top_n_tokens as it is.
+TOP_LOGPROBS_MAX = 20
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0, 100),
@@ -53,7 +55,7 @@ def check_ask(ask: Ask, card: ModelCard, settings: Settings) -> None:
     _check_stops(params.stop, settings.max_stop_sequences)
     if params.seed is not None and not 0 <= params.seed < 2**64:
         raise invalid(f"`seed` must be >= 0 and < 2^64. Given: {params.seed}", "seed")
-    top, top_max = params.top_logprobs, settings.max_top_n_tokens
+    top, top_max = params.top_logprobs, max(TOP_LOGPROBS_MAX, settings.max_top_n_tokens)
     if not 0 <= top <= top_max:
         raise invalid(f"`top_n_tokens` must be >= 0 and <= {top_max}. Given: {top}", "top_logprobs")
     _check_ids(params, card.vocab_size)

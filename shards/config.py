@@ -10,7 +10,6 @@ from typing import NoReturn
 from shards.engines import NAMES
 from shards.engines.base import EngineOptions
 
-
 _NUMBERS = (
     ("--kv-tokens", 0, "KV cache size in tokens; 0: the engine chooses"),
     ("--sequences-max", 0, "resident sequences; 0: the engine chooses"),

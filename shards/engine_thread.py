@@ -67,21 +67,12 @@ Said = Begun | Answer | End
 
 @dataclass(eq=False)
 class Session:
-    """One Run stream. The loop owns it; the engine thread reads and sets ``over`` only.
-
-    ``begun`` says that the engine has been emptied for it.
-    """
+    """One Run stream. The loop owns it; the engine thread reads and sets ``over`` only."""
 
     over: bool = False
-    begun: bool = False
     answers: deque[Said] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PLANS_MAX))
-
-    def begin(self) -> None:
-        """The engine is empty and ready for this session; called on the loop."""
-        self.begun = True
-        self.wake.set()
 
     def hear(self, said: Said) -> None:
         """Takes an answer in; called on the loop."""
@@ -196,7 +187,7 @@ class EngineThread:
                 case _Begin(session):
                     engine.reset()
                     self._digest = Digest()
-                    self._call(session.begin)
+                    self._call(session.hear, Begun())
                 case _Finish(session, end):
                     self._end(session, end)
                 case _Step():

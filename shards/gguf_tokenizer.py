@@ -7,12 +7,14 @@ Two kinds are known: byte-level BPE (``tokenizer.ggml.model`` is ``gpt2``) and S
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers import (
     AddedToken,
     Regex,
@@ -28,12 +30,13 @@ from shards.engines.base import ModelError
 from shards.pretokenizers import names, word_cut
 
 # Part of the cache key: raise it when the conversion changes.
-CONVERSION = 1
+CONVERSION = 2
 # tokenizer.ggml.token_type.
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = "▁"
 # SentencePiece models whose files do not say: llama.cpp's defaults.
 _SPM_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+_PHI3_KEEP = ("<unk>", "<s>", "<|endoftext|>")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 Metadata = Mapping[str, Any]
@@ -101,7 +104,10 @@ def _byte_level(path: Path, metadata: Metadata) -> tuple[Tokenizer, bool]:
     tokenizer = Tokenizer(model)
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in cut.patterns]
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, level])
+    lost = "".join(char for char in pre_tokenizers.ByteLevel.alphabet() if char not in vocab)
+    # A byte that is no token leaves no trace, but what stood on its two sides must not merge.
+    gaps = [pre_tokenizers.Split(Regex(f"[{re.escape(lost)}]"), "removed")] if lost else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, level, *gaps])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, cut.adds_bos
 
@@ -136,21 +142,31 @@ def _merges(metadata: Metadata, vocab: Mapping[str, int]) -> Iterator[tuple[str,
     As ``SentencePieceExtractor`` of the transformers library does.
     """
     tokens: Sequence[str] = metadata["tokenizer.ggml.tokens"]
-    scores: Sequence[float] = metadata["tokenizer.ggml.scores"]
-    kinds: Sequence[int] = metadata["tokenizer.ggml.token_type"]
+    scores: Sequence[float] = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
+    kinds = _kinds(metadata)
+    whole = (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)
     order = sorted(
-        (token for token, kind in enumerate(kinds) if kind != _CONTROL),
+        (token for token, kind in enumerate(kinds) if kind not in whole),
         key=lambda token: (-scores[token], token),
     )
+    find = vocab.get
     for token in order:
         text = tokens[token]
-        pairs = [
-            (vocab[text[:cut]], vocab[text[cut:]])
-            for cut in range(1, len(text))
-            if text[:cut] in vocab and text[cut:] in vocab
-        ]
+        pairs = []
+        for cut in range(1, len(text)):
+            left = find(text[:cut])
+            if left is not None:
+                right = find(text[cut:])
+                if right is not None:
+                    pairs.append((left, right))
         for left, right in sorted(pairs):
             yield tokens[left], tokens[right]
+
+
+def _kinds(metadata: Metadata) -> Sequence[int]:
+    """The kind of each token; without a list all are plain text."""
+    kinds: Sequence[int] | None = metadata.get("tokenizer.ggml.token_type")
+    return kinds or [_NORMAL] * len(metadata["tokenizer.ggml.tokens"])
 
 
 def _vocab(metadata: Metadata) -> dict[str, int]:
@@ -160,11 +176,19 @@ def _vocab(metadata: Metadata) -> dict[str, int]:
 def _add_tokens(tokenizer: Tokenizer, metadata: Metadata) -> None:
     """Tokens that are found in text as a whole, before anything else."""
     tokens: Sequence[str] = metadata["tokenizer.ggml.tokens"]
-    kinds: Sequence[int] = metadata.get("tokenizer.ggml.token_type", ())
+    # Files do not say which tokens swallow the white space behind them; llama.cpp knows this one
+    # family by its name.
+    name = str(metadata.get("general.name", "")).lower()
+    strips = "phi-3" in name or "phi3" in name
     added = [
-        AddedToken(tokens[token], special=kind == _CONTROL, normalized=False)
-        for token, kind in enumerate(kinds)
-        if kind in (_CONTROL, _USER_DEFINED)
+        AddedToken(
+            tokens[token],
+            special=kind != _USER_DEFINED,
+            normalized=False,
+            rstrip=strips and tokens[token] not in _PHI3_KEEP,
+        )
+        for token, kind in enumerate(_kinds(metadata))
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
     tokenizer.add_tokens(added)
 
@@ -209,10 +233,10 @@ def _cache_folder() -> Path:
 
 def _key(metadata: Metadata) -> str:
     """A hash of everything in the file that the conversion looks at."""
-    total = hashlib.sha256(f"{CONVERSION}".encode())
+    total = hashlib.sha256(f"{CONVERSION} {tokenizers.__version__}".encode())
     arch = metadata.get("general.architecture", "")
     for name in sorted(metadata):
-        if name.startswith("tokenizer.") or name == f"{arch}.context_length":
+        if name.startswith("tokenizer.") or name in ("general.name", f"{arch}.context_length"):
             total.update(f"{name}\0".encode())
             total.update(repr(metadata[name]).encode())
     return total.hexdigest()

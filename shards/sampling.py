@@ -37,9 +37,10 @@ _GOLDEN = 0x9E3779B97F4A7C15
 # Distances below the largest logit at which candidates are looked for, then all of them.
 _REACH = (8.0, 16.0, math.inf)
 # Distances of surprise from the entropy, in nats, for typical_p.
-_SPREADS = (1.0, 4.0, math.inf)
+_SPREADS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 9.0, math.inf)
 _BLOCK = 256
 _MINUS_INF = np.float32(-np.inf)
+_TINY = np.float32(1e-38)
 
 
 class Row(Protocol):
@@ -257,14 +258,15 @@ def _nucleus(logits: Floats, weights: Floats, top_p: float) -> Ids:
 def _typical(weights: Floats, typical_p: float) -> Ids:
     """Indices whose surprise is nearest to the entropy, up to that share of the mass, ascending."""
     total = float(weights.sum())
-    with np.errstate(divide="ignore"):
-        surprise = np.log(np.float32(total)) - np.log(weights)
-    possible = weights > 0
-    entropy = float(np.sum(weights[possible] * surprise[possible])) / total
+    # A token without weight gets a large but finite surprise: it must not spoil the entropy.
+    surprise = np.log(np.maximum(weights, _TINY))
+    np.subtract(np.float32(math.log(total)), surprise, out=surprise)
+    entropy = float(np.dot(weights, surprise)) / total
     distance = np.abs(surprise - np.float32(entropy))
+    distance[weights == 0.0] = np.inf
     wanted = typical_p * total
     for spread in _SPREADS:
-        near = np.flatnonzero((distance <= np.float32(spread)) & possible)
+        near = np.flatnonzero(distance <= np.float32(spread))
         order = near
         if spread == math.inf or float(weights[near].sum()) >= wanted:
             order = near[np.argsort(distance[near], kind="stable")]

@@ -49,7 +49,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         self._session: Session | None = None
         self._stopping = False
 
-    async def Describe(  # noqa: N802 - named by the protocol
+    async def Describe(
         self,
         request: shard_pb2.DescribeRequest,
         context: grpc.aio.ServicerContext[shard_pb2.DescribeRequest, shard_pb2.DescribeResponse],
@@ -58,7 +58,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         loaded = await self._loaded(context)
         return info_to_wire(loaded.info, loaded.seconds, self._instance_id, loaded.files)
 
-    async def GetTokenizer(  # noqa: N802
+    async def GetTokenizer(
         self,
         request: shard_pb2.GetTokenizerRequest,
         context: grpc.aio.ServicerContext[shard_pb2.GetTokenizerRequest, shard_pb2.TokenizerChunk],
@@ -68,9 +68,9 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         for chunk in file_chunks(loaded.files):
             yield chunk
 
-    async def Run(  # noqa: N802
+    async def Run(
         self,
-        request_iterator: AsyncIterator[shard_pb2.Plan],  # noqa: ARG002 - read from the context
+        request_iterator: AsyncIterator[shard_pb2.Plan],
         context: _Context,
     ) -> None:
         """Serves the log of plans; see the .proto file."""
@@ -95,7 +95,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
     async def _loaded(self, context: grpc.aio.ServicerContext[Any, Any]) -> Loaded:
         try:
             loaded = await asyncio.shield(self._engine.loaded)
-        except Exception as error:  # noqa: BLE001 - the process ends and says why
+        except Exception as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"the model is not loaded: {error}")
             raise
         if self._engine.lost.done():
@@ -142,17 +142,12 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
 
     async def _write(self, session: Session, context: _Context, rank: int) -> End:
         """Writes answers in order until the session ends. Initial metadata says: it has begun."""
-        told = False
         while True:
             await session.wake.wait()
             session.wake.clear()
-            if session.begun and not told:
-                told = True
-                await context.send_initial_metadata(())
             while session.answers:
                 match session.answers.popleft():
                     case Begun():
-                        # Tells the router that the engine is empty and not stuck in a step.
                         await context.send_initial_metadata(())
                     case End() as end:
                         return end

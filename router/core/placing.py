@@ -56,8 +56,8 @@ def place(group: Group, sequence: Sequence, config: CoreConfig) -> bool:
             return False
         # Nothing runs, so nothing will free memory: give up the donor that was to be shared.
         share_len, donor = 0, None
-        if not _make_room(group, pages, keep=None):
-            return False
+        alone = _make_room(group, pages, keep=None)
+        assert alone, "a sequence that fits the empty group does not fit it"
     parent = group.holder(donor).account if donor is not None else None
     sequence.group = group
     sequence.account = group.ledger.open(sequence.id, reserve, parent, share_len)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llama_cpp as llama
 import numpy as np
@@ -24,12 +25,15 @@ _NO_SLOT = 1
 _errors: deque[str] = deque(maxlen=4)
 
 
-@llama.llama_log_callback
-def _on_log(level: int, text: bytes, _data: int | None) -> None:
+def _keep_errors(level: int, text: bytes, _data: int | None) -> None:
     """Keeps errors, for the one line that a failed load prints; everything else is silence."""
     if level == _LEVEL_ERROR:
         line = text.decode(errors="replace").strip()
         _errors.append(line)
+
+
+# llama.cpp keeps the pointer, so the object lives as long as the process.
+_ON_LOG = llama.llama_log_callback(_keep_errors)
 
 
 def last_error() -> str:
@@ -53,18 +57,17 @@ class Model:
     """The weights and the vocabulary."""
 
     def __init__(self, path: Path, gpu_layers: int, progress: Progress) -> None:
-        llama.llama_log_set(_on_log, ctypes.c_void_p(0))
+        llama.llama_log_set(_ON_LOG, ctypes.c_void_p(0))
         llama.llama_backend_init()
         _errors.clear()
 
-        @llama.llama_progress_callback
         def on_progress(fraction: float, _data: int | None) -> bool:
             progress(min(fraction, 1.0))
             return True
 
         params = llama.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
-        params.progress_callback = on_progress
+        params.progress_callback = llama.llama_progress_callback(on_progress)
         pointer = llama.llama_model_load_from_file(str(path).encode(), params)
         if not pointer:
             raise ModelError(f"model file {path}: llama.cpp cannot load it: {last_error()}")
@@ -144,7 +147,7 @@ class Batch:
         self.native.n_tokens = count
 
 
-def _pointer(array: NDArray[np.generic], kind: type) -> object:
+def _pointer(array: NDArray[Any], kind: type[Any]) -> Any:
     return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
 
 
@@ -200,8 +203,8 @@ class Context:
             return np.empty((0, self._vocab_size), np.float32)
         first = llama.llama_get_logits(self._pointer)
         kind = ctypes.c_float * (rows * self._vocab_size)
-        flat = np.frombuffer(kind.from_address(ctypes.addressof(first.contents)), np.float32)
-        return flat.reshape(rows, self._vocab_size)
+        buffer: Any = kind.from_address(ctypes.addressof(first.contents))
+        return np.frombuffer(buffer, np.float32).reshape(rows, self._vocab_size)
 
     def drop(self, slot: int) -> None:
         """Frees the cells that only this sequence has."""

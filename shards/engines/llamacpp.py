@@ -265,10 +265,11 @@ def _model_file(path: Path) -> Path:
 def _warnings() -> tuple[str, ...]:
     if not has_openmp():
         return ()
-    return (
+    slow = (
         "this llama.cpp was built with OpenMP and becomes very slow when other programs are busy;"
-        ' build it with CMAKE_ARGS="-DGGML_OPENMP=OFF"',
+        ' build it with CMAKE_ARGS="-DGGML_OPENMP=OFF"'
     )
+    return (slow,)
 
 
 def load(options: EngineOptions, progress: Progress) -> Engine:

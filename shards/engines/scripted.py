@@ -111,18 +111,23 @@ class ScriptedEngine(Engine):
         )
 
     def describe(self) -> EngineInfo:
+        """See ``Engine``."""
         return self._info
 
     def tokenizer_files(self) -> dict[str, bytes]:
+        """See ``Engine``."""
         return self._script.files()
 
     def reset(self) -> None:
+        """See ``Engine``."""
         self._residents.clear()
 
     def close(self) -> None:
+        """Lets a wedged step go."""
         self._closed.set()
 
     def step(self, plan: Plan) -> Outcome:
+        """See ``Engine``. Sequences draw in the order of the plan's work, plain ones first."""
         began_s = time.monotonic()
         residents = self._residents
         residents.check(plan)

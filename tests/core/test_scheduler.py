@@ -257,6 +257,7 @@ def test_a_broken_stream_goes_on_elsewhere_only_if_that_is_wanted(resume: bool) 
         (plan,) = bench.sent()
         assert (plan.group, plan.admits[0].tokens, plan.admits[0].prompt_len) == ("b", (1, 2, 3), 2)
         assert tokens_of(bench.answer(plan, {1: 4})) == [(1, 4)]
+        assert bench.core.snapshot().resumed == 1
     else:
         assert endings_of(lost) == {1: Reason.WORKER_LOST}
         assert bench.sent() == []
@@ -340,6 +341,22 @@ def test_a_sequence_that_the_engine_gives_up_is_closed_and_the_others_go_on() ->
     assert tokens_of(bench.answer(second, {2: 6})) == [(2, 6)]
     assert tokens_of(bench.answer(third, {2: 7})) == [(2, 7)]
     assert bench.group().donors == 0
+
+
+def test_a_failure_in_a_former_residence_does_not_end_a_sequence_that_was_admitted_anew() -> None:
+    bench = Bench(replace(ONE, plans_in_flight_max=4))
+    bench.up(replace(WIDE, kv_tokens=8, shares_prefix=False))
+    bench.submit(1, (1, 2, 3, 4), max_tokens=3)
+    bench.submit(2, (5, 6, 7, 8), max_tokens=4)
+    bench.plan()
+    bench.end(1)
+    bench.plan()
+    first, second, third, fourth = bench.plans
+    assert (second.drops, fourth.admits[0].sequence) == ((2,), 2)  # preempted, and back again
+    assert bench.answer(first, {1: 50}, failures=((2, "not a number"),)) == []
+    for plan in (second, third):
+        assert bench.answer(plan, {1: 50}) == []
+    assert tokens_of(bench.answer(fourth, {2: 60})) == [(2, 60)]
 
 
 # --- the whole in numbers

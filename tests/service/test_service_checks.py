@@ -52,7 +52,7 @@ PARAMS: list[tuple[str, list[Any], str]] = [
     ("min_tokens", [-1, 2**31], "`min_tokens` must be >= 0"),
     ("min_tokens", [199], "`min_tokens` must be <= `max_new_tokens`. Given: 199 `min_tokens` and"),
     ("seed", [-1, 2**64], "`seed` must be >= 0"),
-    ("top_logprobs", [6, -1], "`top_n_tokens` must be >= 0 and <= 5"),
+    ("top_logprobs", [21, -1], "`top_n_tokens` must be >= 0 and <= 20"),
     ("stop", [("a",) * 5], "`stop` supports up to 4 stop sequences. Given: 5"),
     ("stop", [("a", "")], "`stop` holds an empty stop sequence"),
     ("stop", [("a" * 1025,)], "`stop` supports up to 1024 characters each. Given: 1025"),
@@ -77,7 +77,7 @@ EDGES: list[dict[str, Any]] = [
     {"temperature": 0.0, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "top_k": 0},
     {"temperature": 100.0, "top_p": 1e-9, "typical_p": 1e-9, "min_p": 1.0, "top_k": 2**31 - 1},
     {"frequency_penalty": -2.0, "presence_penalty": 2.0, "repetition_penalty": 0.001},
-    {"max_tokens": 198, "min_tokens": 198, "seed": 2**64 - 1, "top_logprobs": 5},
+    {"max_tokens": 198, "min_tokens": 198, "seed": 2**64 - 1, "top_logprobs": 20},
     {"max_tokens": 1, "seed": 0, "stop": ("a" * 1024, "b", "c", "d"), "stop_token_ids": (0, LAST)},
     {"logit_bias": ((0, -100.0), (LAST, 100.0))},
 ]
@@ -167,9 +167,9 @@ async def test_what_the_engine_cannot_do(feature: str, params: Params, field: st
 
 
 async def test_the_limits_are_the_settings() -> None:
-    settings = Settings(max_stop_sequences=1, max_top_n_tokens=0, max_total_tokens=50)
+    settings = Settings(max_stop_sequences=1, max_top_n_tokens=30, max_total_tokens=50)
     async with house(TOKENIZER, (EOS,), settings=settings) as small:
-        for params in (Params(stop=("a", "b")), Params(top_logprobs=1), Params(max_tokens=49)):
+        for params in (Params(stop=("a", "b")), Params(top_logprobs=31), Params(max_tokens=49)):
             await refused(small, Ask("a", params))
 
 

@@ -140,6 +140,7 @@ def _check_memory(book: GroupBook, group: Group) -> None:
     for member in members:
         account = _account(member)
         charged += ledger.charge_of(account)
+        ensure(account.reserved <= member.end, f"{member.id} reserves more than it can use")
         resident = worker.residents.get(member.id)
         if member.admitted and resident is not None:
             ahead = ledger.pages(account.reserved) - len(resident.pages) * page

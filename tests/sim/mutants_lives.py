@@ -270,6 +270,21 @@ SCHEDULER = [
     ),
 ]
 
+ROUNDS = [
+    Mutant(
+        "scheduler.py",
+        "            for line in self._lines.values():\n",
+        "            for line in list(self._lines.values())[:1]:\n",
+        "only the first model is served",
+    ),
+    Mutant(
+        "scheduler.py",
+        "            if not plans:\n                return effects\n            effects += plans\n",
+        "            return effects + plans\n",
+        "what one round of plans makes possible is left for later",
+    ),
+]
+
 STATE = [
     Mutant(
         "state.py",
@@ -357,4 +372,4 @@ PREFIX = [
     ),
 ]
 
-LIVES = [*SCHEDULER, *STATE, *WAITING, *PREFIX]
+LIVES = [*SCHEDULER, *ROUNDS, *STATE, *WAITING, *PREFIX]

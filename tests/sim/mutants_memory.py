@@ -260,6 +260,27 @@ PLACING = [
     ),
 ]
 
+EXTENDING = [
+    Mutant(
+        "placing.py",
+        "reserve = min(sequence.end, len(sequence.tokens) + config.reserve_tokens)",
+        "reserve = len(sequence.tokens) + config.reserve_tokens",
+        "memory is reserved that the answer can never need",
+    ),
+    Mutant(
+        "placing.py",
+        "reserve = min(sequence.end, sequence.scheduled + 1 + config.reserve_tokens)",
+        "reserve = sequence.scheduled + 1 + config.reserve_tokens",
+        "an answer that grows reserves more than it can ever need",
+    ),
+    Mutant(
+        "placing.py",
+        "        if donors:\n            remove(group, donors[0])",
+        "        if False:\n            remove(group, donors[0])",
+        "sequences are preempted for the sake of donors",
+    ),
+]
+
 PLANNING = [
     Mutant(
         "planning.py",
@@ -359,4 +380,4 @@ PLANNING = [
     ),
 ]
 
-MEMORY = [*LEDGER, *PLACING, *PLANNING]
+MEMORY = [*LEDGER, *PLACING, *EXTENDING, *PLANNING]

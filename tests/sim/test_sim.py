@@ -14,8 +14,6 @@ from tests.sim.simulation import Simulation
 from tests.sim.worker import Violation
 
 WORLDS = 200
-# Worlds in which the core, or an earlier form of it, once did wrong.
-FORMER_FAULTS = (221, 284, 305, 390, 486, 817, 1068)
 # What rarer mutants need is left to `make sim`, which gives each as many worlds as it takes.
 MUTANT_WORLDS = 60
 RARE = 12
@@ -25,11 +23,6 @@ RARE = 12
 def test_worlds_with_faults_keep_all_invariants(start: int) -> None:
     for seed in range(start, start + 50):
         Simulation(seed).run()
-
-
-@pytest.mark.parametrize("seed", FORMER_FAULTS)
-def test_worlds_that_once_failed_keep_all_invariants(seed: int) -> None:
-    Simulation(seed).run()
 
 
 def test_a_seed_goes_the_same_way_in_every_process() -> None:

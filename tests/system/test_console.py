@@ -1,0 +1,67 @@
+"""What the person at the terminal reads."""
+
+import json
+
+import pytest
+
+from deploy.console import Console, Urls
+from deploy.supervisor import Died, Loading, Ready, Said
+
+
+@pytest.mark.parametrize(
+    ("host", "rest", "grpc"),
+    [
+        ("0.0.0.0", "http://localhost:1", "localhost:2"),
+        ("::", "http://localhost:1", "localhost:2"),
+        ("::1", "http://[::1]:1", "[::1]:2"),
+        ("10.0.0.7", "http://10.0.0.7:1", "10.0.0.7:2"),
+    ],
+)
+def test_urls_are_what_a_client_would_write(host: str, rest: str, grpc: str) -> None:
+    assert Urls.of(host, 1, 2) == Urls(rest, grpc)
+
+
+def test_a_crash_loop_says_that_it_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(as_json=False)
+    console.tell(Died("worker 0", "killed by SIGSEGV", 1, 0.1))
+    console.tell(Died("worker 0", "killed by SIGSEGV", 4, 2.0))
+    assert capsys.readouterr().err.splitlines() == [
+        "worker 0: killed by SIGSEGV; starting it again in 0.1 s",
+        "worker 0: killed by SIGSEGV (death 4 in a row); starting it again in 2 s",
+    ]
+
+
+def test_away_from_a_terminal_there_is_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(as_json=False)
+    for fraction in (0.1, 0.5, 1.0):
+        console.tell(Loading("worker 0", fraction))
+    console.tell(Ready("worker 0", 1.25, again=False))
+    console.tell(Ready("worker 0", 1.25, again=True))
+    console.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "worker 0: loaded in 1.2 s",
+        "worker 0: is back after a restart, loaded in 1.2 s",
+    ]
+
+
+def test_json_output_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(as_json=True)
+    console.tell(Said("worker 0", "line"))
+    console.ready(Urls.of("0.0.0.0", 3000, 50051), "tiny", None)
+    shown = capsys.readouterr()
+    assert json.loads(shown.err)["message"] == "worker 0: line"
+    assert json.loads(shown.out) == {
+        "event": "ready",
+        "rest": "http://localhost:3000",
+        "grpc": "localhost:50051",
+        "model": "tiny",
+    }
+
+
+def test_the_ready_text_asks_for_the_key_if_there_is_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Console(as_json=False).ready(Urls.of("0.0.0.0", 3000, 50051), "tiny", "secret")
+    shown = capsys.readouterr().out
+    assert "Authorization: Bearer YOUR_KEY" in shown
+    assert "secret" not in shown

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from time import monotonic
 
@@ -13,7 +14,7 @@ from benchmarks.bare import bare
 from benchmarks.engine_scenarios import contended, decode, say, shared_prefix
 from benchmarks.jobs import LoadError, raise_file_limit
 from benchmarks.llama_server import BuildError
-from benchmarks.processes import StartError
+from benchmarks.processes import StartError, wait_calm
 from benchmarks.router_scenarios import cpu_per_token, streams_1000, ttft_overhead
 from benchmarks.rows import Row
 from benchmarks.selfcheck import selfcheck
@@ -31,6 +32,8 @@ SCENARIOS: dict[str, Callable[[bool], list[Row]]] = {
     "contended": contended,
     "bare": bare,
 }
+# A scenario starts when other programs leave the machine alone, or after waiting so long.
+CALM_CORES, CALM_WAIT_S = 0.2, 30.0
 EXTRA: dict[str, Callable[[bool], list[Row]]] = {"tune": tune}
 
 
@@ -53,8 +56,11 @@ def arguments() -> argparse.Namespace:
 
 def measure(name: str, quick: bool) -> tuple[list[Row], bool]:
     """Runs one scenario; what goes wrong becomes a row. Says whether it went well."""
-    began = monotonic()
     say(f"{name} ...")
+    busy = wait_calm(CALM_CORES, CALM_WAIT_S)
+    if busy >= CALM_CORES:
+        say(f"  warning: others keep {busy:.1f} cores busy; the numbers will not mean much")
+    began = monotonic()
     try:
         rows, well = (SCENARIOS | EXTRA)[name](quick), True
     except (LoadError, StartError, BuildError, subprocess.TimeoutExpired) as error:
@@ -62,6 +68,9 @@ def measure(name: str, quick: bool) -> tuple[list[Row], bool]:
         note = " ".join(str(error).split())[:300]
         rows, well = [Row(name, f"{name} failed", 0.0, None, None, None, False, note=note)], False
     say(f"  {monotonic() - began:.0f} s")
+    if busy >= CALM_CORES:
+        noise = f"others kept {busy:.1f} cores busy at the start"
+        rows = [replace(row, note="; ".join(filter(None, (row.note, noise)))) for row in rows]
     return rows, well
 
 

@@ -90,6 +90,30 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
 
+def busy_cores(seconds: float) -> float:
+    """How many cores were busy, on average, over the next so many seconds."""
+
+    def busy_s() -> float:
+        with Path("/proc/stat").open() as file:
+            user, nice, system, _idle, _wait, irq, softirq, steal = map(
+                int, file.readline().split()[1:9]
+            )
+        return (user + nice + system + irq + softirq + steal) / TICKS_PER_S
+
+    before, began = busy_s(), time.monotonic()
+    time.sleep(seconds)
+    return (busy_s() - before) / (time.monotonic() - began)
+
+
+def wait_calm(cores: float, deadline_s: float) -> float:
+    """Waits until fewer cores are busy, or the deadline; returns how many are."""
+    until = time.monotonic() + deadline_s
+    while True:
+        busy = busy_cores(1.0)
+        if busy < cores or time.monotonic() > until:
+            return busy
+
+
 def children(pid: int) -> list[int]:
     """Direct and indirect children of a process."""
     found: list[int] = []

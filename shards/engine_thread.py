@@ -14,9 +14,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from queue import SimpleQueue
+from queue import Full, Queue
 from typing import TypeVar
 
 from shards.engines.base import Engine, EngineInfo, EngineLost, Outcome, Plan, PlanError
@@ -25,6 +26,9 @@ from shards.wire import Digest
 _T = TypeVar("_T")
 # Plans that may be under way or waiting; the router keeps to its own, smaller number.
 PLANS_MAX = 8
+# Jobs that may wait: the plans of one session, and the begins and ends of many that gave up on a
+# wedged engine. A session that would be one too many fails at once.
+JOBS_MAX = 256
 
 
 class Ending(Enum):
@@ -132,7 +136,7 @@ class EngineThread:
         self._make = make
         self._overrides = overrides
         self._loop = loop
-        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._jobs: Queue[_Job] = Queue(maxsize=JOBS_MAX)
         self._digest = Digest()
         self.loaded: asyncio.Future[Loaded] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()
@@ -144,19 +148,20 @@ class EngineThread:
 
     def begin(self, session: Session) -> None:
         """Empties the engine; what follows belongs to this session."""
-        self._jobs.put(_Begin(session))
+        self._jobs.put_nowait(_Begin(session))
 
     def step(self, session: Session, epoch: int, plan_id: int, plan: Plan) -> None:
         """Runs a plan once those before it are done."""
-        self._jobs.put(_Step(session, epoch, plan_id, plan))
+        self._jobs.put_nowait(_Step(session, epoch, plan_id, plan))
 
     def finish(self, session: Session, end: End) -> None:
         """Ends the session once all its plans are answered."""
-        self._jobs.put(_Finish(session, end))
+        self._jobs.put_nowait(_Finish(session, end))
 
     def stop(self, timeout_s: float) -> bool:
         """Closes the engine after the step under way; says whether that was done in time."""
-        self._jobs.put(_Stop())
+        with suppress(Full):  # the engine is wedged: it would not be read anyway
+            self._jobs.put_nowait(_Stop())
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 

@@ -104,7 +104,7 @@ def _byte_level(path: Path, metadata: Metadata) -> tuple[Tokenizer, bool]:
     tokenizer = Tokenizer(model)
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in cut.patterns]
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    lost = "".join(char for char in pre_tokenizers.ByteLevel.alphabet() if char not in vocab)
+    lost = "".join(sorted(set(pre_tokenizers.ByteLevel.alphabet()) - vocab.keys()))
     # A byte that is no token leaves no trace, but what stood on its two sides must not merge.
     gaps = [pre_tokenizers.Split(Regex(f"[{re.escape(lost)}]"), "removed")] if lost else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, level, *gaps])

@@ -30,7 +30,7 @@ class Ledger:
     """Opens, extends and closes accounts; the sum of their charges is ``charged``."""
 
     def __init__(self, capacity: int, page: int) -> None:
-        assert capacity >= page > 0
+        assert capacity >= 0 < page
         self.capacity = capacity - capacity % page
         self.page = page
         self.charged = 0

@@ -52,12 +52,10 @@ def place(group: Group, sequence: Sequence, config: CoreConfig) -> bool:
     reserve = min(sequence.end, len(sequence.tokens) + config.reserve_tokens)
     pages = group.ledger.pages(reserve)
     if not _make_room(group, pages - share_len, keep=donor):
-        if group.running:
-            return False
-        # Nothing runs, so nothing will free memory: give up the donor that was to be shared.
+        # Rather compute the prefix again than wait for memory that only its donor holds.
         share_len, donor = 0, None
-        alone = _make_room(group, pages, keep=None)
-        assert alone, "a sequence that fits the empty group does not fit it"
+        if not _make_room(group, pages, keep=None):
+            return False
     parent = group.holder(donor).account if donor is not None else None
     sequence.group = group
     sequence.account = group.ledger.open(sequence.id, reserve, parent, share_len)
@@ -113,38 +111,39 @@ def extend(group: Group, sequence: Sequence, config: CoreConfig) -> list[Sequenc
             continue
         running = list(group.decoding.values()) + list(group.filling.values())
         victim = max(running, key=lambda member: member.key)
-        remove(group, victim)
-        preempted.append(victim)
+        preempted += [*remove(group, victim), victim]
         if victim is sequence:
             return preempted
     group.ledger.resize(account, reserve)
     return preempted
 
 
-def retire(group: Group, sequence: Sequence) -> None:
+def retire(group: Group, sequence: Sequence) -> list[Sequence]:
     """Makes a finished sequence a donor of what it has computed, if that can be of use.
 
-    Not if a placed sequence counts on more of it: that one inherits its memory and computes it all.
+    Not if a placed sequence counts on more of it. Returns what ``remove`` returns.
     """
     account = account_of(sequence)
     known = sequence.tokens[: sequence.scheduled]
     enough = all(child.share_len <= sequence.scheduled for child in account.children)
     if not (sequence.admitted and group.up.limits.shares_prefix and known and enough):
-        remove(group, sequence)
-        return
+        return remove(group, sequence)
     group.decoding.pop(sequence.id, None)
     group.filling.pop(sequence.id, None)
     group.ledger.resize(account, sequence.scheduled)
     group.tree.remove(sequence.id)
     group.tree.insert(sequence.id, known)
     group.donors[sequence.id] = sequence
+    return []
 
 
-def remove(group: Group, sequence: Sequence) -> None:
+def remove(group: Group, sequence: Sequence) -> list[Sequence]:
     """Takes a sequence out of all books of the group; its memory is free as of the next plan.
 
-    Placed sequences that were to share it share the ledger's heir instead, or are that heir.
+    Placed sequences that were to share it share the ledger's heir instead, or are that heir. Those
+    returned have to be placed anew.
     """
+    displaced = _displace(group, account_of(sequence))
     group.decoding.pop(sequence.id, None)
     group.filling.pop(sequence.id, None)
     group.donors.pop(sequence.id, None)
@@ -153,6 +152,24 @@ def remove(group: Group, sequence: Sequence) -> None:
     if sequence.admitted:
         group.drops.append(sequence.id)
     sequence.leave()
+    return displaced
+
+
+def _displace(group: Group, account: Account) -> list[Sequence]:
+    """Takes out the children that only wait, if others hold cells of the parent already.
+
+    One that waits may want more of the parent than those hold. As the heir it would compute cells
+    of its own, and theirs would be charged to nobody.
+    """
+    displaced: list[Sequence] = []
+    if any(group.holder(child.holder).admitted for child in account.children):
+        while waiting := [
+            child
+            for child in (group.holder(child.holder) for child in account.children)
+            if not child.admitted
+        ]:
+            displaced += [*remove(group, waiting[0]), waiting[0]]
+    return displaced
 
 
 def account_of(sequence: Sequence) -> Account:

@@ -159,9 +159,9 @@ class Core:
             if sequence.id in line:
                 line.remove(sequence.id)
         elif useful:
-            retire(sequence.group, sequence)
+            self._wait_again(retire(sequence.group, sequence))
         else:
-            remove(sequence.group, sequence)
+            self._wait_again(remove(sequence.group, sequence))
         return Close(sequence.id, reason, detail, sequence.cached_tokens)
 
     def _expire(self, now_ms: int) -> list[Effect]:

@@ -90,6 +90,25 @@ def test_who_counted_on_one_that_leaves_computes_it_all_itself() -> None:
     assert work_of(plan) == {2: 4}
 
 
+def test_cells_that_one_holds_are_not_charged_to_one_who_waits() -> None:
+    bench = Bench(CONFIG)
+    bench.up(replace(WIDE, step_tokens_max=10))
+    bench.submit(1, tuple(range(16)))
+    bench.submit(2, (*range(4), 50, 51))
+    bench.submit(3, (*range(12), 60))
+    (plan,) = bench.sent()
+    bench.answer(plan, {})
+    (plan,) = bench.sent()
+    # Request 2 holds the first 4 cells of request 1; request 3 waits for 12 of them.
+    assert work_of(plan) == {1: 6, 2: 2}
+    bench.answer(plan, {2: 70}, ((1, "broken"),))
+    (plan,) = bench.sent()
+    (admit,) = plan.admits
+    assert (admit.sequence, admit.share_from, admit.share_len) == (3, 2, 4)
+    # Cells: 6 and the drawn token's for request 2, 13 less the 4 shared for request 3.
+    assert bench.group().kv_used == 7 + 9
+
+
 # --- eviction
 
 
@@ -122,7 +141,7 @@ def test_the_donor_that_is_to_be_shared_is_kept() -> None:
     assert (plan.admits[0].share_from, plan.admits[0].share_len) == (1, 8)
 
 
-def test_if_nothing_runs_even_the_donor_that_was_to_be_shared_gives_way() -> None:
+def test_even_the_donor_that_was_to_be_shared_gives_way_before_anyone_waits() -> None:
     bench = tight(20)
     bench.finish(1, tuple(range(15)))
     bench.submit(2, (0, 1, 2, 3, *range(50, 62)), max_tokens=1)

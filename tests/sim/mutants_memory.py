@@ -158,9 +158,9 @@ PLACING = [
     ),
     Mutant(
         "placing.py",
-        "        if group.running:\n            return False\n",
+        "        share_len, donor = 0, None\n",
         "        return False\n",
-        "an idle group waits for memory that only its donors hold",
+        "a request waits for memory that only the donor of its prefix holds",
     ),
     Mutant(
         "placing.py",

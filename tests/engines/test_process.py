@@ -1,0 +1,204 @@
+"""``python -m shards`` as a process: what it prints, how it ends, and with which code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from shards.v1 import shard_pb2 as pb
+from shards.v1 import shard_pb2_grpc
+
+PATIENCE_S = 30.0
+
+
+class Process:
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.address = f"unix://{folder}/worker.sock"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "shards", "--listen", self.address, *arguments],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "GRPC_VERBOSITY": "NONE"},
+        )
+
+    def hear(self, event: str) -> dict[str, object]:
+        """Reads lines up to an event."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            report = json.loads(line)
+            if report["event"] == event:
+                return report
+        raise AssertionError(f"ended without {event}")
+
+    def end(self) -> tuple[int, list[str]]:
+        """Waits for the end; the exit code and the lines that were still to read."""
+        assert self.process.stderr is not None
+        lines = self.process.stderr.read().splitlines()
+        return self.process.wait(PATIENCE_S), lines
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[object]:
+    started: list[Process] = []
+
+    def start(*arguments: str) -> Process:
+        started.append(Process(tmp_path, *arguments))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.process.kill()
+        with process.process:
+            pass
+
+
+SCRIPTED = ("--engine", "scripted")
+
+
+def test_reports_loading_and_readiness(start) -> None:
+    worker = start(*SCRIPTED)
+    assert worker.hear("loading")["fraction"] == 1.0
+    ready = worker.hear("ready")
+    assert ready["address"] == worker.address
+    assert ready["seconds"] >= 0
+    with grpc.insecure_channel(worker.address) as channel:
+        told = shard_pb2_grpc.ShardStub(channel).Describe(pb.DescribeRequest(), timeout=PATIENCE_S)
+    assert told.engine == "scripted"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_in_good_order(start, number: signal.Signals) -> None:
+    worker = start(*SCRIPTED)
+    worker.hear("ready")
+    worker.process.send_signal(number)
+    assert worker.end() == (0, [])
+
+
+def test_ends_with_its_parent(start) -> None:
+    worker = start(*SCRIPTED, "--exit-with-parent")
+    worker.hear("ready")
+    worker.process.stdin.close()
+    assert worker.end() == (0, [])
+
+
+def test_does_not_end_with_standard_input_unless_told(start) -> None:
+    worker = start(*SCRIPTED)
+    worker.process.stdin.close()
+    worker.hear("ready")
+    worker.process.terminate()
+    assert worker.end()[0] == 0
+
+
+@pytest.mark.parametrize("how", ["signal", "parent"])
+def test_a_wedged_engine_cannot_hold_the_exit(start, how: str) -> None:
+    worker = start(*SCRIPTED, "--engine-option", "wedge_after_steps=1", "--exit-with-parent")
+    worker.hear("ready")
+    with grpc.insecure_channel(worker.address) as channel:
+        plans = [_plan(1), _plan(2)]
+        answers = shard_pb2_grpc.ShardStub(channel).Run(iter(plans), timeout=PATIENCE_S)
+        assert next(answers).plan_id == 1
+        if how == "signal":
+            worker.process.terminate()
+        else:
+            worker.process.stdin.close()
+        code, _lines = worker.end()
+    # 3 if the second plan was under way by then, else there was nothing to wait for.
+    assert code in {0, 3}
+
+
+def test_a_second_signal_ends_it_at_once(start) -> None:
+    worker = start(*SCRIPTED, "--engine-option", "wedge_after_steps=1")
+    worker.hear("ready")
+    with grpc.insecure_channel(worker.address) as channel:
+        answers = shard_pb2_grpc.ShardStub(channel).Run(iter([_plan(1), _plan(2)]))
+        assert next(answers).plan_id == 1
+        worker.process.terminate()
+        # The stream's end says that the first signal was heard.
+        with pytest.raises(grpc.RpcError):
+            next(answers)
+        worker.process.terminate()
+        assert worker.end()[0] == 128 + signal.SIGTERM
+
+
+def _plan(plan_id: int) -> pb.Plan:
+    admits = [pb.Admit(sequence=1, tokens=[1], prompt_len=1)] if plan_id == 1 else []
+    return pb.Plan(epoch=1, plan_id=plan_id, admits=admits, work_sequences=[1], work_tokens=[1])
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "error"),
+    [("lost_after_steps=1", 3, "loses its device"), ("crash_after_steps=1", 70, None)],
+)
+def test_the_loss_of_the_engine_ends_the_process(
+    start, option: str, code: int, error: str | None
+) -> None:
+    worker = start(*SCRIPTED, "--engine-option", option)
+    worker.hear("ready")
+    with grpc.insecure_channel(worker.address) as channel:
+        answers = shard_pb2_grpc.ShardStub(channel).Run(iter([_plan(1), _plan(2)]))
+        with pytest.raises(grpc.RpcError):
+            list(answers)
+    ended, lines = worker.end()
+    assert ended == code
+    assert len(lines) == (error is not None)
+    assert error is None or error in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--engine", "nope"), 2, "invalid choice: 'nope'"),
+        ((), 2, "required: --engine"),
+        ((*SCRIPTED, "--kv-tokens", "-5"), 2, "-5 is not a whole number"),
+        ((*SCRIPTED, "--rank", "2", "--world", "2"), 2, "--rank 2 is not below --world 2"),
+        ((*SCRIPTED, "--engine-option", "step_ms"), 2, "step_ms is not key=value"),
+        ((*SCRIPTED, "--engine-option", "speed=1"), 1, "unknown engine option speed"),
+        ((*SCRIPTED, "--listen", "nowhere"), 2, "neither unix:///path nor HOST:PORT"),
+        ((*SCRIPTED, "--listen", "unix:///no/such/folder/x"), 1, "cannot listen on unix:///no"),
+        (("--engine", "llamacpp", "--model", "/no/such.gguf"), 1, "/no/such.gguf: does not exist"),
+        (("--engine", "llamacpp"), 1, "--model PATH is missing"),
+    ],
+)
+def test_a_mistake_is_one_line(start, arguments: tuple[str, ...], code: int, message: str) -> None:
+    ended, lines = start(*arguments).end()
+    assert ended == code
+    reports = [json.loads(line) for line in lines]
+    errors = [report["message"] for report in reports if report["event"] == "error"]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_only_the_chosen_engine_is_imported() -> None:
+    program = (
+        "import sys; from shards import engines; from shards.engines.base import EngineOptions;"
+        "engines.load('scripted', EngineOptions(None, 'x'), print);"
+        "sys.exit('llama_cpp' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False, timeout=PATIENCE_S)
+    assert done.returncode == 0
+
+
+def test_a_missing_package_is_named_with_what_to_do() -> None:
+    program = (
+        "import sys; sys.modules['llama_cpp'] = None\n"
+        "from shards import engines\n"
+        "from shards.engines.base import EngineOptions, ModelError\n"
+        "try: engines.load('llamacpp', EngineOptions(None, 'x'), print)\n"
+        "except ModelError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        timeout=PATIENCE_S,
+        capture_output=True,
+        text=True,
+    )
+    assert "needs the package llama_cpp" in done.stdout
+    assert "pip install" in done.stdout

@@ -1,0 +1,105 @@
+"""The thread count as a function of what others use; no test depends on the machine's load."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shards.engines import threads
+from shards.engines.threads import Choice, Load, ThreadControl, choose, others
+
+
+def settle(choice: Choice, cores: int, taken: float, looks: int) -> list[int]:
+    seen = []
+    for _ in range(looks):
+        choice = choose(choice, cores, taken)
+        seen.append(choice.threads)
+    return seen
+
+
+def test_an_idle_machine_gives_all_cores() -> None:
+    assert settle(Choice(2), 2, 0.0, 5) == [2] * 5
+    assert settle(Choice(2), 2, 0.2, 5) == [2] * 5
+
+
+def test_a_busy_neighbour_costs_a_thread_at_once() -> None:
+    """Three threads on two cores get two thirds each, so 0.67 is what a busy neighbour shows."""
+    assert settle(Choice(2), 2, 0.67, 1) == [1]
+    assert settle(Choice(2), 2, 1.0, 1) == [1]
+    assert settle(Choice(8), 8, 2.7, 1) == [5]
+
+
+def test_a_thread_comes_back_after_some_calm() -> None:
+    assert settle(Choice(1), 2, 0.1, 4) == [1, 1, 2, 2]
+
+
+def test_calm_must_be_unbroken() -> None:
+    choice = Choice(1)
+    for taken in (0.1, 0.1, 1.0, 0.1, 0.1):
+        choice = choose(choice, 2, taken)
+    assert choice.threads == 1
+    assert choose(choice, 2, 0.1).threads == 2
+
+
+def test_between_the_bounds_nothing_changes() -> None:
+    assert settle(Choice(1), 2, 0.4, 9) == [1] * 9
+    assert settle(Choice(2), 2, 0.4, 9) == [2] * 9
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("taken", [0.0, 0.5, 1.0, 3.3, 64.0, 1000.0])
+def test_the_count_stays_within_the_machine(cores: int, taken: float) -> None:
+    for start in (1, cores):
+        assert all(1 <= count <= cores for count in settle(Choice(start), cores, taken, 9))
+
+
+def test_own_time_is_not_counted_as_others() -> None:
+    before = Load(at_s=10.0, busy_s=100.0, own_s=50.0)
+    after = Load(at_s=11.0, busy_s=102.0, own_s=51.5)
+    assert others(before, after) == pytest.approx(0.5)
+    # The clocks tick differently: a process may seem to use more than the machine did.
+    assert others(before, replace(after, own_s=53.0)) == 0.0
+    assert others(before, replace(after, at_s=10.0)) == 0.0
+
+
+def test_control_follows_the_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = iter(Load(float(at), at * 1.0, 0.0) for at in range(100))
+    monkeypatch.setattr(threads, "read_load", lambda: next(loads))
+    monkeypatch.setattr(threads, "usable_cores", lambda: 2)
+    monkeypatch.setattr(threads.time, "monotonic", lambda: 1e9)
+    assert ThreadControl().look() == 1
+
+
+def test_control_reads_no_counters_between_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+
+    def read() -> Load:
+        reads.append(1)
+        return Load(time.monotonic() + 1e6, 0.0, 0.0)
+
+    monkeypatch.setattr(threads, "read_load", read)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 2)
+    control = ThreadControl()
+    assert [control.look() for _ in range(50)] == [2] * 50
+    assert len(reads) == 1
+
+
+def test_a_pinned_count_stays() -> None:
+    control = ThreadControl(7)
+    assert control.threads == 7
+    assert control.look() == 7
+
+
+def test_a_system_without_counters_uses_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "read_load", lambda: None)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 4)
+    assert ThreadControl().look() == 4
+
+
+def test_counters_can_be_read_where_there_are_any() -> None:
+    assert threads.usable_cores() >= 1
+    load = threads.read_load()
+    if Path("/proc/stat").exists():
+        assert load is not None
+        assert load.busy_s > 0

@@ -223,7 +223,8 @@ def byte_level_vocabulary() -> tuple[list[str], list[str]]:
         for cut in range(1, len(text))
         if text[:cut] in known and text[cut:] in known
     ]
-    return kept, merges
+    # No merge leads to this one: only those find it that look for whole words first.
+    return [*kept, "qqzz"], merges
 
 
 def byte_level(path: Path, pre: str, **more: Any) -> Path:
@@ -243,7 +244,7 @@ def test_every_known_pre_tokenizer_cuts_as_llama_cpp_does(name: str, tmp_path: P
     path = byte_level(tmp_path / "made.gguf", name)
     native, ours = Native(path), Tokenizer.from_files(files_of(path))
     texts = [text for text in TEXTS if text.isascii()] if name in OWN_PATTERN else TEXTS
-    for text in (*texts, "a <tool> b<tool>c"):
+    for text in (*texts, "a <tool> b<tool>c", "qqzz qqzz"):
         assert ours.encode(text, add_special_tokens=True) == native.encode(text), text
     native.close()
 

@@ -11,7 +11,7 @@ from deploy.supervisor import LOOP_DEATHS, Died, Loading, News, Ready, Said
 
 EXAMPLE = {
     "messages": [
-        {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+        {"role": "user", "content": "What is the capital of France?"}
     ],
     "temperature": 0,
     "stream": True,

@@ -1,94 +1,27 @@
-"""The worker over a real gRPC server and client, with the scripted engine behind it."""
+"""The worker over a real gRPC server and client: what it answers to a log of plans."""
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from shards import engines
-from shards import worker as worker_module
-from shards.engines.base import Engine, EngineOptions, ModelError, Outcome, Plan
+from shards.engines.base import Engine, EngineOptions, Outcome, Plan
 from shards.v1 import shard_pb2 as pb
-from shards.v1 import shard_pb2_grpc
-from shards.wire import CHUNK_BYTES, file_chunks, files_sha256
-from shards.worker import SERVICE, Worker
-
-# For what must happen at once; a test that waits so long has failed.
-PATIENCE_S = 20.0
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-def scripted(rank: int = 0, **extra: object) -> Callable[[], Engine]:
-    pairs = tuple((key, str(value)) for key, value in extra.items())
-    options = EngineOptions(None, "m", 4096, 8, 256, rank=rank, world=rank + 1, extra=pairs)
-    return lambda: engines.load("scripted", options, lambda _fraction: None)
-
-
-class Client:
-    """A worker and a channel to it."""
-
-    def __init__(self, worker: Worker, channel: grpc.aio.Channel) -> None:
-        self.worker = worker
-        self.channel = channel
-        self.stub = shard_pb2_grpc.ShardStub(channel)
-
-    async def health(self) -> int:
-        stub = health_pb2_grpc.HealthStub(self.channel)
-        answer = await stub.Check(health_pb2.HealthCheckRequest(service=SERVICE))
-        return answer.status
-
-    async def fault(self, stream: grpc.aio.StreamStreamCall) -> tuple[grpc.StatusCode, str]:
-        """Reads on until the stream ends; how it ended."""
-        try:
-            while await stream.read() is not grpc.aio.EOF:
-                pass
-        except grpc.aio.AioRpcError as error:
-            return error.code(), error.details() or ""
-        raise AssertionError("the stream ended without a fault")
-
-
-@asynccontextmanager
-async def serving(folder: Path, make: Callable[[], Engine]) -> AsyncIterator[Client]:
-    async with asyncio.timeout(PATIENCE_S):
-        worker = Worker(make, f"unix://{folder}/worker.sock")
-        await worker.start()
-        try:
-            await worker.ready()
-            async with grpc.aio.insecure_channel(worker.address) as channel:
-                yield Client(worker, channel)
-        finally:
-            await worker.stop()
+from shards.wire import CHUNK_BYTES, file_chunks, files_sha256, plan_from_wire
+from shards.worker import SERVICE
+from tests.engines.bench import PATIENCE_S, Client, first_plan, next_plan, scripted, serving
 
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[Client]:
     async with serving(tmp_path, scripted()) as client:
         yield client
-
-
-def first_plan(*sequences: int, epoch: int = 1, **fields: object) -> pb.Plan:
-    """Admits sequences with three tokens each, and computes them."""
-    return pb.Plan(
-        epoch=epoch,
-        plan_id=1,
-        admits=[pb.Admit(sequence=n, tokens=[n, 2, 3], prompt_len=3, **fields) for n in sequences],
-        work_sequences=sequences,
-        work_tokens=[3] * len(sequences),
-    )
-
-
-def next_plan(plan_id: int, *sequences: int, epoch: int = 1) -> pb.Plan:
-    return pb.Plan(
-        epoch=epoch, plan_id=plan_id, work_sequences=sequences, work_tokens=[1] * len(sequences)
-    )
 
 
 async def test_describes_the_engine(client: Client) -> None:
@@ -136,19 +69,13 @@ async def test_two_plans_in_flight_are_answered_in_order(client: Client) -> None
     assert [list(o.sequences) for o in outcomes] == [[1, 2], [1, 2]]
     direct = scripted()()
     expected = [
-        direct.step(_plan_of(first_plan(1, 2))).tokens,
+        direct.step(plan_from_wire(first_plan(1, 2))).tokens,
         direct.step(Plan(work=[(1, 1), (2, 1)])).tokens,
     ]
     assert [list(o.tokens) for o in outcomes] == expected
     await stream.done_writing()
     assert await stream.read() is grpc.aio.EOF
     assert await stream.code() == grpc.StatusCode.OK
-
-
-def _plan_of(message: pb.Plan) -> Plan:
-    from shards.wire import plan_from_wire
-
-    return plan_from_wire(message)
 
 
 async def test_a_plan_without_work_is_answered(client: Client) -> None:
@@ -321,114 +248,6 @@ async def test_digests_differ_when_logs_do(client: Client) -> None:
         (first_plan(1, 2), pb.Plan(epoch=1, plan_id=2, drops=[1])),
     ]
     assert len({await digest(*log) for log in logs}) == len(logs)
-
-
-async def test_the_loss_of_the_engine_ends_stream_and_health(tmp_path: Path) -> None:
-    async with serving(tmp_path, scripted(lost_after_steps=1)) as client:
-        assert await client.health() == SERVING
-        stream = client.stub.Run()
-        await stream.write(first_plan(1))
-        await stream.write(next_plan(2, 1))
-        code, details = await client.fault(stream)
-        assert code is grpc.StatusCode.INTERNAL
-        assert details == "the script loses its device after 1 steps"
-        assert await client.worker.lost() == details
-        assert await client.health() == NOT_SERVING
-        assert (await client.fault(client.stub.Run()))[0] is grpc.StatusCode.INTERNAL
-
-
-async def test_a_bug_in_the_engine_is_its_loss(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def make() -> Engine:
-        engine = scripted()()
-        engine.step = lambda _plan: 1 // 0  # type: ignore[method-assign, assignment, return-value]
-        return engine
-
-    async with serving(tmp_path, make) as client:
-        stream = client.stub.Run()
-        await stream.write(first_plan(1))
-        code, details = await client.fault(stream)
-        assert code is grpc.StatusCode.INTERNAL
-        assert "ZeroDivisionError" in details
-    assert "Traceback" in capfd.readouterr().err
-
-
-async def test_not_serving_while_loading(tmp_path: Path) -> None:
-    gate = threading.Event()
-
-    def make() -> Engine:
-        gate.wait(PATIENCE_S)
-        return scripted()()
-
-    async with asyncio.timeout(PATIENCE_S):
-        worker = Worker(make, f"unix://{tmp_path}/worker.sock")
-        await worker.start()
-        async with grpc.aio.insecure_channel(worker.address) as channel:
-            client = Client(worker, channel)
-            assert await client.health() == NOT_SERVING
-            asked = asyncio.ensure_future(client.stub.Describe(pb.DescribeRequest()))
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await client.stub.Describe(pb.DescribeRequest(), timeout=0.05)
-            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            gate.set()
-            assert (await asked).engine == "scripted"
-            await worker.ready()
-            assert await client.health() == SERVING
-        await worker.stop()
-
-
-async def test_a_model_that_cannot_be_loaded_says_so(tmp_path: Path) -> None:
-    def make() -> Engine:
-        raise ModelError("model file x: does not exist")
-
-    async with asyncio.timeout(PATIENCE_S):
-        worker = Worker(make, f"unix://{tmp_path}/worker.sock")
-        await worker.start()
-        with pytest.raises(ModelError, match="does not exist"):
-            await worker.ready()
-        await worker.stop()
-
-
-async def test_stopping_ends_streams(client: Client) -> None:
-    stream = client.stub.Run()
-    await stream.write(first_plan(1))
-    await stream.read()
-    stopping = asyncio.ensure_future(client.worker.stop())
-    assert await client.fault(stream) == (
-        grpc.StatusCode.UNAVAILABLE,
-        "the worker is stopping",
-    )
-    assert await stopping is True
-
-
-async def test_a_step_that_never_ends_is_left_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker_module, "GRACE_S", 0.05)
-    gate, inside = threading.Event(), threading.Event()
-
-    def make() -> Engine:
-        engine = scripted()()
-
-        def wedge(_plan: Plan) -> Outcome:
-            inside.set()
-            gate.wait(PATIENCE_S)
-            return Outcome()
-
-        engine.step = wedge  # type: ignore[method-assign]
-        return engine
-
-    async with serving(tmp_path, make) as client:
-        stream = client.stub.Run()
-        await stream.write(first_plan(1))
-        await asyncio.to_thread(inside.wait, PATIENCE_S)
-        # A new stream hears nothing while the engine hangs: it must not seem ready.
-        fresh = client.stub.Run()
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(fresh.initial_metadata(), 0.05)
-        assert await client.worker.stop() is False
-        gate.set()
 
 
 async def test_reflection_names_the_service(client: Client) -> None:

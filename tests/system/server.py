@@ -115,7 +115,7 @@ def read_lines(process: subprocess.Popen[str], until: Callable[[str], bool]) -> 
 def serving(folder: Path, *arguments: str) -> Iterator[Server]:
     """A server that is ready; ended, however the test went, with all it started."""
     with (folder / "stderr").open("w") as errors:
-        process = start(("--json-output", *arguments), errors)
+        process = start(("--json-output", *arguments), errors, TMPDIR=str(folder))
         workers: list[int] = []
         try:
             try:

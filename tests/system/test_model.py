@@ -19,7 +19,7 @@ from tests.system.server import REQUEST_S, Server, alive, eventually, serving
 
 # Without the second sentence, and with the system message of its own template, this small model
 # answers in bad French; llama.cpp's own programs say the same.
-QUESTION = "What is the capital of France? Answer in one sentence."
+QUESTION = "What is the capital of France?"
 MESSAGES: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": QUESTION}]
 TEMPLATED = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 CHAT = {"model": "tgi", "messages": MESSAGES, "max_tokens": 24, "temperature": 0}

@@ -11,14 +11,15 @@ from time import monotonic
 
 from benchmarks import report
 from benchmarks.bare import bare
-from benchmarks.engine_scenarios import contended, decode, say, shared_prefix
+from benchmarks.baseline import tune
+from benchmarks.engine_scenarios import contended, decode, shared_prefix
 from benchmarks.jobs import LoadError, raise_file_limit
 from benchmarks.llama_server import BuildError
+from benchmarks.loads import say
 from benchmarks.processes import StartError, wait_calm
 from benchmarks.router_scenarios import cpu_per_token, streams_1000, ttft_overhead
 from benchmarks.rows import Row
 from benchmarks.selfcheck import selfcheck
-from benchmarks.tune import tune
 
 SCENARIOS: dict[str, Callable[[bool], list[Row]]] = {
     "selfcheck": selfcheck,

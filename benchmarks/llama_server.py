@@ -19,7 +19,7 @@ from pathlib import Path
 
 HOME = Path(__file__).parent / ".llama"
 SOURCE = HOME / "src"
-INSIDE = "vendor/llama.cpp"
+INSIDE = "vendor/llama.cpp/"
 INCLUDE = Path(__file__).parent / "llama_server.cmake"
 # Folders of the source distribution that the server does not need; they are most of its size.
 UNUSED = ("docs/", "models/", "media/", "gguf-py/", "examples/", "tests/", "ci/")
@@ -84,16 +84,15 @@ def _unpack() -> None:
     name = f"llama-cpp-python=={version('llama-cpp-python')}"
     _say(f"llama-server: downloading the sources of {name}")
     download = HOME / "download"
-    _call(
-        sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:",
-        "--no-build-isolation", "--no-cache-dir", "--dest", str(download), name,
-    )  # fmt: skip
+    wanted = ("--no-deps", "--no-binary", ":all:", "--dest", str(download), name)
+    _call(sys.executable, "-m", "pip", "download", *wanted)
     partial = HOME / "src.partial"
     shutil.rmtree(partial, ignore_errors=True)
     with tarfile.open(next(download.glob("llama_cpp_python-*.tar.gz"))) as archive:
         for member in archive:
-            _, _, path = member.name.partition(f"/{INSIDE}/")
-            if path and not path.startswith(UNUSED):
+            _root, _, inner = member.name.partition("/")
+            path = inner.removeprefix(INSIDE)
+            if path != inner and not path.startswith(UNUSED):
                 member.name = path
                 archive.extract(member, partial, filter="data")
     partial.rename(SOURCE)

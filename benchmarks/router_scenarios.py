@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from statistics import median
 
 from benchmarks import direct, prompts
-from benchmarks.engine_scenarios import say
 from benchmarks.jobs import LoadError, Seen, percentile
+from benchmarks.loads import say
 from benchmarks.processes import cpu_seconds, free_port
 from benchmarks.rows import Row
 from benchmarks.systems import System, completion, grpc_request, roundhouse, scripted, worker

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,10 +21,8 @@ COMPLETIONS = "/v1/completions"
 NATIVE = "/completion"
 TGI = "/generate_stream"
 GENERATE = "/router.v1.Inference/Generate"
-# llama-server's context is what all slots share: 32 sequences of up to 1,024 tokens.
+# llama-server's context is what all slots share, or divide: 1,024 tokens for each of 32.
 LLAMA_CONTEXT = 32768
-LLAMA_FLAGS = ("-np", "32", "-kvu", "-fa", "on", "-t", "2")
-LLAMA_BUILD = "openmp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +76,33 @@ def accepts(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@dataclass(frozen=True, slots=True)
+class LlamaFlags:
+    """How llama-server runs. ``build`` is one of ``llama_server.BUILDS``."""
+
+    slots: int
+    unified: bool
+    flash_attention: bool
+    build: str = "pool"
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.options())}, {self.build}"
+
+    def options(self) -> list[str]:
+        """The command-line options."""
+        unified = "-kvu" if self.unified else "-no-kvu"
+        flash_attention = "on" if self.flash_attention else "off"
+        cores = str(len(os.sched_getaffinity(0)))
+        return ["-np", str(self.slots), unified, "-fa", flash_attention, "-t", cores]
+
+
 @contextmanager
-def llama_server(
-    flags: Sequence[str] = LLAMA_FLAGS, build: str = LLAMA_BUILD, context: int = LLAMA_CONTEXT
-) -> Iterator[System]:
+def llama_server(flags: LlamaFlags) -> Iterator[System]:
     """llama-server on the embedded model."""
     port = free_port()
     command = [str(ensure_llama_server()), "-m", str(model_path()), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "-c", str(context), *flags]
-    with running(command, environment(build)) as child:
+    command += ["--host", "127.0.0.1", "-c", str(LLAMA_CONTEXT), *flags.options()]
+    with running(command, environment(flags.build)) as child:
         child.wait_until(lambda: answers(port, "/health"), START_S)
         yield System("llama-server", port, pid=child.pid)
 

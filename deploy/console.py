@@ -10,9 +10,7 @@ from tqdm import tqdm
 from deploy.supervisor import LOOP_DEATHS, Died, Loading, News, Ready, Said
 
 EXAMPLE = {
-    "messages": [
-        {"role": "user", "content": "What is the capital of France?"}
-    ],
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
     "temperature": 0,
     "stream": True,
 }

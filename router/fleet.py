@@ -119,7 +119,8 @@ def _limits(ranks: Sequence[DescribeResponse]) -> Limits:
     if least["kv_tokens"] < least["page_tokens"]:
         raise MismatchError("a worker says kv_tokens < page_tokens, so it can hold nothing")
     shares = all("prefix_sharing" in one.features for one in ranks)
-    return Limits(**least, shares_prefix=shares)
+    kept = [one.donor_tokens_max for one in ranks if one.donor_tokens_max]
+    return Limits(**least, shares_prefix=shares, donor_tokens_max=min(kept, default=None))
 
 
 def _vocabulary(card: GroupCard) -> tuple[str, int, tuple[int, ...]]:

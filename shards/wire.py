@@ -159,6 +159,7 @@ def info_to_wire(
         eos_token_ids=info.eos_token_ids,
         vocab_size=info.vocab_size,
         warnings=info.warnings,
+        donor_tokens_max=info.donor_tokens_max,
     )
 
 

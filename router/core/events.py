@@ -27,7 +27,10 @@ class Reason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one group can hold and do, as the smallest of its ranks says."""
+    """What one group can hold and do, as the smallest of its ranks says.
+
+    ``donor_tokens_max`` is how many tokens of ended sequences are worth keeping; None: any number.
+    """
 
     kv_tokens: int
     page_tokens: int
@@ -35,6 +38,7 @@ class Limits:
     step_tokens_max: int
     length_max: int
     shares_prefix: bool
+    donor_tokens_max: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

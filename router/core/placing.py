@@ -134,7 +134,19 @@ def retire(group: Group, sequence: Sequence) -> list[Sequence]:
     group.tree.remove(sequence.id)
     group.tree.insert(sequence.id, known)
     group.donors[sequence.id] = sequence
+    _thin_out(group)
     return []
+
+
+def _thin_out(group: Group) -> None:
+    """Lets donors go beyond what the engine thinks worth keeping, but never the latest."""
+    most = group.up.limits.donor_tokens_max
+    if most is None:
+        return
+    while len(donors := _evictable(group)) > 1 and most < sum(
+        group.ledger.charge_of(account_of(donor)) for donor in donors
+    ):
+        remove(group, donors[0])
 
 
 def remove(group: Group, sequence: Sequence) -> list[Sequence]:

@@ -22,7 +22,10 @@ class Scheduling(Enum):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the engine is and what it can hold; counts are in tokens or sequences."""
+    """What the engine is and what it can hold; counts are in tokens or sequences.
+
+    ``donor_tokens_max`` as in ``shards.v1.DescribeResponse``; 0 is no limit.
+    """
 
     engine: str
     engine_version: str
@@ -42,6 +45,7 @@ class EngineInfo:
     world: int = 1
     weight_bytes: int = 0
     warnings: tuple[str, ...] = ()
+    donor_tokens_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,8 +42,13 @@ SEQUENCES_LIMIT = 256
 STEP_TOKENS_MAX = 256
 UBATCH_TOKENS = 128
 EXACT_UBATCH_TOKENS = 63
-# Every decode reads the mask of the whole cache, used or not by its sequence.
 KV_TOKENS_MAX = 32768
+# Every decoded token reads the mask of all cells up to the last one in use, whoever uses it. For a
+# small model on a CPU 8,192 foreign cells cost as much as half of the computation of one sequence,
+# and three times that of a batch. So few ended sequences are worth keeping. Large models, and
+# accelerators, have other worries.
+DONOR_TOKENS_SMALL = 2048
+SMALL_BYTES = 1 << 30
 # Share of the machine's memory that the KV cache may take unasked.
 KV_MEMORY_SHARE = 0.25
 _ALL_LAYERS = 999
@@ -72,6 +77,7 @@ class LlamaCppEngine(Engine):
         gpu_layers = extras.whole("gpu_layers", _ALL_LAYERS)
         extras.finish()
         self._control = ThreadControl(options.threads)
+        self._control.start()
         self._model = Model(self._path, gpu_layers, progress)
         if not self._model.decodes:
             raise ModelError(f"model file {self._path}: is not a decoder-only language model")
@@ -131,7 +137,11 @@ class LlamaCppEngine(Engine):
             features=tuple(features),
             weight_bytes=self._model.weight_bytes,
             warnings=_warnings(),
+            donor_tokens_max=DONOR_TOKENS_SMALL if self._small() else 0,
         )
+
+    def _small(self) -> bool:
+        return self._model.weight_bytes < SMALL_BYTES and not has_gpu()
 
     def _ends(self) -> tuple[int, ...]:
         kinds = self._metadata.get("tokenizer.ggml.token_type", [])
@@ -153,6 +163,7 @@ class LlamaCppEngine(Engine):
 
     def close(self) -> None:
         """Frees the cache, then the weights."""
+        self._control.close()
         self._context.close()
         self._model.close()
 
@@ -176,7 +187,7 @@ class LlamaCppEngine(Engine):
         rows = self._fill(plan)
         if rows is None:
             return
-        self._context.set_threads(self._control.look())
+        self._context.set_threads(self._control.threads)
         logits = self._context.decode(self._batch, len(rows))
         if not rows:
             return

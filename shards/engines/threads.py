@@ -7,6 +7,7 @@ follows the processor time that others use: quickly down, slowly up.
 """
 
 import os
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,29 +67,47 @@ def choose(choice: Choice, cores: int, taken: float) -> Choice:
 
 
 class ThreadControl:
-    """Says between steps how many threads the next one gets. ``pinned`` > 0 fixes the count."""
+    """Says how many threads the next step gets. ``pinned`` > 0 fixes the count.
+
+    The counters are read on a thread of its own, so that the first step after a pause already
+    knows what the machine is doing: one step with a thread too many can take seconds.
+    """
 
     def __init__(self, pinned: int = 0) -> None:
         self._cores = usable_cores()
-        self._pinned = pinned > 0
         self._choice = Choice(pinned or self._cores)
-        self._load = None if self._pinned else read_load()
+        self._load = read_load()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        if not pinned and self._cores > 1 and self._load is not None:
+            self._thread = threading.Thread(target=self._watch, name="load", daemon=True)
 
     @property
     def threads(self) -> int:
         """The present count."""
         return self._choice.threads
 
-    def look(self) -> int:
-        """The count for the next step. Reads the counters if the last look is long enough ago."""
-        before = self._load
-        if before is None or self._cores == 1 or time.monotonic() - before.at_s < LOOK_S:
-            return self._choice.threads
-        after = read_load()
-        if after is not None:
+    def start(self) -> None:
+        """Begins to follow the load, unless the count is pinned or there is nothing to follow."""
+        if self._thread is not None:
+            self._thread.start()
+
+    def look(self) -> None:
+        """Reads the counters once and decides anew."""
+        before, after = self._load, read_load()
+        if before is not None and after is not None:
             self._choice = choose(self._choice, self._cores, others(before, after))
         self._load = after
-        return self._choice.threads
+
+    def close(self) -> None:
+        """Stops following."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(LOOK_S):
+            self.look()
 
 
 def usable_cores() -> int:

@@ -23,7 +23,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("engine", "engine_version", "device", "model_id", "dtype", "scheduling", "rank", "world", "kv_tokens", "page_tokens", "sequences_max", "step_tokens_max", "length_max", "features", "load_seconds", "weight_bytes", "instance_id", "tokenizer_sha256", "eos_token_ids", "vocab_size", "warnings")
+    __slots__ = ("engine", "engine_version", "device", "model_id", "dtype", "scheduling", "rank", "world", "kv_tokens", "page_tokens", "sequences_max", "step_tokens_max", "length_max", "features", "load_seconds", "weight_bytes", "instance_id", "tokenizer_sha256", "eos_token_ids", "vocab_size", "warnings", "donor_tokens_max")
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     ENGINE_VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,7 @@ class DescribeResponse(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    DONOR_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     engine: str
     engine_version: str
     device: str
@@ -66,7 +67,8 @@ class DescribeResponse(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     vocab_size: int
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., device: _Optional[str] = ..., model_id: _Optional[str] = ..., dtype: _Optional[str] = ..., scheduling: _Optional[_Union[SchedulingKind, str]] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., page_tokens: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., length_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., load_seconds: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., instance_id: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    donor_tokens_max: int
+    def __init__(self, engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., device: _Optional[str] = ..., model_id: _Optional[str] = ..., dtype: _Optional[str] = ..., scheduling: _Optional[_Union[SchedulingKind, str]] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., page_tokens: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., length_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., load_seconds: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., instance_id: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., donor_tokens_max: _Optional[int] = ...) -> None: ...
 
 class GetTokenizerRequest(_message.Message):
     __slots__ = ()

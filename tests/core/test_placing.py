@@ -252,3 +252,13 @@ def test_a_request_goes_only_where_its_needs_are_met() -> None:
     bench.up(replace(WIDE, kv_tokens=50), "able", features=("grammar",))
     bench.submit(1, (1, 2), needs=("grammar",))
     assert [plan.group for plan in bench.sent()] == ["able"]
+
+
+def test_donors_beyond_what_is_worth_keeping_go_and_the_latest_stays() -> None:
+    bench = Bench(CONFIG)
+    bench.up(replace(WIDE, donor_tokens_max=20))
+    for request in (1, 2, 3):
+        bench.finish(request, tuple(range(100 * request, 100 * request + 9)))
+    assert (bench.group().donors, bench.group().kv_donors) == (2, 18)
+    bench.finish(4, tuple(range(500, 530)))
+    assert (bench.group().donors, bench.group().kv_donors) == (1, 30)

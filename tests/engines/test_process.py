@@ -202,3 +202,22 @@ def test_a_missing_package_is_named_with_what_to_do() -> None:
     )
     assert "needs the package llama_cpp" in done.stdout
     assert "pip install" in done.stdout
+
+
+def test_a_chat_template_of_ones_own_takes_the_place_of_the_models(start, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages[0].content }}!")
+    process = start("--engine", "scripted", "--chat-template", str(template))
+    process.hear("ready")
+    with grpc.insecure_channel(process.address) as channel:
+        chunks = shard_pb2_grpc.ShardStub(channel).GetTokenizer(pb.GetTokenizerRequest())
+        files = {chunk.name: chunk.data for chunk in chunks}
+    assert files["chat_template.jinja"] == b"{{ messages[0].content }}!"
+    assert "tokenizer.json" in files
+
+
+def test_a_chat_template_that_is_not_there_is_one_line(start, tmp_path: Path) -> None:
+    missing = tmp_path / "none.jinja"
+    process = start("--engine", "scripted", "--chat-template", str(missing))
+    assert str(missing) in str(process.hear("error")["message"])
+    assert process.end()[0] == 1

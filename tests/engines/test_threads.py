@@ -1,7 +1,9 @@
 """The thread count as a function of what others use; no test depends on the machine's load."""
 
+import threading
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -63,38 +65,56 @@ def test_own_time_is_not_counted_as_others() -> None:
     assert others(before, replace(after, at_s=10.0)) == 0.0
 
 
+def counters(monkeypatch: pytest.MonkeyPatch, taken: float, cores: int = 2) -> None:
+    """Others keep so many cores busy, from one look to the next."""
+    seconds = count()
+    monkeypatch.setattr(
+        threads, "read_load", lambda: Load(at := float(next(seconds)), at * taken, 0.0)
+    )
+    monkeypatch.setattr(threads, "usable_cores", lambda: cores)
+
+
 def test_control_follows_the_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    loads = iter(Load(float(at), at * 1.0, 0.0) for at in range(100))
-    monkeypatch.setattr(threads, "read_load", lambda: next(loads))
-    monkeypatch.setattr(threads, "usable_cores", lambda: 2)
-    monkeypatch.setattr(threads.time, "monotonic", lambda: 1e9)
-    assert ThreadControl().look() == 1
-
-
-def test_control_reads_no_counters_between_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    reads = []
-
-    def read() -> Load:
-        reads.append(1)
-        return Load(time.monotonic() + 1e6, 0.0, 0.0)
-
-    monkeypatch.setattr(threads, "read_load", read)
-    monkeypatch.setattr(threads, "usable_cores", lambda: 2)
+    counters(monkeypatch, 1.0)
     control = ThreadControl()
-    assert [control.look() for _ in range(50)] == [2] * 50
-    assert len(reads) == 1
+    assert control.threads == 2
+    control.look()
+    assert control.threads == 1
+    counters(monkeypatch, 0.0)
+    for _ in range(4):
+        control.look()
+    assert control.threads == 2
+
+
+def test_control_looks_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters(monkeypatch, 1.0)
+    monkeypatch.setattr(threads, "LOOK_S", 0.001)
+    control = ThreadControl()
+    control.start()
+    began = time.monotonic()
+    while control.threads != 1:
+        assert time.monotonic() - began < 20
+        time.sleep(0.001)
+    control.close()
 
 
 def test_a_pinned_count_stays() -> None:
+    before = threading.active_count()
     control = ThreadControl(7)
+    control.start()
     assert control.threads == 7
-    assert control.look() == 7
+    assert threading.active_count() == before
+    control.close()
 
 
 def test_a_system_without_counters_uses_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "read_load", lambda: None)
     monkeypatch.setattr(threads, "usable_cores", lambda: 4)
-    assert ThreadControl().look() == 4
+    control = ThreadControl()
+    control.start()
+    control.look()
+    assert control.threads == 4
+    control.close()
 
 
 def test_counters_can_be_read_where_there_are_any() -> None:

@@ -91,7 +91,10 @@ def check_kept(books: Books, core: Core, close: Close) -> None:
         not member.admitted and _common(resident.tokens, member.tokens) > resident.computed
         for member in group.filling.values()
     )
-    ensure(request.id in group.donors or wanted, f"what {request.id} computed is thrown away")
+    scarce = group.up.limits.donor_tokens_max is not None
+    ensure(
+        request.id in group.donors or wanted or scarce, f"what {request.id} computed is thrown away"
+    )
 
 
 def check_turn(books: Books, core: Core, before: Turn) -> None:

@@ -122,6 +122,7 @@ def draw_limits(rng: Random, page: int, kv_scale: int) -> Limits:
         step_tokens_max=rng.choice((1, 3, 8, 24)),
         length_max=rng.choice((kv_tokens, kv_tokens * 2, kv_tokens * 3 // 4 + 1)),
         shares_prefix=rng.random() < 0.85,
+        donor_tokens_max=rng.choice((None, None, 0, 8, 40)),
     )
 
 

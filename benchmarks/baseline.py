@@ -1,0 +1,64 @@
+"""llama-server at its best flags, found anew for each load: which are best depends on the CPU.
+
+On one CPU a unified KV cache is twice as fast as a split one, on another, with AMX, it is slower.
+So each scenario first tries these, and the baseline is the fastest.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+from benchmarks.loads import DECODE, SHARED, Load, say, warm
+from benchmarks.rows import Row
+from benchmarks.systems import LlamaFlags, llama_server
+
+LAYOUTS = (
+    LlamaFlags(slots=32, unified=True, flash_attention=True),
+    LlamaFlags(slots=32, unified=False, flash_attention=True),
+    LlamaFlags(slots=32, unified=False, flash_attention=False),
+    LlamaFlags(slots=32, unified=True, flash_attention=False),
+    LlamaFlags(slots=16, unified=True, flash_attention=True),
+    LlamaFlags(slots=16, unified=False, flash_attention=True),
+)
+QUICK_LAYOUTS = 2
+SEED = 9000
+
+
+@cache
+def tried(load: Load, quick: bool) -> dict[LlamaFlags, float]:
+    """Tokens per second of each set of flags under a load, one round each.
+
+    The fastest layout is tried with the other build as well.
+    """
+    rates: dict[LlamaFlags, float] = {}
+    for flags in LAYOUTS[:QUICK_LAYOUTS] if quick else LAYOUTS:
+        rates[flags] = rate(flags, load)
+    fastest = max(rates, key=rates.__getitem__)
+    if not quick:
+        other = replace(fastest, build="openmp")
+        rates[other] = rate(other, load)
+    return rates
+
+
+def best(load: Load, quick: bool) -> LlamaFlags:
+    """The fastest flags for this load."""
+    rates = tried(load, quick)
+    return max(rates, key=rates.__getitem__)
+
+
+def rate(flags: LlamaFlags, load: Load) -> float:
+    """Tokens per second of one round with these flags."""
+    short = replace(load, requests=min(load.requests, max(4, load.clients)))
+    with llama_server(flags) as system:
+        warm(system, load.clients)
+        seen = (load if load.prefix else short).run(system, SEED)
+    say(f"  llama-server, {flags}: {load.name} {seen.rate:.1f} tokens/s")
+    return seen.rate
+
+
+def tune(quick: bool) -> list[Row]:
+    """All that was tried, for every load."""
+    return [
+        Row.fact("tune", f"llama-server, {flags}: {load.name}", speed, unit="tokens/s")
+        for load in (*DECODE.values(), SHARED)
+        for flags, speed in tried(load, quick).items()
+    ]

@@ -199,7 +199,8 @@ class Worker:
         try:
             port = self._server.add_insecure_port(self.address)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {self.address}: {error}") from error
+            hint = "is the address free, and does its folder exist?"
+            raise OSError(f"cannot listen on {self.address}: {hint}") from error
         if self.address.endswith(":0"):
             self.address = f"{self.address[:-2]}:{port}"
         await self._server.start()

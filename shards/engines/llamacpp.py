@@ -47,7 +47,7 @@ KV_TOKENS_MAX = 32768
 # small model on a CPU 8,192 foreign cells cost as much as half of the computation of one sequence,
 # and three times that of a batch. So few ended sequences are worth keeping. Large models, and
 # accelerators, have other worries.
-DONOR_TOKENS_SMALL = 2048
+DONOR_TOKENS_SMALL = 512
 SMALL_BYTES = 1 << 30
 # Share of the machine's memory that the KV cache may take unasked.
 KV_MEMORY_SHARE = 0.25

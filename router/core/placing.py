@@ -52,10 +52,12 @@ def place(group: Group, sequence: Sequence, config: CoreConfig) -> bool:
     reserve = min(sequence.end, len(sequence.tokens) + config.reserve_tokens)
     pages = group.ledger.pages(reserve)
     if not _make_room(group, pages - share_len, keep=donor):
-        # Rather compute the prefix again than wait for memory that only its donor holds.
-        share_len, donor = 0, None
-        if not _make_room(group, pages, keep=None):
+        if group.running:
             return False
+        # Nothing runs, so nothing will free memory: give up the donor that was to be shared.
+        share_len, donor = 0, None
+        alone = _make_room(group, pages, keep=None)
+        assert alone, "a sequence that fits the empty group does not fit it"
     parent = group.holder(donor).account if donor is not None else None
     sequence.group = group
     sequence.account = group.ledger.open(sequence.id, reserve, parent, share_len)

@@ -141,7 +141,7 @@ def test_the_donor_that_is_to_be_shared_is_kept() -> None:
     assert (plan.admits[0].share_from, plan.admits[0].share_len) == (1, 8)
 
 
-def test_even_the_donor_that_was_to_be_shared_gives_way_before_anyone_waits() -> None:
+def test_if_nothing_runs_even_the_donor_that_was_to_be_shared_gives_way() -> None:
     bench = tight(20)
     bench.finish(1, tuple(range(15)))
     bench.submit(2, (0, 1, 2, 3, *range(50, 62)), max_tokens=1)

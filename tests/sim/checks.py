@@ -208,7 +208,8 @@ def _check_evictions(books: Books, group: Group, before: Turn) -> None:
     former = before.donors[group.up.group]
     gone = [index for index, donor in enumerate(former) if donor not in group.donors]
     books.seen["eviction"] += len(gone)
-    ensure(not gone or _grown(group, before), "donors were evicted in vain")
+    scarce = group.up.limits.donor_tokens_max is not None
+    ensure(not gone or scarce or _grown(group, before), "donors were evicted in vain")
     for donor in former[: max(gone, default=0)]:
         if donor in group.donors and donor not in before.pinned[group.up.group]:
             ensure(
@@ -250,7 +251,8 @@ def _check_sharing(books: Books, group: Group, before: Turn) -> None:
             for number in known
             if number != member.id and 0 < share <= _common(known[number], member.tokens)
         ]
-        if len(donors) == 1 and donors[0] in group.donors:
+        scarce = group.up.limits.donor_tokens_max is not None
+        if len(donors) == 1 and donors[0] in group.donors and not scarce:
             after = list(group.donors)[list(group.donors).index(donors[0]) + 1 :]
             used = all(_shared_now(books, group, donor, before) for donor in after)
             ensure(used, f"donor {donors[0]} was used, and does not count as used")

@@ -158,9 +158,9 @@ PLACING = [
     ),
     Mutant(
         "placing.py",
-        "        share_len, donor = 0, None\n",
+        "        if group.running:\n            return False\n",
         "        return False\n",
-        "a request waits for memory that only the donor of its prefix holds",
+        "an idle group waits for memory that only its donors hold",
     ),
     Mutant(
         "placing.py",

@@ -71,4 +71,6 @@ def test_a_failure_names_the_seed_and_shows_the_last_events(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2] == "seed 0: Violation: the world does not come to an end"
     assert lines[-1] == "replay: make replay SEED=0"
-    assert any("Submitted(request=" in line for line in lines)
+    events = [line for line in lines if " ms  " in line]
+    assert 20 <= len(events) <= 50
+    assert any("(request=" in line for line in events)

@@ -35,7 +35,8 @@ def main() -> int:
         return 0
     sound = simulate_all(seeds) and twins(seeds[:TWINS])
     if options.mutants:
-        sound = hunt_all() and sound
+        # On a core that fails by itself every mutant would count as caught.
+        sound = sound and hunt_all()
     return 0 if sound else 1
 
 

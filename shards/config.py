@@ -58,6 +58,10 @@ def parse(arguments: Sequence[str]) -> WorkerConfig:
         threads=given.threads,
         rank=given.rank,
         world=given.world,
+        rendezvous=given.rendezvous or "",
+        device=given.device,
+        dtype=given.dtype,
+        adapters=tuple((name, Path(path)) for name, path in given.adapter),
         extra=tuple(given.engine_option),
     )
     return WorkerConfig(
@@ -76,6 +80,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--listen", required=True, type=_address, help="unix:///path or HOST:PORT")
     for name, default, meaning in _NUMBERS:
         parser.add_argument(name, type=_count, default=default, metavar="N", help=meaning)
+    parser.add_argument(
+        "--rendezvous",
+        type=_host_port,
+        metavar="HOST:PORT",
+        help="where the ranks of the group meet; rank 0 listens there",
+    )
+    parser.add_argument(
+        "--device", default="", help="device, in the engine's words; default: its choice"
+    )
+    parser.add_argument("--dtype", default="", help="element type of weights and cache, likewise")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=_pair,
+        metavar="NAME=PATH",
+        help="LoRA adapter that requests may name; may be given several times",
+    )
     parser.add_argument(
         "--engine-option",
         action="append",
@@ -103,6 +125,12 @@ def _pair(text: str) -> tuple[str, str]:
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"{text} is not key=value")
     return key, value
+
+
+def _host_port(text: str) -> str:
+    if not re.fullmatch(r".+:[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(f"{text} is not HOST:PORT")
+    return text
 
 
 def _address(text: str) -> str:

@@ -3,9 +3,10 @@
 Engines whose scheduling is ``caller`` share this account, so that they refuse the same plans with
 the same words. A plan is checked as a whole before anything changes.
 
-Memory is counted in KV cells, one per computed token. Sequences that share a prefix share its
-cells, so the computed tokens form a tree: each ``_Span`` is a run of cells, its parent holds the
-cells that come before. A span lives while a sequence or a child refers to it.
+Memory is counted in KV cells, one per computed token, in whole pages. Sequences that share a
+prefix share its cells, so the computed tokens form a tree: each ``_Span`` is a run of cells, its
+parent holds the cells that come before. A span lives while a sequence or a child refers to it.
+Prefixes are shared in whole pages, so every span starts on a page of its own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -86,14 +87,14 @@ class Residents:
         """Raises ``PlanError`` if any part of the plan breaks the contract; changes nothing."""
         dropped = self._check_drops(plan.drops)
         admitted = self._check_admits(plan.admits, dropped)
-        total = self._check_work(plan.work, dropped, admitted)
+        cells = self._check_work(plan.work, dropped, admitted)
         count = len(self.by_sequence) - len(dropped) + len(admitted)
         if count > self.limits.sequences_max:
             raise PlanError(
                 f"{count} sequences would be resident; sequences_max is {self.limits.sequences_max}"
             )
-        if self.kv_used + total > self.limits.kv_tokens:
-            used = self.kv_used - self._freed_by(dropped) + total
+        if self.kv_used + cells > self.limits.kv_tokens:
+            used = self.kv_used - self._freed_by(dropped) + cells
             if used > self.limits.kv_tokens:
                 raise PlanError(
                     f"{used} KV tokens would be in use; kv_tokens is {self.limits.kv_tokens}"
@@ -162,9 +163,9 @@ class Residents:
     def _check_work(
         self, work: Sequence[tuple[int, int]], dropped: set[int], admitted: dict[int, Admit]
     ) -> int:
-        total = 0
+        total = cells = 0
         seen: set[int] = set()
-        by_sequence = self.by_sequence
+        by_sequence, pages = self.by_sequence, self.pages
         for sequence, count in work:
             resident = by_sequence.get(sequence)
             if sequence in admitted:
@@ -188,13 +189,18 @@ class Residents:
                 )
             seen.add(sequence)
             total += count
+            cells += pages(computed + count) - pages(computed)
         if len(seen) != len(work) and len({sequence for sequence, _ in work}) != len(work):
             raise PlanError("a sequence appears twice in the work of one plan")
         if total > self.limits.step_tokens_max:
             raise PlanError(
                 f"work of {total} tokens; step_tokens_max is {self.limits.step_tokens_max}"
             )
-        return total
+        return cells
+
+    def pages(self, tokens: int) -> int:
+        """Cells of the whole pages that hold so many tokens."""
+        return -(-tokens // self.limits.page_tokens) * self.limits.page_tokens
 
     def _freed_by(self, dropped: set[int]) -> int:
         """How many cells become free when these sequences go, without letting them go."""
@@ -206,7 +212,7 @@ class Residents:
                 lost[id(span)] = lost.get(id(span), 0) + 1
                 if lost[id(span)] < span.refs:
                     break
-                freed += span.end - span.start
+                freed += self.pages(span.end) - span.start
                 span = span.parent
         return freed
 
@@ -221,7 +227,7 @@ class Residents:
             span.refs -= 1
             if span.refs:
                 break
-            self.kv_used -= span.end - span.start
+            self.kv_used -= self.pages(span.end) - span.start
             span = span.parent
         return resident
 
@@ -259,7 +265,8 @@ class Residents:
 
     def compute(self, resident: Resident, count: int) -> bool:
         """Marks the next ``count`` tokens as computed; says whether a token is to be drawn now."""
+        before = self.pages(resident.computed)
         resident.computed += count
         resident.span.end += count
-        self.kv_used += count
+        self.kv_used += self.pages(resident.computed) - before
         return resident.computed == len(resident.tokens)

@@ -160,7 +160,12 @@ class Engine(ABC):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What the worker's command line says to every engine. 0 means: the engine chooses."""
+    """What the worker's command line says to every engine. 0 or "" means: the engine chooses.
+
+    ``rendezvous`` is HOST:PORT, where the ranks of a group find each other; rank 0 listens there.
+    It is new for each life of a group. ``device`` and ``dtype`` are the engine's own words, such as
+    "cuda:1" and "bfloat16". ``adapters`` pairs each LoRA adapter's name with its folder or file.
+    """
 
     model: Path | None
     model_id: str
@@ -170,4 +175,8 @@ class EngineOptions:
     threads: int = 0
     rank: int = 0
     world: int = 1
+    rendezvous: str = ""
+    device: str = ""
+    dtype: str = ""
+    adapters: tuple[tuple[str, Path], ...] = ()
     extra: tuple[tuple[str, str], ...] = ()

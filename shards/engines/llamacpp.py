@@ -14,6 +14,7 @@ Engine options (``--engine-option key=value``):
 """
 
 import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,17 @@ from shards.engines.base import (
     EngineInfo,
     EngineOptions,
     ModelError,
-    Outcome,
-    Plan,
     Progress,
     Scheduling,
 )
+from shards.engines.caller import CallerEngine, Work
 from shards.engines.llama_native import Batch, Context, ContextSizes, Model, has_gpu, has_openmp
 from shards.engines.threads import ThreadControl
 from shards.extras import Extras
 from shards.gguf_file import dtype_name, read_metadata
 from shards.gguf_tokenizer import tokenizer_files
-from shards.residents import Limits, Resident, Residents
-from shards.sampling import Sampler
+from shards.residents import Limits, Resident
+from shards.sampling import Drawn, Sampler
 
 SEQUENCES_MAX = 64
 # llama.cpp's own bound (LLAMA_MAX_SEQ).
@@ -57,7 +57,7 @@ _KV_ELEMENT_BYTES = 2
 _SPECIAL_TYPES = (3, 4)
 
 
-class LlamaCppEngine(Engine):
+class LlamaCppEngine(CallerEngine):
     """See the module."""
 
     def __init__(self, options: EngineOptions, progress: Progress) -> None:
@@ -84,7 +84,7 @@ class LlamaCppEngine(Engine):
         sizes = self._sizes(options, EXACT_UBATCH_TOKENS if exact else ubatch, flash=flash)
         self._context = Context(self._model, sizes)
         self._limits = self._limit(sizes)
-        self._residents = Residents(self._limits)
+        super().__init__(self._limits)
         self._sampler = Sampler(self._model.vocab_size)
         self._batch = Batch(sizes.step_tokens_max, sizes.sequences_max)
         self._info = self._describe(options)
@@ -158,7 +158,7 @@ class LlamaCppEngine(Engine):
 
     def reset(self) -> None:
         """See ``Engine``."""
-        self._residents.clear()
+        super().reset()
         self._context.clear()
 
     def close(self) -> None:
@@ -167,54 +167,25 @@ class LlamaCppEngine(Engine):
         self._context.close()
         self._model.close()
 
-    def step(self, plan: Plan) -> Outcome:
-        """See ``Engine``. Sequences draw in the order of the plan's work."""
-        residents, context = self._residents, self._context
-        residents.check(plan)
-        for sequence in plan.drops:
-            context.drop(residents.drop(sequence).slot)
-        for admit in plan.admits:
-            resident = residents.admit(admit)
-            if admit.share_len:
-                donor = residents.by_sequence[admit.share_from]
-                context.share(donor.slot, resident.slot, admit.share_len)
-        outcome = Outcome()
-        if plan.work:
-            self._compute(plan, outcome)
-        return outcome
+    def _let_go(self, resident: Resident) -> None:
+        self._context.drop(resident.slot)
 
-    def _compute(self, plan: Plan, outcome: Outcome) -> None:
-        rows = self._fill(plan)
-        if rows is None:
-            return
+    def _share(self, donor: Resident, resident: Resident, length: int) -> None:
+        self._context.share(donor.slot, resident.slot, length)
+
+    def _compute(self, work: Work, rows: Sequence[Resident]) -> Drawn:
+        self._fill(work)
         self._context.set_threads(self._control.threads)
         logits = self._context.decode(self._batch, len(rows))
-        if not rows:
-            return
-        drawn = self._sampler.draw(logits, rows)
-        for index, (row, token) in enumerate(zip(rows, drawn.tokens, strict=True)):
-            if index in drawn.failures:
-                row.failed = True
-                outcome.failures[row.sequence] = drawn.failures[index]
-                continue
-            row.tokens.append(token)
-            outcome.sequences.append(row.sequence)
-            outcome.tokens.append(token)
-            if index in drawn.logprobs:
-                outcome.logprobs[row.sequence] = drawn.logprobs[index]
+        return self._sampler.draw(logits, rows) if rows else Drawn([])
 
-    def _fill(self, plan: Plan) -> list[Resident] | None:
-        """Lays the work out in the batch; the sequences that draw, or None if there is no work."""
-        by_sequence, compute = self._residents.by_sequence, self._residents.compute
+    def _fill(self, work: Work) -> None:
+        """Lays the work out in the batch, and marks the tokens whose logits are wanted."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         wanted: list[int] = []
-        rows: list[Resident] = []
-        for sequence, count in plan.work:
-            resident = by_sequence[sequence]
-            if resident.failed:
-                continue
+        for resident, count in work:
             start = resident.computed
             if count == 1:
                 tokens.append(resident.tokens[start])
@@ -224,13 +195,9 @@ class LlamaCppEngine(Engine):
                 tokens += resident.tokens[start : start + count]
                 positions += range(start, start + count)
                 slots += [resident.slot] * count
-            if compute(resident, count):
+            if start + count == len(resident.tokens):
                 wanted.append(len(tokens) - 1)
-                rows.append(resident)
-        if not tokens:
-            return None
         self._batch.fill(tokens, positions, slots, wanted)
-        return rows
 
 
 def kv_tokens_default(metadata: dict[str, Any], length_trained: int, memory_bytes: int) -> int:

@@ -50,6 +50,7 @@ class Resident:
     computed: int
     span: _Span
     plain: bool
+    adapter: str = ""
     failed: bool = False
 
 
@@ -245,6 +246,7 @@ class Residents:
             computed=admit.share_len,
             span=_Span(parent, admit.share_len, admit.share_len),
             plain=is_plain(admit.sampling),
+            adapter=admit.adapter,
         )
         self.by_sequence[admit.sequence] = resident
         return resident

@@ -24,7 +24,8 @@ class Scheduling(Enum):
 class EngineInfo:
     """What the engine is and what it can hold; counts are in tokens or sequences.
 
-    ``donor_tokens_max`` as in ``shards.v1.DescribeResponse``; 0 is no limit.
+    ``donor_tokens_max`` as in ``shards.v1.DescribeResponse``; 0 is no limit. ``adapters`` are the
+    names of the LoRA adapters that sequences may ask for.
     """
 
     engine: str
@@ -46,6 +47,7 @@ class EngineInfo:
     weight_bytes: int = 0
     warnings: tuple[str, ...] = ()
     donor_tokens_max: int = 0
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """A sequence that becomes resident, perhaps as a copy of the start of another one."""
+    """A sequence that becomes resident, perhaps as a copy of the start of another one.
+
+    ``adapter`` is the name of a LoRA adapter of ``EngineInfo.adapters``; empty: the model itself.
+    """
 
     sequence: int
     tokens: Sequence[int]
@@ -81,6 +86,7 @@ class Admit:
     sampling: SamplingParams
     share_from: int = 0
     share_len: int = 0
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,6 +202,7 @@ class Generation:
         "_channel",
         "_count",
         "_driver",
+        "_ended_by",
         "_hide",
         "_matcher",
         "_outs",
@@ -232,6 +233,7 @@ class Generation:
         self._matcher = StopMatcher(params.stop, params.include_stop) if params.stop else None
         self._text: list[str] = []
         self._count = 0
+        self._ended_by = Reason.EOS
         self._over = False
 
     def __aiter__(self) -> Self:
@@ -311,6 +313,7 @@ class Generation:
         special tokens do, whether or not the tokenizer lists it as special.
         """
         end = token in self.model.eos_token_ids
+        self._ended_by = Reason.EOS if end else Reason.STOP_TOKEN
         special = end or self.model.tokenizer.is_special(token)
         kept = not self._hide if special else self._params.include_stop
         if kept and not special:
@@ -339,7 +342,8 @@ class Generation:
         self._over = True
         shown, plain = self._writer.flush()
         rest, matcher = plain if self._hide else shown, self._matcher
-        reason = close.reason
+        # The core does not tell the model's own ends from those that the client named.
+        reason = self._ended_by if close.reason is Reason.EOS else close.reason
         if matcher is not None:
             rest = matcher.push(rest)
             if matcher.matched is not None:

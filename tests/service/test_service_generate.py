@@ -86,6 +86,7 @@ async def test_the_end_of_sequence_is_a_token_but_no_text(small: House) -> None:
         assert chunk.text == text
         assert chunk.finish is not None
         assert chunk.finish.generated_tokens == len(ids("is")) + 1
+        assert chunk.finish.reason is Reason.EOS
         last = chunk.tokens[-1]
         assert (last.id, last.text, last.special) == (EOS, "<|im_end|>", True)
         assert not chunk.tokens[0].special
@@ -116,10 +117,12 @@ async def test_a_stop_token_is_cut_like_a_stop_string(small: House) -> None:
     for include, text in ((False, "is"), (True, "is.")):
         params = Params(stop_token_ids=(word,), include_stop=include)
         generation = await small.service.generate(Ask("a", params))
-        small.say(generation.request, [*ids("is"), word], Reason.STOP_TOKEN)
+        small.say(generation.request, [*ids("is"), word], Reason.EOS)
         await small.settle()
         (chunk,) = await rest(generation)
         assert chunk.text == text
+        assert chunk.finish is not None
+        assert chunk.finish.reason is Reason.STOP_TOKEN
         assert (chunk.tokens[-1].text, chunk.tokens[-1].special) == (".", False)
         assert small.core.submitted[-1].stop_tokens == {word, EOS}
 

@@ -305,8 +305,12 @@ class Driver:
         self._groups[plan.group].write(plan)
         for admit in plan.admits:
             channel = self._channels.get(admit.sequence)
-            if channel is not None and channel.life.admitted_ms < 0:
-                channel.life.admitted_ms = now_ms
+            if channel is None:
+                continue
+            life, cached = channel.life, min(admit.share_len, admit.prompt_len)
+            life.cached_tokens = max(life.cached_tokens, cached)
+            if life.admitted_ms < 0:
+                life.admitted_ms = now_ms
 
     def _deliver(self, effect: Deliver, now_ms: int) -> None:
         channels = self._channels

@@ -49,7 +49,10 @@ ERR_OF_FAULT: dict[Fault, str] = {
 
 @dataclass(slots=True)
 class Lifetime:
-    """One request in numbers. Instants are the driver's milliseconds, -1 before they come."""
+    """One request in numbers. Instants are the driver's milliseconds, -1 before they come.
+
+    ``cached_tokens`` counts the prompt tokens that a resident sequence had already computed.
+    """
 
     prompt_tokens: int
     tokens_max: int
@@ -57,6 +60,7 @@ class Lifetime:
     admitted_ms: int = -1
     first_ms: int = -1
     tokens: int = 0
+    cached_tokens: int = 0
 
 
 class Histogram:

@@ -335,7 +335,7 @@ class Generation:
         self._over = True
         if close is None:
             self._driver.end(self.request, Reason.STOP_STRING)
-        return self._finish(tokens, text, Reason.STOP_STRING, close)
+        return self._finish(tokens, text, Reason.STOP_STRING)
 
     def _closed(self, tokens: tuple[TokenOut, ...], text: str, close: Close) -> Chunk:
         """The end that the core saw: what was held back comes out now."""
@@ -350,18 +350,16 @@ class Generation:
                 reason = Reason.STOP_STRING
             else:
                 rest += matcher.flush()
-        return self._finish(tokens, text + rest, reason, close)
+        return self._finish(tokens, text + rest, reason)
 
-    def _finish(
-        self, tokens: tuple[TokenOut, ...], text: str, reason: Reason, close: Close | None
-    ) -> Chunk:
+    def _finish(self, tokens: tuple[TokenOut, ...], text: str, reason: Reason) -> Chunk:
         self._text.append(text)
         finish = Finish(
             reason=reason,
             text="".join(self._text),
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self._count,
-            cached_tokens=0 if close is None else close.cached_tokens,
+            cached_tokens=self._channel.life.cached_tokens,
             seed=self._seed,
             stop=None if self._matcher is None else self._matcher.matched,
         )

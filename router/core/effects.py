@@ -44,15 +44,11 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """The request has ended. ``detail`` is one line for a person, empty for ordinary endings.
-
-    ``cached_tokens`` counts the prompt tokens that a resident sequence had already computed.
-    """
+    """The request has ended. ``detail`` is one line for a person, empty for ordinary endings."""
 
     request: int
     reason: Reason
     detail: str = ""
-    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,9 +91,6 @@ class _Step:
             source = parent.id
         sequence.admitted_by = self.plan_id
         sequence.scheduled = account.share_len
-        sequence.cached_tokens = max(
-            sequence.cached_tokens, min(account.share_len, sequence.prompt_len)
-        )
         self.admits.append(
             Admit(
                 sequence.id,

@@ -162,7 +162,7 @@ class Core:
             self._wait_again(retire(sequence.group, sequence))
         else:
             self._wait_again(remove(sequence.group, sequence))
-        return Close(sequence.id, reason, detail, sequence.cached_tokens)
+        return Close(sequence.id, reason, detail)
 
     def _expire(self, now_ms: int) -> list[Effect]:
         """Ends what has missed its deadline, requests and groups."""

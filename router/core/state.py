@@ -54,7 +54,6 @@ class Sequence:
     scheduled: int = 0
     account: Account | None = None
     losses: int = 0
-    cached_tokens: int = 0
 
     @property
     def id(self) -> int:

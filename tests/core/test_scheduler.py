@@ -53,15 +53,6 @@ def test_logprobs_travel_with_their_tokens_past_those_thrown_away() -> None:
     assert effects == [Deliver([2], [6], ["of 2"])]
 
 
-def test_close_says_how_much_of_the_prompt_was_shared() -> None:
-    bench = Bench(ONE)
-    bench.up()
-    bench.finish(1, (1, 2, 3, 4))
-    bench.submit(2, (1, 2, 3, 4, 5))
-    (plan,) = bench.sent()
-    assert bench.answer(plan, {2: END})[-1] == Close(2, Reason.EOS, cached_tokens=4)
-
-
 @pytest.mark.parametrize("reason", [Reason.CANCELLED, Reason.STOP_STRING, Reason.SHUTDOWN])
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 def test_the_owner_can_end_a_request_at_any_moment(reason: Reason, steps: int) -> None:

@@ -73,14 +73,13 @@ class House:
         *,
         logprobs: Sequence[object] = (),
         detail: str = "",
-        cached_tokens: int = 0,
     ) -> None:
         """Tokens of a request and perhaps its end, all in one turn of the driver."""
         effects: list[Effect] = []
         if tokens:
             effects.append(Deliver([request] * len(tokens), list(tokens), list(logprobs)))
         if close is not None:
-            effects.append(Close(request, close, detail, cached_tokens))
+            effects.append(Close(request, close, detail))
         self.driver.post(Said(effects))
 
     async def settle(self) -> None:

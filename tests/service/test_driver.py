@@ -132,15 +132,23 @@ async def test_a_burst_is_observed_whole_and_planned_once(stage: Stage) -> None:
     ]
 
 
+async def test_a_life_knows_how_much_of_its_prompt_was_there_already(stage: Stage) -> None:
+    life = stage.driver.submit(submitted(1)).life
+    for prompt_len, share_len, cached in ((5, 3, 3), (5, 0, 3), (5, 9, 5)):
+        admit = Admit(1, (1,) * 10, prompt_len, 7 if share_len else 0, share_len, None)
+        await stage.perform(RunPlan("g", 1, 1, (), (admit,), (), ()))
+        assert life.cached_tokens == cached
+
+
 async def test_what_has_arrived_comes_as_one_batch(stage: Stage) -> None:
     channel = stage.driver.submit(submitted(1))
     await stage.deliver((1, 10))
     await stage.deliver((1, 11))
     batch = await channel.get()
     assert (batch.tokens, batch.logprobs, batch.close) == ([10, 11], [], None)
-    await stage.perform(Deliver([1], [12], []), Close(1, Reason.EOS, cached_tokens=2))
+    await stage.perform(Deliver([1], [12], []), Close(1, Reason.EOS))
     batch = await channel.get()
-    assert (batch.tokens, batch.close) == ([12], Close(1, Reason.EOS, cached_tokens=2))
+    assert (batch.tokens, batch.close) == ([12], Close(1, Reason.EOS))
     assert stage.driver.open_requests == 0
 
 

@@ -356,12 +356,6 @@ PLANNING = [
     ),
     Mutant(
         "planning.py",
-        "min(account.share_len, sequence.prompt_len)",
-        "account.share_len",
-        "cached_tokens counts tokens that are not prompt",
-    ),
-    Mutant(
-        "planning.py",
         "        self.samples[sequence.id] = None\n",
         "",
         "the first token of a sequence is unexpected",

@@ -176,7 +176,6 @@ class Simulation:
             ensure(admit.sampling is request.facts.sampling, "sampling is not passed on")
             request.home, request.admitted_by = group, plan.plan_id
             request.shared = admit.share_len
-            request.cached = max(request.cached, min(admit.share_len, admit.prompt_len))
         for number in group.idle_plans:
             group.idle_plans[number] += 1
         for number in plan.work_sequences:
@@ -221,7 +220,7 @@ class Simulation:
                 self._at(self.rng.randrange(8), self._end, request, Reason.STOP_STRING)
 
     def _closed(self, close: Close) -> None:
-        self._note(close.request, close.reason.value, close.cached_tokens)
+        self._note(close.request, close.reason.value)
         request = self.books.closed(close)
         if self._happens(0.05):
             self._at(self.rng.randrange(5), self._end, request, Reason.CANCELLED)

@@ -10,7 +10,7 @@ import pytest
 from router.core.effects import Abandon, Admit, Close, Deliver, Effect, RunPlan
 from router.core.events import Ended, Event, GroupDown, Reason, StepDone, Submitted, Ticked
 from router.core.snapshot import Snapshot
-from router.driver import Channel, Driver
+from router.driver import WAKES_MAX, Channel, Driver
 from router.errors import Fault, RequestError
 from router.metrics import Metrics
 from tests.service.fakes import PATIENCE_S, until
@@ -350,3 +350,35 @@ async def test_a_request_is_measured_from_end_to_end() -> None:
         "roundhouse_inter_token_latency_seconds_count 1.0",
     ):
         assert line in shown
+
+
+async def test_many_readers_are_woken_in_passes_and_outcomes_are_heard_in_between() -> None:
+    """Those in line when the next token comes get both at once; nobody is woken twice for one."""
+    count = 8 * WAKES_MAX
+    async with staged(requests_max=count) as stage:
+        channels = [stage.driver.submit(submitted(n)) for n in range(count)]
+        reads = [asyncio.create_task(channel.get()) for channel in channels]
+        await until(lambda: "plan" in stage.core.seen)
+        await asyncio.sleep(0)
+        stage.core.ready = [Deliver(list(range(count)), [1] * count, [])]
+        stage.driver.post(NEWS)
+        await reads[0]
+        assert not reads[-1].done()
+        stage.core.ready = [Deliver(list(range(count)), [2] * count, [])]
+        stage.driver.post(NEWS)
+        batches = await asyncio.wait_for(asyncio.gather(*reads), PATIENCE_S)
+        assert batches[0].tokens == [1]
+        assert batches[-1].tokens == [1, 2]
+        later = await asyncio.wait_for(channels[0].get(), PATIENCE_S)
+        assert later.tokens == [2]
+
+
+async def test_all_of_many_readers_hear_the_end() -> None:
+    count = 2 * WAKES_MAX + 1
+    async with staged(requests_max=count) as stage:
+        channels = [stage.driver.submit(submitted(n)) for n in range(count)]
+        reads = [asyncio.create_task(channel.get()) for channel in channels]
+        await asyncio.sleep(0)
+        stage.driver.stop()
+        batches = await asyncio.wait_for(asyncio.gather(*reads), PATIENCE_S)
+        assert all(batch.close is not None for batch in batches)

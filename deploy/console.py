@@ -2,11 +2,13 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
+from deploy.groups import LocalGroup
 from deploy.supervisor import LOOP_DEATHS, Died, Loading, News, Ready, Said
 
 EXAMPLE = {
@@ -47,12 +49,25 @@ class Console:
                 self._drop_bar(worker)
                 back = "is back after a restart, loaded" if again else "loaded"
                 self.say(f"{worker}: {back} in {seconds:.1f} s")
-            case Died(worker, reason, deaths, pause_s):
-                self._drop_bar(worker)
+            case Died(worker, reason, deaths, pause_s, ranks):
+                self.close()
                 loop = f" (death {deaths} in a row)" if deaths >= LOOP_DEATHS else ""
-                self.say(f"{worker}: {reason}{loop}; starting it again in {pause_s:g} s")
+                what = "it" if ranks == 1 else f"all {ranks} ranks of its group"
+                self.say(f"{worker}: {reason}{loop}; starting {what} again in {pause_s:g} s")
             case Said(worker, line):
                 self.say(f"{worker}: {line}")
+
+    def serving(self, groups: Sequence[LocalGroup]) -> None:
+        """Says what is about to be served, and by which groups if there are several."""
+        model_id = groups[0].model.model_id
+        if len(groups) == 1:
+            remark = groups[0].model.remark
+            self.say(f"serving {model_id}" + (f" ({remark})" if remark else ""))
+            return
+        self.say(f"serving {model_id} by {len(groups)} groups")
+        for group in groups:
+            what = (f"{group.workers.world} x {group.workers.engine}", group.model.remark)
+            self.say(f"serving {model_id}: group {group.name}: {', '.join(filter(None, what))}")
 
     def say(self, text: str) -> None:
         """One line on standard error."""

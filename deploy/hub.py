@@ -1,5 +1,7 @@
 """Models from the hub, with huggingface_hub's cache and progress bars."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -13,29 +15,75 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from deploy.models import PART, Model, ModelNotFound, pick, remark
+from deploy.models import (
+    PART,
+    Model,
+    ModelNotFound,
+    is_hf,
+    lacking,
+    pick,
+    reads_gguf_only,
+    remark,
+)
 
 LIST_DEADLINE_S = 10.0
+# Weights, configuration, and the tokenizer and chat template in whatever form they come.
+HF_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def fetch(name: str, file: str | None, revision: str | None, *, gguf: bool) -> Model:
-    """Downloads a model, or takes it from the cache. Raises ``ModelNotFound`` with one line.
+def fetch(name: str, engine: str, file: str | None, revision: str | None) -> Model:
+    """Downloads what the engine needs, or takes it from the cache.
 
-    Of a repository of GGUF files one is picked; of others everything is taken.
+    That is a folder of safetensors with its configuration and tokenizer, or else one GGUF file.
+    Raises ``ModelNotFound`` with one line.
     """
-    try:
-        if not gguf:
-            return Model(Path(snapshot_download(name, revision=revision)), name)
-        names = [entry for entry in _files(name, revision) if entry.endswith(".gguf")]
-        picked = pick(names, file, f"{name} on the hub")
+    with _told(name):
+        names = _files(name, revision)
+        if file is None and not reads_gguf_only(engine) and is_hf(names):
+            wanted = [entry for entry in names if _is_hf_part(entry, names)]
+            folder = snapshot_download(name, revision=revision, allow_patterns=wanted)
+            return Model(Path(folder), name)
+        ggufs = [entry for entry in names if entry.endswith(".gguf")]
+        picked = pick(ggufs, file, f"{name} on the hub", lacking(engine, names))
         paths = [hf_hub_download(name, part, revision=revision) for part in _parts(picked)]
-        return Model(Path(paths[0]), name, remark(picked, names))
+        return Model(Path(paths[0]), name, remark(picked, ggufs))
+
+
+def fetch_adapter(name: str, revision: str | None, *, gguf: bool) -> Path:
+    """Downloads a LoRA adapter: its GGUF file, or its folder. Raises ``ModelNotFound``."""
+    with _told(name):
+        if gguf:
+            names = [entry for entry in _files(name, revision) if entry.endswith(".gguf")]
+            none = "holds no GGUF file, and llama.cpp needs an adapter as GGUF"
+            picked = pick(names, None, f"{name} on the hub", none)
+            return Path(hf_hub_download(name, picked, revision=revision))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=ADAPTER_FILES))
+
+
+def _is_hf_part(entry: str, names: Sequence[str]) -> bool:
+    """Whether a file of a repository is needed to load the model.
+
+    Folders hold the same weights for other programs, and so does ``consolidated.safetensors``
+    where there are weights by the usual names.
+    """
+    if "/" in entry or not entry.endswith(HF_FILES):
+        return False
+    usual = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
+    return not (usual and entry.startswith("consolidated") and entry.endswith(".safetensors"))
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Makes one ``ModelNotFound`` of whatever goes wrong while ``name`` is downloaded."""
+    try:
+        yield
     except HFValidationError as error:
         raise ModelNotFound(f"{name} is neither a local file nor a hub id") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise ModelNotFound(
             f"{name} is no local file, and the model hub cannot be reached "
-            "(check the network and HF_ENDPOINT, or give a local GGUF file)"
+            "(check the network and HF_ENDPOINT, or give a local file or folder)"
         ) from error
     except HfHubHTTPError as error:
         raise ModelNotFound(_refusal(name, error)) from error

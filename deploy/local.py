@@ -4,15 +4,14 @@ import asyncio
 import shutil
 import signal
 import socket
-import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deploy.console import Console, Urls
-from deploy.models import Model
+from deploy.groups import LocalGroup
 from deploy.supervisor import Supervisor, WorkerSpec
+from deploy.workers import worker_command
 from router import app
 from router.config import GroupSpec, Settings
 
@@ -23,54 +22,29 @@ OnReady = Callable[[int, int], None]
 SOCKET_PATH_MAX = 100
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
-    """What every worker of a group is started with. A count of 0: the engine chooses."""
-
-    engine: str
-    world: int = 1
-    threads: int = 0
-    kv_tokens: int = 0
-    sequences_max: int = 0
-    step_tokens_max: int = 0
-    engine_options: tuple[str, ...] = ()
-    interpreter: str = sys.executable
-
-
-def worker_command(options: WorkerOptions, model: Model, listen: str, rank: int) -> list[str]:
-    """The command line of one worker."""
-    # -P: the folder that the user is in may hold anything, under any name.
-    command = [options.interpreter, "-P", "-m", "shards"]
-    if model.path is not None:
-        command += ["--model", str(model.path)]
-    if model.chat_template is not None:
-        command += ["--chat-template", str(model.chat_template)]
-    command += ["--model-id", model.model_id, "--engine", options.engine, "--listen", listen]
-    command += ["--rank", str(rank), "--world", str(options.world)]
-    for name in ("threads", "kv_tokens", "sequences_max", "step_tokens_max"):
-        if count := getattr(options, name):
-            command += [f"--{name.replace('_', '-')}", str(count)]
-    for pair in options.engine_options:
-        command += ["--engine-option", pair]
-    return command
-
-
 def socket_folder() -> Path:
     """A new folder that only this user can enter, with a path short enough for sockets."""
     folder = Path(tempfile.mkdtemp(prefix="roundhouse-"))
-    if len(str(folder / "worker-99.sock").encode()) > SOCKET_PATH_MAX:
+    if len(str(folder / "999-9999.sock").encode()) > SOCKET_PATH_MAX:
         folder.rmdir()
         folder = Path(tempfile.mkdtemp(prefix="roundhouse-", dir="/tmp"))
     return folder
 
 
-def worker_specs(options: WorkerOptions, model: Model, folder: Path) -> list[WorkerSpec]:
-    """One worker for each rank, on sockets in ``folder``."""
+def worker_specs(groups: Sequence[LocalGroup], folder: Path) -> list[list[WorkerSpec]]:
+    """The workers of each group in order of rank, on sockets in ``folder``."""
+    return [_ranks(group, folder, place, len(groups)) for place, group in enumerate(groups)]
+
+
+def _ranks(group: LocalGroup, folder: Path, place: int, groups: int) -> list[WorkerSpec]:
+    """The workers of one group; where there is but one group, its name goes without saying."""
     specs = []
-    for rank in range(options.world):
-        socket = folder / f"worker-{rank}.sock"
-        command = worker_command(options, model, f"unix://{socket}", rank)
-        specs.append(WorkerSpec(f"worker {rank}", (*command, "--exit-with-parent"), socket))
+    for rank in range(group.workers.world):
+        socket = folder / f"{place}-{rank}.sock"
+        command = worker_command(group.workers, group.model, f"unix://{socket}", rank)
+        name = f"worker {rank}" if groups == 1 else f"{group.name} worker {rank}"
+        env = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(group.workers.world)}
+        specs.append(WorkerSpec(name, (*command, "--exit-with-parent"), socket, env))
     return specs
 
 
@@ -93,8 +67,8 @@ def check_ports(settings: Settings) -> None:
             ) from error
 
 
-async def serve(settings: Settings, model: Model, options: WorkerOptions, console: Console) -> None:
-    """Serves one model until SIGTERM or SIGINT has been obeyed.
+async def serve(settings: Settings, groups: Sequence[LocalGroup], console: Console) -> None:
+    """Serves one model, by all groups, until SIGTERM or SIGINT has been obeyed.
 
     The router begins when the workers have loaded: until then its ports are closed. Raises
     ``StartError`` if a worker cannot start, ``OSError`` if a port cannot be had, ``CancelledError``
@@ -103,12 +77,16 @@ async def serve(settings: Settings, model: Model, options: WorkerOptions, consol
     check_ports(settings)
     folder = socket_folder()
     try:
-        workers = worker_specs(options, model, folder)
-        addresses = tuple(f"unix://{worker.socket}" for worker in workers)
-        group = GroupSpec("local", model.model_id, addresses)
+        workers = worker_specs(groups, folder)
+        specs = [
+            GroupSpec(
+                group.name, group.model.model_id, tuple(f"unix://{rank.socket}" for rank in ranks)
+            )
+            for group, ranks in zip(groups, workers, strict=True)
+        ]
         supervisor = Supervisor(workers, console.tell)
-        on_ready = _announcer(settings, model.model_id, console)
-        await _together(settings, group, supervisor, on_ready)
+        on_ready = _announcer(settings, groups[0].model.model_id, console)
+        await _together(settings, specs, supervisor, on_ready)
     finally:
         console.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -128,7 +106,7 @@ def _announcer(settings: Settings, model_id: str, console: Console) -> OnReady:
 
 
 async def _together(
-    settings: Settings, group: GroupSpec, supervisor: Supervisor, on_ready: OnReady
+    settings: Settings, groups: Sequence[GroupSpec], supervisor: Supervisor, on_ready: OnReady
 ) -> None:
     """Runs the router beside the supervisor; either one's failure ends both."""
     this = asyncio.current_task()
@@ -140,7 +118,7 @@ async def _together(
             # The router's own handlers take over when it begins.
             loop.add_signal_handler(signal.SIGTERM, this.cancel)
             await supervisor.all_ready()
-            await app.serve(settings, (group,), on_ready)
+            await app.serve(settings, groups, on_ready)
             keeper.cancel()
     except ExceptionGroup as failures:
         # One failure cancels the other task, so there is one to tell of.

@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ QUANTISATIONS = (
     *("Q4_K_M", "Q5_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q5_K_S", "Q5_1", "Q5_0", "Q6_K", "Q8_0"),
     *("IQ4_XS", "IQ4_NL", "Q3_K_L", "Q3_K_M", "Q2_K", "BF16", "F16", "F32"),
 )
+WEIGHT_FILES = (".gguf", ".safetensors")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # A model in several files is named by its first one; llama.cpp finds the others beside it.
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -41,22 +42,39 @@ class Model:
     chat_template: Path | None = None
 
 
+def reads_gguf_only(engine: str) -> bool:
+    """Whether the engine reads nothing but GGUF; the others prefer a folder of safetensors."""
+    return engine == "llamacpp"
+
+
 def resolve(name: str | None, *, engine: str, file: str | None, revision: str | None) -> Model:
     """Finds the model, downloading it if ``name`` is a hub id. Raises ``ModelNotFound``."""
     if not name:
         return Model(None, "scripted") if engine == "scripted" else embedded()
     path = Path(name).expanduser()
     if path.is_dir():
-        return in_folder(path, file) if engine == "llamacpp" else Model(path, path.resolve().name)
+        return in_folder(path, engine, file)
     if path.is_file():
-        return Model(path, path.stem)
+        return _single(path, engine)
     if engine == "scripted":
         return Model(None, name)
-    if path.suffix == ".gguf" or not HUB_ID.fullmatch(name) or name.startswith("."):
+    if path.suffix in WEIGHT_FILES or not HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelNotFound(f"model file {name} does not exist")
     from deploy import hub  # takes half a second to import, and is rarely needed
 
-    return hub.fetch(name, file, revision, gguf=engine == "llamacpp")
+    return hub.fetch(name, engine, file, revision)
+
+
+def _single(path: Path, engine: str) -> Model:
+    """A model that is one file, which only GGUF can be."""
+    if path.suffix == ".safetensors":
+        raise ModelNotFound(
+            f"model file {path} holds weights alone: give the folder that it is in, "
+            "with config.json and tokenizer.json, to an engine other than llamacpp"
+            if reads_gguf_only(engine)
+            else f"model file {path} holds weights alone: give the folder that it is in"
+        )
+    return Model(path, path.stem)
 
 
 def embedded() -> Model:
@@ -72,25 +90,55 @@ def embedded() -> Model:
     )
 
 
-def in_folder(folder: Path, file: str | None) -> Model:
-    """The GGUF file of a local folder."""
-    names = sorted(path.name for path in folder.glob("*.gguf"))
-    picked = pick(names, file, f"folder {folder}")
-    return Model(folder / picked, folder.resolve().name, remark(picked, names))
+def in_folder(folder: Path, engine: str, file: str | None) -> Model:
+    """A local folder of safetensors as it is, or else one of its GGUF files.
+
+    A GGUF file is also taken by an engine that reads both if ``file`` asks for it.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if engine == "scripted" or (file is None and not reads_gguf_only(engine) and is_hf(names)):
+        return Model(folder, folder.resolve().name)
+    picked = pick(ggufs, file, f"folder {folder}", lacking(engine, names))
+    return Model(folder / picked, folder.resolve().name, remark(picked, ggufs))
 
 
-def pick(names: Sequence[str], file: str | None, where: str) -> str:
+def is_hf(names: Iterable[str]) -> bool:
+    """Whether these are the files of a model as the Hugging Face libraries write it."""
+    found = set(names)
+    return "config.json" in found and any(name.endswith(".safetensors") for name in found)
+
+
+def lacking(engine: str, names: Sequence[str]) -> str:
+    """What a folder or repository without a GGUF file should have held, and what to do."""
+    if reads_gguf_only(engine):
+        if is_hf(names):
+            return (
+                "holds safetensors and no GGUF file, which is all that llama.cpp reads: take "
+                "another engine, such as --engine torch, or a GGUF file of this model"
+            )
+        return (
+            "holds no GGUF file, and the llama.cpp engine needs one "
+            "(on the hub, look for the model's name followed by -GGUF)"
+        )
+    if "config.json" in names and any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        return (
+            "holds pickled weights, which can run code and are never loaded: "
+            "save the model as safetensors"
+        )
+    return f"holds neither config.json with *.safetensors nor a GGUF file, which {engine} needs"
+
+
+def pick(names: Sequence[str], file: str | None, where: str, none: str) -> str:
     """The file that ``--file`` names, exactly or in part, or else the default quantisation.
 
-    Raises ``ModelNotFound`` with what there is to choose from.
+    Raises ``ModelNotFound`` with what there is to choose from; ``none`` says what is wrong if that
+    is nothing.
     """
     names = [name for name in names if (found := PART.search(name)) is None or int(found[1]) == 1]
     names = [name for name in names if "mmproj" not in name.lower()]
     if not names:
-        raise ModelNotFound(
-            f"{where} holds no GGUF file, and the llama.cpp engine needs one "
-            "(on the hub, look for the model's name followed by -GGUF)"
-        )
+        raise ModelNotFound(f"{where} {none}")
     if file is not None:
         wanted = [name for name in names if file == name] or [
             name for name in names if file.lower() in name.lower()

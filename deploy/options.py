@@ -26,6 +26,10 @@ MODEL, WORKER = "Model", "Worker"
 SECTIONS = (MODEL, WORKER, LISTEN, LIMITS, BATCH, FAILURES, OUTPUT)
 
 
+class UserError(click.ClickException):
+    """Something that the user can mend; one line on standard error, exit status 1."""
+
+
 @dataclass(frozen=True, slots=True)
 class Knob:
     """One option: where help shows it, its name, the field of ``Settings``, and what it does."""

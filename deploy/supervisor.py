@@ -1,39 +1,49 @@
-"""Keeps worker processes alive on this machine: start, relay progress, restart, end.
+"""Keeps groups of worker processes alive on this machine: start, relay progress, restart, end.
 
-One ``Supervisor`` owns one process per rank. Each process listens on a unix socket in a private
-folder, runs in a session of its own (so that Ctrl-C reaches the router first, which drains), and
-ends by itself when its standard input closes, however its parent died.
+The unit of life is the group, because its ranks wait for each other in every step: when one ends,
+the others are ended too, and all start anew at another rendezvous. Each process listens on a unix
+socket in a private folder, runs in a session of its own (so that Ctrl-C reaches the router first,
+which drains), and ends by itself when its standard input closes, however its parent died.
 """
 
 import asyncio
-import contextlib
 import json
+import os
+import re
 import signal
-import sys
+import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
-# Pauses before a dead worker is started again. A worker that lived this long starts from the first.
+from deploy.processes import WorkerProcess
+
+# Pauses before a dead group is started again. One that lived this long starts from the first.
 RESTART_PAUSES_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
 HEALTHY_S = 30.0
 # Deaths in a row from which on the report says that it is a loop.
 LOOP_DEATHS = 4
 # How long a worker may take to leave when asked to, before it is killed.
 LEAVE_S = 5.0
-# Longest line that is read from a worker at once, in bytes.
-LINE_MAX = 1 << 16
+# The same for the other ranks of one that has ended: they may be stuck in an exchange with it.
+ORPHAN_RANK_S = 1.0
+# How often a group that was never ready is started because its rendezvous had been taken.
+STARTS_MAX = 3
+ADDRESS_TAKEN = re.compile(r"(?i)address already in use|EADDRINUSE")
 
 
 class StartError(Exception):
-    """A worker ended before it was ever ready. The text is its own one line."""
+    """A worker ended before its group was ever ready. The text is its own one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """How to start one worker: its name in reports, its command, its socket."""
+    """How to start one worker: its name in reports, its command, its socket.
+
+    ``env`` holds variables on top of this process's own.
+    """
 
     name: str
     command: tuple[str, ...]
@@ -60,12 +70,13 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """A worker has ended and is started again after ``pause_s`` seconds."""
+    """A worker has ended; its group, of ``ranks``, is started again after ``pause_s`` seconds."""
 
     worker: str
     reason: str
     deaths: int
     pause_s: float
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +91,10 @@ News = Loading | Ready | Died | Said
 
 
 @dataclass(slots=True)
-class _Life:
-    """One process of a worker, from start to end."""
+class _Rank:
+    """One process of a group's life, and what it has said."""
 
-    process: asyncio.subprocess.Process
-    began: float
+    worker: WorkerSpec
     ready: bool = False
     error: str = ""
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=5))
@@ -99,106 +109,185 @@ class _Life:
         return f"ended with status {code}{said}"
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a life of a group came to its end: whose end it was, and why.
+
+    ``proven`` says that all ranks had been ready for long enough to be called healthy.
+    """
+
+    worker: str
+    reason: str
+    proven: bool
+    address_taken: bool
+
+
 class Supervisor:
-    """Owner of the worker processes. ``news`` is called with all that a person may want to know."""
+    """Owner of the worker processes of all groups, each a list of its ranks in order.
+
+    ``news`` is called with all that a person may want to know.
+    """
 
     def __init__(
         self,
-        workers: Sequence[WorkerSpec],
+        groups: Sequence[Sequence[WorkerSpec]],
         news: Callable[[News], None],
         pauses_s: Sequence[float] = RESTART_PAUSES_S,
         leave_s: float = LEAVE_S,
     ) -> None:
-        self._workers = tuple(workers)
-        self._news = news
-        self._pauses_s = pauses_s
-        self._leave_s = leave_s
-        self._unready = {worker.name for worker in workers}
+        self._groups = tuple(
+            _Group(ranks, news, self._ready, pauses_s, leave_s) for ranks in groups
+        )
         self._all_ready = asyncio.Event()
 
     async def all_ready(self) -> None:
-        """Waits until every worker has been ready once. ``run`` raises if one cannot be."""
+        """Waits until every group has been ready once. ``run`` raises if one cannot be."""
         await self._all_ready.wait()
 
     async def run(self) -> None:
-        """Keeps all workers alive until cancelled; ends them on the way out.
+        """Keeps all groups alive until cancelled; ends them on the way out.
 
-        Raises ``StartError`` when a worker ends before it was ever ready.
+        Raises ``StartError`` when a worker ends before its group was ever ready.
         """
         try:
-            async with asyncio.TaskGroup() as group:
-                for worker in self._workers:
-                    group.create_task(self._keep(worker))
+            async with asyncio.TaskGroup() as tasks:
+                for group in self._groups:
+                    tasks.create_task(group.keep())
         except ExceptionGroup as group_error:
             failed, others = group_error.split(StartError)
             if failed is None or others is not None:
                 raise
             raise failed.exceptions[0] from None
 
-    async def _keep(self, worker: WorkerSpec) -> None:
-        """Lives of one worker, one after the other."""
+    def _ready(self) -> None:
+        """A group has become ready."""
+        if all(group.was_ready for group in self._groups):
+            self._all_ready.set()
+
+
+class _Group:
+    """The lives of one group, one after the other. ``ready`` is called when all ranks are."""
+
+    def __init__(
+        self,
+        workers: Sequence[WorkerSpec],
+        news: Callable[[News], None],
+        ready: Callable[[], None],
+        pauses_s: Sequence[float],
+        leave_s: float,
+    ) -> None:
+        self._workers = tuple(workers)
+        self._news = news
+        self._ready = ready
+        self._pauses_s = pauses_s
+        self._leave_s = leave_s
+        self.was_ready = False
+
+    async def keep(self) -> None:
+        """Lives again and again until cancelled. Raises ``StartError`` if it cannot start."""
         deaths = 0
         while True:
-            life = await self._start(worker)
-            try:
-                code = await self._live(worker, life)
-            finally:
-                await _end(life.process, self._leave_s)
-            lasted = monotonic() - life.began
-            if worker.name in self._unready:
-                raise StartError(f"{worker.name}: {life.reason(code)}")
-            deaths = 1 if life.ready and lasted >= HEALTHY_S else deaths + 1
+            end = await self._live()
+            deaths = 1 if end.proven else deaths + 1
+            if not self.was_ready and not (end.address_taken and deaths < STARTS_MAX):
+                raise StartError(f"{end.worker}: {end.reason}")
             pause = self._pauses_s[min(deaths, len(self._pauses_s)) - 1]
-            self._news(Died(worker.name, life.reason(code), deaths, pause))
+            self._news(Died(end.worker, end.reason, deaths, pause, len(self._workers)))
             await asyncio.sleep(pause)
 
-    async def _start(self, worker: WorkerSpec) -> _Life:
-        """Starts a process on a socket path that nobody holds."""
-        worker.socket.unlink(missing_ok=True)
+    async def _live(self) -> _End:
+        """One life: starts all ranks, waits until one ends, and ends the others."""
+        ranks = [_Rank(worker) for worker in self._workers]
+        processes: list[WorkerProcess] = []
+        began, grace_s = monotonic(), self._leave_s
         try:
-            process = await asyncio.create_subprocess_exec(
-                *worker.command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=sys.stderr.fileno(),
-                stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,
-                limit=LINE_MAX,
-                env=worker.env,
-            )
+            rendezvous = ("--rendezvous", free_address()) if len(ranks) > 1 else ()
+            for rank in ranks:  # each is kept as soon as it is there, so that it is ended
+                process = await self._start(rank, rendezvous, ranks, began)
+                processes.append(process)
+            place, code = await _first_end(processes)
+            grace_s = min(ORPHAN_RANK_S, grace_s)
+        finally:
+            await asyncio.gather(*(process.end(grace_s) for process in processes))
+        lasted = monotonic() - began
+        return _End(
+            ranks[place].worker.name,
+            ranks[place].reason(code),
+            proven=all(rank.ready for rank in ranks) and lasted >= HEALTHY_S,
+            address_taken=bool(rendezvous) and any(map(_found_address_taken, ranks)),
+        )
+
+    async def _start(
+        self, rank: _Rank, rendezvous: Sequence[str], ranks: Sequence[_Rank], began: float
+    ) -> WorkerProcess:
+        """Starts a process on a socket path that nobody holds."""
+        worker = rank.worker
+        worker.socket.unlink(missing_ok=True)
+        command = (*worker.command, *rendezvous)
+        env = None if worker.env is None else os.environ | dict(worker.env)
+
+        def hear(line: str) -> None:
+            self._hear(rank, line, ranks, began)
+
+        try:
+            return await WorkerProcess.start(command, env, hear)
         except OSError as error:
-            raise StartError(f"{worker.name}: cannot run {worker.command[0]}: {error}") from error
-        return _Life(process, monotonic())
+            raise StartError(f"{worker.name}: cannot run {command[0]}: {error}") from error
 
-    async def _live(self, worker: WorkerSpec, life: _Life) -> int:
-        """Reads what the process says until it ends; returns its exit status."""
-        stream = life.process.stderr
-        assert stream is not None, "the process was started with a pipe for its standard error"
-        while line := await _line(stream):
-            self._hear(worker, life, line.decode(errors="replace").rstrip())
-        return await life.process.wait()
-
-    def _hear(self, worker: WorkerSpec, life: _Life, line: str) -> None:
+    def _hear(self, rank: _Rank, line: str, ranks: Sequence[_Rank], began: float) -> None:
         """Acts on one line of a worker: a report as a JSON object, or anything else."""
-        report = _report(line)
+        name, report = rank.worker.name, _report(line)
         match report.get("event"):
             case "loading":
-                self._news(Loading(worker.name, float(str(report.get("fraction", 0)))))
+                self._news(Loading(name, _fraction(report.get("fraction"))))
             case "ready":
-                again = worker.name not in self._unready
-                life.ready = True
-                self._news(Ready(worker.name, monotonic() - life.began, again))
-                self._unready.discard(worker.name)
-                if not self._unready:
-                    self._all_ready.set()
+                rank.ready = True
+                self._news(Ready(name, monotonic() - began, self.was_ready))
+                if all(one.ready for one in ranks):
+                    self.was_ready = True
+                    self._ready()
             case "warning":
-                self._news(Said(worker.name, str(report.get("message", line))))
+                self._news(Said(name, str(report.get("message", line))))
             case "listening":
                 pass  # the router dials until it answers
             case "error":
-                life.error = str(report.get("message", line))
+                rank.error = str(report.get("message", line))
             case _ if line:
-                life.tail.append(line)
-                self._news(Said(worker.name, line))
+                rank.tail.append(line)
+                self._news(Said(name, line))
+
+
+def free_address() -> str:
+    """HOST:PORT on this machine where nobody listens.
+
+    Another program may take the port before rank 0 listens there, as with every port that is chosen
+    for somebody else. The group then ends and is started again, with another one.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+async def _first_end(processes: Sequence[WorkerProcess]) -> tuple[int, int]:
+    """Waits for the first process to end; returns its place and its exit status."""
+    waits = [asyncio.create_task(process.ended()) for process in processes]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        place = next(place for place, wait in enumerate(waits) if wait.done())
+        return place, waits[place].result()
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+
+def _found_address_taken(rank: _Rank) -> bool:
+    return any(ADDRESS_TAKEN.search(line) for line in (rank.error, *rank.tail))
+
+
+def _fraction(value: object) -> float:
+    """A fraction as a worker reports it; 0 for anything else."""
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _report(line: str) -> dict[str, object]:
@@ -210,29 +299,3 @@ def _report(line: str) -> dict[str, object]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-async def _line(stream: asyncio.StreamReader) -> bytes:
-    """The next line; the pieces of one that is too long, one after the other."""
-    try:
-        return await stream.readuntil(b"\n")
-    except asyncio.IncompleteReadError as end:
-        return end.partial
-    except asyncio.LimitOverrunError as long:
-        return await stream.readexactly(long.consumed)
-
-
-async def _end(process: asyncio.subprocess.Process, leave_s: float) -> None:
-    """Makes a process leave: closes its input, asks, then kills."""
-    if process.returncode is not None:
-        return
-    if process.stdin is not None:
-        process.stdin.close()
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-        try:
-            async with asyncio.timeout(leave_s):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-    await process.wait()

@@ -89,13 +89,13 @@ def test_an_empty_folder_says_what_it_lacks(tmp_path: Path) -> None:
     ],
 )
 def test_which_file_is_picked(names: list[str], file: str | None, picked: str) -> None:
-    assert pick(names, file, "here") == picked
+    assert pick(names, file, "here", "holds none") == picked
 
 
 @pytest.mark.parametrize(("file", "problem"), [("Q9", "is none of"), ("Q", "matches several of")])
 def test_a_file_that_is_not_one_is_refused_with_the_choice(file: str, problem: str) -> None:
     with pytest.raises(ModelNotFound, match=f"{problem} the files of here: a-Q4_0.gguf, a-Q8_0"):
-        pick(["a-Q4_0.gguf", "a-Q8_0.gguf"], file, "here")
+        pick(["a-Q4_0.gguf", "a-Q8_0.gguf"], file, "here", "")
 
 
 def test_the_hub_gives_one_file_and_then_the_cache_does(tmp_path: Path) -> None:

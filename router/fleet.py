@@ -5,13 +5,14 @@ its requests then wait in the queue for one to return.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from router.config import GroupSpec, Settings
 from router.core.events import Limits
 from router.errors import Fault, RequestError
+from router.text.agreement import difference
 from router.text.tokenizer import Tokenizer
 from shards.v1.shard_pb2 import DescribeResponse, SchedulingKind
 
@@ -53,7 +54,10 @@ class GroupCard:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """One model. ``features`` are those that at least one of its groups has."""
+    """One model. ``features`` are those that at least one of its groups has.
+
+    ``eos_token_ids`` are all that any of its groups names: not every copy of a model names all.
+    """
 
     id: str
     tokenizer: Tokenizer
@@ -123,9 +127,9 @@ def _limits(ranks: Sequence[DescribeResponse]) -> Limits:
     return Limits(**least, shares_prefix=shares, donor_tokens_max=min(kept, default=None))
 
 
-def _vocabulary(card: GroupCard) -> tuple[str, int, tuple[int, ...]]:
-    """What replicas of one model must have in common."""
-    return card.tokenizer_sha256, card.vocab_size, card.eos_token_ids
+def _pair(one: GroupCard, other: GroupCard) -> frozenset[str]:
+    """The tokenizers of two groups, in no order."""
+    return frozenset((one.tokenizer_sha256, other.tokenizer_sha256))
 
 
 class Fleet:
@@ -136,6 +140,9 @@ class Fleet:
         self._specs = tuple(specs)
         self._cards: dict[str, GroupCard] = {}
         self._claims: dict[str, GroupCard] = {}
+        # Claims whose tokenizer has been agreed on, and what any two tokenizers differ in.
+        self._agreed: dict[str, GroupCard] = {}
+        self._differences: dict[frozenset[str], str] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._models: dict[str, ModelCard] = {}
         self._ready = asyncio.Event()
@@ -196,19 +203,50 @@ class Fleet:
         for other in self._claims.values():
             if set(card.instances) & set(other.instances):
                 raise MismatchError(f"a worker of this group already serves group {other.name}")
-        for other in (self._cards | self._claims).values():
-            if other.name == card.name or other.model != card.model:
-                continue
-            if _vocabulary(other) != _vocabulary(card):
+        for other in self._replicas(card, self._claims):
+            if other.vocab_size != card.vocab_size:
                 raise MismatchError(
-                    f"group {other.name} serves {card.model} with another tokenizer; "
-                    "give one of them another model name"
+                    f"group {other.name} serves {card.model} with {other.vocab_size} tokens, and "
+                    f"this one has {card.vocab_size}; give one of them another model name"
                 )
         self._claims[card.name] = card
         try:
             yield
         finally:
             del self._claims[card.name]
+            self._agreed.pop(card.name, None)
+
+    async def agree(self, card: GroupCard, tokenizer: Tokenizer) -> None:
+        """Makes sure that the group's tokenizer can stand for that of every replica of its model.
+
+        Prompts are read, and answers written, by the tokenizer of the first group that serves the
+        model, whichever group computes them. Raises ``MismatchError`` if they differ.
+        """
+        self._tokenizers[card.tokenizer_sha256] = tokenizer
+        # While two are compared another group may come to an agreement: then once more.
+        while missing := [
+            other
+            for other in self._replicas(card, self._agreed)
+            if _pair(card, other) not in self._differences
+        ]:
+            pair, known = _pair(card, missing[0]), self._tokenizers[missing[0].tokenizer_sha256]
+            differ = "" if len(pair) == 1 else await asyncio.to_thread(difference, known, tokenizer)
+            self._differences[pair] = differ
+        for other in self._replicas(card, self._agreed):
+            if found := self._differences[_pair(card, other)]:
+                raise MismatchError(
+                    f"group {other.name} serves {card.model} with another tokenizer ({found}); "
+                    "give one of them another model name"
+                )
+        self._agreed[card.name] = card
+
+    def _replicas(self, card: GroupCard, coming: Mapping[str, GroupCard]) -> list[GroupCard]:
+        """The other groups of a card's model: those that have been up, and those coming up."""
+        return [
+            other
+            for other in (self._cards | coming).values()
+            if other.name != card.name and other.model == card.model
+        ]
 
     def up(self, card: GroupCard, tokenizer: Tokenizer) -> None:
         """A group has come up."""
@@ -234,11 +272,12 @@ class Fleet:
     def _model_of(self, name: str, cards: list[GroupCard]) -> ModelCard:
         """The model that these groups hold; a request may be as long as the roomiest one allows."""
         first = cards[0]
+        ends = (token for card in cards for token in card.eos_token_ids)
         total = max(self._total_tokens(card.limits) for card in cards)
         return ModelCard(
             id=name,
             tokenizer=self._tokenizers[first.tokenizer_sha256],
-            eos_token_ids=first.eos_token_ids,
+            eos_token_ids=tuple(dict.fromkeys(ends)),
             max_input_tokens=min(self._settings.max_input_tokens or total - 1, total - 1),
             max_total_tokens=total,
             vocab_size=first.vocab_size,

@@ -102,6 +102,7 @@ class Group:
             links = [links[place] for place in _places(described)]
             with self._fleet.claim(card):
                 tokenizer = await self._tokenizer(card, links[0])
+                await self._fleet.agree(card, tokenizer)
                 await _all(link.open() for link in links)
                 await self._live(card, tokenizer, links)
         finally:

@@ -98,6 +98,10 @@ class Tokenizer:
         """The text of these tokens; ids that stand for nothing are skipped."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def ids(self) -> frozenset[int]:
+        """Every id that stands for a token."""
+        return frozenset(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
     def token_text(self, token: int) -> str:
         """The text of one token behind other text; U+FFFD for bytes that are no character."""
         text = self._decoding.whole(token)

@@ -159,19 +159,6 @@ def test_a_model_can_do_what_one_of_its_groups_can(tokenizer: Tokenizer) -> None
     assert fleet.model("m").features == ("logprobs", "seed")
 
 
-def test_replicas_of_a_model_share_a_tokenizer(tokenizer: Tokenizer) -> None:
-    fleet = Fleet(Settings(), [SPEC, GroupSpec("h", None, ("unix:///b",))])
-    with fleet.claim(card("g")):
-        fleet.up(card("g"), tokenizer)
-    with (
-        pytest.raises(MismatchError, match="another tokenizer"),
-        fleet.claim(card("h", vocab_size=301)),
-    ):
-        pass
-    with fleet.claim(card("g", vocab_size=301)):
-        pass  # the same group may come back with another model
-
-
 def test_a_worker_is_claimed_by_one_group_at_a_time() -> None:
     fleet = Fleet(Settings(), [SPEC])
     first, twin = card("g", instance_id="x"), card("h", instance_id="x")

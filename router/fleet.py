@@ -244,7 +244,7 @@ class Fleet:
         """The other groups of a card's model: those that have been up, and those coming up."""
         return [
             other
-            for other in (self._cards | coming).values()
+            for other in {**self._cards, **coming}.values()
             if other.name != card.name and other.model == card.model
         ]
 

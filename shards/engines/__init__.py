@@ -6,12 +6,14 @@ from importlib import import_module
 from shards.engines.base import Engine, EngineOptions, ModelError, Progress
 
 _MODULES = {
+    "jax": "shards.engines.jax_engine",
     "llamacpp": "shards.engines.llamacpp",
     "scripted": "shards.engines.scripted",
     "vllm": "shards.engines.vllm_engine",
 }
 # What to install when an engine's own package is missing.
 _INSTALL = {
+    "jax": "roundhouse engines install jax",
     "llamacpp": 'CMAKE_ARGS="-DGGML_OPENMP=OFF" pip install llama-cpp-python',
     "scripted": "pip install numpy tokenizers",
     "vllm": "roundhouse engines install vllm",

@@ -1,0 +1,253 @@
+"""Attention over paged keys and values: the plain way of any device, and the kernel of the TPU.
+
+The cache of a layer is [pages, page_tokens, 2 * kv_heads, head_dim], keys at even places and values
+at odd ones: what the ragged paged attention kernel in JAX's own package takes. Both ways read the
+same fields of a step, see ``jax_buckets.Bucket``.
+
+The plain way never looks at more than a piece of each sequence at once. Its loops run as often as
+the data says, and keep a running softmax (arXiv:2205.14135, section 3.1), so that one compiled
+program serves any mix of lengths. Rows, the sequences that compute one token, go together. The
+pages that all rows have in common are read once for all of them (arXiv:2402.05099). Longer runs of
+a sequence's tokens go block by block.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from shards.engines.jax_buckets import BLOCK, PIECE, Bucket
+
+Step = Mapping[str, Array]
+Carry = tuple[Array, Array, Array]
+
+# Rows of a mixed step that are computed together: such steps may have few of them.
+ROWS = 8
+# Finite, so that no difference of two of them is undefined.
+_MASKED = -1e30
+# The kernel wants heads of a multiple of so many elements.
+KERNEL_HEAD_DIM = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """How one layer attends. ``window`` as in ``LlamaConfig.windows``; ``kernel``: on a TPU.
+
+    ``compute`` is the element type in which the plain way multiplies.
+    """
+
+    scale: float
+    window: int
+    kernel: bool
+    compute: Any
+
+    def __call__(self, queries: Array, cache: Array, step: Step, bucket: Bucket) -> Array:
+        """Attends queries [tokens, heads, head_dim] to their own sequences; same shape out."""
+        if self.kernel:
+            return kernel(queries, cache, step, self)
+        return plain(queries, cache, step, bucket, self)
+
+
+def write(cache: Array, keys: Array, values: Array, cells: Array) -> Array:
+    """The cache with the keys and values [tokens, kv_heads, head_dim] in their cells."""
+    tokens, _, dim = keys.shape
+    pages, page_tokens, both, cache_dim = cache.shape
+    pairs = jnp.stack((keys, values), axis=2).astype(cache.dtype)
+    pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, 0), (0, cache_dim - dim)))
+    flat = cache.reshape(pages * page_tokens, both, cache_dim)
+    flat = flat.at[cells].set(pairs.reshape(tokens, both, cache_dim), mode="promise_in_bounds")
+    return flat.reshape(cache.shape)
+
+
+# The kernel ------------------------------------------------------------------------------------
+
+
+def kernel(
+    queries: Array, cache: Array, step: Step, attention: Attention, function: Any = None
+) -> Array:
+    """The kernel of ``jax.experimental.pallas.ops.tpu``, or a function with its arguments."""
+    if function is None:
+        from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+        function = ragged_paged_attention
+    tokens, _, dim = queries.shape
+    out = function(
+        jnp.pad(queries, ((0, 0), (0, 0), (0, cache.shape[-1] - dim))),
+        cache,
+        step["lengths"],
+        step["tables"],
+        step["starts"],
+        step["counts"][3:4],
+        sm_scale=attention.scale,
+        sliding_window=attention.window or None,
+    )
+    # What it leaves in the rows of padding is not defined, and must not reach the cache.
+    real = jnp.arange(tokens) < step["starts"][-1]
+    return jnp.where(real[:, None, None], out[..., :dim], 0)
+
+
+# The plain way ---------------------------------------------------------------------------------
+
+
+def plain(queries: Array, cache: Array, step: Step, bucket: Bucket, attention: Attention) -> Array:
+    """Gathered pages and a masked softmax, a piece at a time."""
+    tokens, heads, dim = queries.shape
+    groups = cache.shape[2] // 2
+    grouped = (queries.astype(jnp.float32) * attention.scale).astype(attention.compute)
+    grouped = grouped.reshape(tokens, groups, heads // groups, dim)
+    if bucket.mixed:
+        out = _mixed(grouped, cache, step, bucket, attention)
+    else:
+        out = _rows(grouped, cache, step, jnp.int32(0), attention)
+    return out.reshape(queries.shape).astype(queries.dtype)
+
+
+def _mixed(queries: Array, cache: Array, step: Step, bucket: Bucket, attention: Attention) -> Array:
+    """Rows first, in groups; then the blocks, each written over what padding left behind it."""
+    spare = max(BLOCK, ROWS)
+    padded = jnp.pad(queries, ((0, spare), (0, 0), (0, 0), (0, 0)))
+    rows = min(ROWS, bucket.sequences)
+    row_groups = -(-step["counts"][0] // rows)
+
+    def some_rows(index: Array, out: Array) -> Array:
+        # The last group may begin earlier, and compute some rows again: tables have no spare rows.
+        first = jnp.minimum(index * rows, bucket.sequences - rows)
+        part = lax.dynamic_slice_in_dim(padded, first, rows)
+        done = _rows(part, cache, step, first, attention)
+        return lax.dynamic_update_slice_in_dim(out, done, first, axis=0)
+
+    def one_block(index: Array, out: Array) -> Array:
+        sequence, first, count = step["blocks"][index]
+        part = lax.dynamic_slice_in_dim(padded, first, BLOCK)
+        done = _block(part, cache, step, (sequence, first, count), attention)
+        before = lax.dynamic_slice_in_dim(out, first, BLOCK)
+        real = jnp.arange(BLOCK) < count
+        done = jnp.where(real[:, None, None, None], done, before)
+        return lax.dynamic_update_slice_in_dim(out, done, first, axis=0)
+
+    out = jnp.zeros(padded.shape, jnp.float32)
+    out = lax.fori_loop(0, row_groups, some_rows, out)
+    out = lax.fori_loop(0, step["counts"][1], one_block, out)
+    return out[: queries.shape[0]]
+
+
+def _rows(queries: Array, cache: Array, step: Step, first: Array, attention: Attention) -> Array:
+    """Attention of sequences ``first`` and on, one token each: [rows, groups, heads, head_dim]."""
+    rows = queries.shape[0]
+    page_tokens = cache.shape[1]
+    size = PIECE * page_tokens
+    tables = lax.dynamic_slice_in_dim(step["tables"], first, rows)
+    positions = lax.dynamic_slice_in_dim(step["lengths"], first, rows) - 1
+    common = step["counts"][2]
+    real = first + jnp.arange(rows) < step["counts"][0]
+
+    def shared(index: Array, carry: Carry) -> Carry:
+        pages = lax.dynamic_slice_in_dim(step["tables"][0], index * PIECE, PIECE)
+        keys, values = _load(cache, pages, attention)
+        at = index * size + jnp.arange(size)
+        seen = _seen(at[None], positions[:, None], attention) & (at < common * page_tokens)[None]
+        values = jnp.where((at < common * page_tokens)[:, None, None], values, 0)
+        scores = _dot("sgrd,kgd->sgrk", queries, keys)
+        scores = jnp.where(seen[:, None, None], scores, _MASKED)
+        return _fold(carry, scores, values, "sgrk,kgd->sgrd")
+
+    def own(index: Array, carry: Carry) -> Carry:
+        page = common + index * PIECE
+        pages = lax.dynamic_slice_in_dim(tables, page, PIECE, axis=1)
+        keys, values = _load(cache, pages, attention)
+        at = page * page_tokens + jnp.arange(size)
+        written = at[None] <= positions[:, None]
+        values = jnp.where(written[:, :, None, None], values, 0)
+        scores = _dot("sgrd,skgd->sgrk", queries, keys)
+        seen = _seen(at[None], positions[:, None], attention)
+        scores = jnp.where(seen[:, None, None], scores, _MASKED)
+        return _fold(carry, scores, values, "sgrk,skgd->sgrd")
+
+    lowest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max))
+    cut = _first_seen(lowest, attention)
+    before = common * page_tokens
+    carry = _nothing(queries)
+    carry = lax.fori_loop(cut // size, -(-before // size), shared, carry)
+    behind = jnp.maximum(cut - before, 0) // size
+    highest = jnp.max(jnp.where(real, positions, 0))
+    end = -(-(highest + 1 - before) // size)
+    return _finish(lax.fori_loop(behind, end, own, carry))
+
+
+def _block(
+    queries: Array,
+    cache: Array,
+    step: Step,
+    block: tuple[Array, Array, Array],
+    attention: Attention,
+) -> Array:
+    """Attention of up to ``BLOCK`` tokens of one sequence: [BLOCK, groups, heads, head_dim]."""
+    sequence, first, count = block
+    size = PIECE * cache.shape[1]
+    start = step["positions"][first]
+    last = start + count - 1
+    positions = start + jnp.arange(BLOCK)
+
+    def piece(index: Array, carry: Carry) -> Carry:
+        pages = lax.dynamic_slice(step["tables"], (sequence, index * PIECE), (1, PIECE))[0]
+        keys, values = _load(cache, pages, attention)
+        at = index * size + jnp.arange(size)
+        values = jnp.where((at <= last)[:, None, None], values, 0)
+        scores = _dot("sgrd,kgd->sgrk", queries, keys)
+        seen = _seen(at[None], positions[:, None], attention)
+        scores = jnp.where(seen[:, None, None], scores, _MASKED)
+        return _fold(carry, scores, values, "sgrk,kgd->sgrd")
+
+    begin = _first_seen(start, attention) // size
+    return _finish(lax.fori_loop(begin, last // size + 1, piece, _nothing(queries)))
+
+
+def _load(cache: Array, pages: Array, attention: Attention) -> tuple[Array, Array]:
+    """Keys and values of pages [..., count]: [..., count * page_tokens, groups, head_dim]."""
+    _, page_tokens, both, dim = cache.shape
+    found = cache.at[pages].get(mode="promise_in_bounds").astype(attention.compute)
+    tokens = pages.shape[-1] * page_tokens
+    found = found.reshape(*pages.shape[:-1], tokens, both // 2, 2, dim)
+    return found[..., 0, :], found[..., 1, :]
+
+
+def _seen(at: Array, positions: Array, attention: Attention) -> Array:
+    """Which places a token looks at: itself and those before it, within its window."""
+    seen = at <= positions
+    return seen & (at > positions - attention.window) if attention.window else seen
+
+
+def _first_seen(position: Array, attention: Attention) -> Array:
+    """The first place that the token at that position looks at."""
+    if not attention.window:
+        return jnp.int32(0)
+    return jnp.maximum(position - attention.window + 1, 0)
+
+
+def _dot(what: str, left: Array, right: Array) -> Array:
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jnp.einsum(what, left, right, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _nothing(queries: Array) -> Carry:
+    """Highest score, sum of weights, weighted sum of values: before anything was seen."""
+    shape = queries.shape[:-1]
+    return jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros(queries.shape, jnp.float32)
+
+
+def _fold(carry: Carry, scores: Array, values: Array, what: str) -> Carry:
+    """Takes a piece in. A piece of masked scores alone is undone by the first that has others."""
+    peak, total, sums = carry
+    higher = jnp.maximum(peak, scores.max(axis=-1))
+    weights = jnp.exp(scores - higher[..., None])
+    kept = jnp.exp(peak - higher)
+    total = total * kept + weights.sum(axis=-1)
+    sums = sums * kept[..., None] + _dot(what, weights.astype(values.dtype), values)
+    return higher, total, sums
+
+
+def _finish(carry: Carry) -> Array:
+    _, total, sums = carry
+    return sums / total[..., None]

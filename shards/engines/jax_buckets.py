@@ -1,0 +1,182 @@
+"""Steps cut to a few fixed shapes, so that everything is compiled before the first request.
+
+A step's tokens are padded up to a bucket. How long sequences are, how many of them prefill, and
+how much they share does not make a shape: the plain attention runs loops whose lengths are data,
+and the kernel of the TPU does the same. So the number of buckets is small.
+
+The arrays of one step travel to the device as a single vector of int32. This module needs no JAX.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from shards.kv import TRASH, Ints, StepLayout
+
+DECODES = (1, 4, 8, 16, 32, 64, 128, 256)
+MIXED = (32, 128, 512, 2048, 8192)
+# Queries of one sequence that the plain attention computes together.
+BLOCK = 64
+# Pages of a sequence that it looks at together. A table has as many more at its end, so that such a
+# piece may begin at any page.
+PIECE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A shape: tokens, sequences, and pages of a table. Only mixed steps have blocks.
+
+    In a step that is not mixed, each sequence computes one token, so ``tokens == sequences``.
+    """
+
+    tokens: int
+    sequences: int
+    pages: int
+    mixed: bool
+
+    @property
+    def blocks(self) -> int:
+        """The most blocks that the sequences with several tokens can need."""
+        return self.tokens // BLOCK + min(self.sequences, self.tokens // 2) if self.mixed else 0
+
+    def fields(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names and shapes of what is in the vector, in order.
+
+        Sequences with one token come first, ``rows`` of them: token i belongs to sequence i. The
+        first ``common`` pages are the same in all their tables. ``blocks`` has for each block its
+        sequence, its first token and its number of tokens; ``counts`` are the numbers of rows,
+        blocks, common pages and sequences. Tokens that are padding write to the trash page, and
+        sequences that are padding have the length 1 there, so that all numbers stay finite.
+        """
+        tokens, sequences = (self.tokens,), (self.sequences,)
+        return (
+            ("counts", (4,)),
+            ("tokens", tokens),
+            ("positions", tokens),
+            ("cells", tokens),
+            ("starts", (self.sequences + 1,)),
+            ("lengths", sequences),
+            ("tables", (self.sequences, self.pages)),
+            ("blocks", (self.blocks, 3)),
+            ("draws", sequences),
+        )
+
+    @property
+    def size(self) -> int:
+        """Entries of the vector."""
+        return sum(prod(shape) for _, shape in self.fields())
+
+    def spans(self) -> Iterator[tuple[str, slice, tuple[int, ...]]]:
+        """Where in the vector each field is, and its shape."""
+        start = 0
+        for name, shape in self.fields():
+            end = start + prod(shape)
+            yield name, slice(start, end), shape
+            start = end
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """All shapes of one engine, smallest first."""
+
+    decodes: tuple[Bucket, ...]
+    mixed: tuple[Bucket, ...]
+
+    def fit(self, layout: StepLayout) -> Bucket:
+        """The smallest bucket that the step fits in."""
+        tokens, sequences = len(layout.tokens), len(layout.lengths)
+        for bucket in self.decodes if tokens == sequences else self.mixed:
+            if tokens <= bucket.tokens:
+                return bucket
+        raise AssertionError(f"{tokens} tokens of {sequences} sequences fit no bucket")
+
+
+def choose(sequences_max: int, step_tokens_max: int, pages: int, least: int = 1) -> Buckets:
+    """Buckets for an engine with these limits; ``pages`` is what the longest sequence needs.
+
+    No bucket has fewer than ``least`` tokens.
+    """
+    pages += PIECE
+    counts = draw_counts(min(sequences_max, step_tokens_max), least)
+    decodes = [Bucket(count, count, pages, mixed=False) for count in counts]
+    mixed = [
+        Bucket(count, min(sequences_max, count), pages, mixed=True)
+        for count in _steps(MIXED, step_tokens_max)
+    ]
+    return Buckets(tuple(decodes), tuple(mixed))
+
+
+def _steps(ladder: tuple[int, ...], most: int) -> list[int]:
+    """The rungs below ``most``, and ``most`` itself."""
+    return [*(rung for rung in ladder if rung < most), most]
+
+
+def draw_counts(most: int, least: int = 1) -> tuple[int, ...]:
+    """For how many drawing sequences, ``most`` at most, the logits are computed at once."""
+    return tuple(count for count in _steps(DECODES, max(most, least)) if count >= least)
+
+
+def pack(layout: StepLayout, bucket: Bucket) -> Ints:
+    """The step as one vector; see ``Bucket.fields``."""
+    if bucket.mixed:
+        layout = _rows_first(layout)
+    sequences = len(layout.lengths)
+    counts = np.diff(layout.starts)
+    rows = int(np.count_nonzero(counts == 1))
+    blocks = _blocks(layout.starts, rows)
+    vector = np.zeros(bucket.size, np.int32)
+    at = {name: vector[span].reshape(shape) for name, span, shape in bucket.spans()}
+    at["counts"][:] = rows, len(blocks), common_pages(layout.tables[:rows]), sequences
+    at["tables"].fill(TRASH)
+    at["lengths"].fill(1)
+    at["starts"].fill(len(layout.tokens))
+    for name in ("tokens", "positions", "cells", "starts", "lengths", "draws"):
+        values = getattr(layout, name)
+        at[name][: len(values)] = values
+    at["tables"][:sequences, : layout.tables.shape[1]] = layout.tables
+    at["blocks"][: len(blocks)] = blocks
+    return vector
+
+
+def _rows_first(layout: StepLayout) -> StepLayout:
+    """The same step, the sequences with one token before the others; draws keep their order."""
+    counts = np.diff(layout.starts)
+    order = np.argsort(counts > 1, kind="stable")
+    if (order[1:] > order[:-1]).all():
+        return layout
+    pieces = [np.arange(layout.starts[s], layout.starts[s + 1]) for s in order]
+    tokens = np.concatenate(pieces)
+    moved = np.empty_like(tokens)
+    moved[tokens] = np.arange(len(tokens))
+    return StepLayout(
+        tokens=layout.tokens[tokens],
+        positions=layout.positions[tokens],
+        cells=layout.cells[tokens],
+        starts=np.concatenate(([0], np.cumsum(counts[order]))).astype(np.int32),
+        lengths=layout.lengths[order],
+        tables=layout.tables[order],
+        draws=moved[layout.draws].astype(np.int32),
+    )
+
+
+def _blocks(starts: Ints, rows: int) -> Ints:
+    """Sequence, first token and number of tokens of each block of the sequences behind the rows."""
+    found = [
+        (sequence, start, min(BLOCK, int(starts[sequence + 1]) - start))
+        for sequence in range(rows, len(starts) - 1)
+        for start in range(int(starts[sequence]), int(starts[sequence + 1]), BLOCK)
+    ]
+    return np.array(found, np.int32).reshape(-1, 3)
+
+
+def common_pages(tables: Ints) -> int:
+    """How many pages at the start all these tables have in common; 0 for less than two tables.
+
+    A page that is in two tables is whole and computed, so all its tokens may be looked at.
+    """
+    if len(tables) < 2:
+        return 0
+    same = (tables == tables[0]).all(axis=0) & (tables[0] != TRASH)
+    return int(np.argmin(same)) if not same.all() else len(same)

@@ -1,0 +1,285 @@
+"""JAX for the Llama family, on TPU, GPU and CPU, with tensor parallelism of one process per device.
+
+A step is padded to one of a few shapes whose programs were compiled at load (``jax_programs``), on
+a paged KV cache that the programs update in place. Attention is a TPU kernel or plain JAX
+(``jax_attention``). Sampling is ours, on the host; steps in which all rows want the argmax take it
+on the device, except on a CPU, where the logits are in host memory anyway.
+
+Engine options (``--engine-option key=value``):
+
+- ``page_tokens``: tokens of a page of the KV cache; prefixes are shared in whole pages.
+- ``attention``: ``plain`` or ``kernel`` (the default on a TPU, and only there).
+- ``argmax``: ``host`` or ``device``.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from shards import gguf_tokenizer, hf_folder
+from shards.engines import jax_buckets, jax_config
+from shards.engines.base import (
+    Engine,
+    EngineInfo,
+    EngineLost,
+    EngineOptions,
+    ModelError,
+    Progress,
+    Scheduling,
+)
+from shards.engines.jax_attention import KERNEL_HEAD_DIM, Attention
+from shards.engines.jax_config import LlamaConfig
+from shards.engines.jax_mesh import AXIS, join
+from shards.engines.jax_model import Loader, Model
+from shards.engines.jax_programs import Arrays, Programs
+from shards.engines.paged import PagedEngine
+from shards.extras import Extras
+from shards.gguf_file import read_metadata
+from shards.hf_folder import is_hf_folder
+from shards.kv import StepLayout
+from shards.residents import Limits, Resident
+from shards.sampling import Drawn, Floats
+from shards.weights import gguf_file_of, open_weights
+
+SEQUENCES_MAX = 64
+STEP_TOKENS_MAX = 512
+# A CPU gains nothing from more tokens at once, and others wait longer.
+CPU_STEP_TOKENS_MAX = 256
+KV_TOKENS_MAX = 32768
+# Share of the host's memory that the KV cache may take unasked, where the device has none.
+KV_MEMORY_SHARE = 0.25
+# Share of what the weights leave free on a device; programs need the rest.
+KV_DEVICE_SHARE = 0.85
+PAGE_TOKENS = 16
+# The kernel of the TPU looks pages up in its small scalar memory, so they must not be many.
+TPU_PAGE_TOKENS = 128
+DTYPES = ("float32", "bfloat16")
+# XLA's CPU client multiplies a single row of bfloat16 ten times slower than four rows: it converts
+# the whole matrix first.
+CPU_BFLOAT16_LEAST = 4
+# Share of the progress that is loading of weights; the rest is compilation.
+_LOADING = 0.3
+
+
+class JaxEngine(PagedEngine):
+    """See the module."""
+
+    def __init__(self, options: EngineOptions, progress: Progress) -> None:
+        if options.model is None:
+            raise ModelError("jax: --model PATH is missing")
+        if options.adapters:
+            raise ModelError("jax: LoRA adapters are not supported; take the engine torch or vllm")
+        weights = open_weights(options.model)
+        whole = jax_config.read(weights.config)
+        config = whole.local(options.world)
+        self._dtype = jnp.dtype(_dtype(options, whole))
+        extras = Extras("jax", options.extra)
+        self._group = group = join(options)
+        on_tpu, on_cpu = group.platform == "tpu", group.platform == "cpu"
+        pages = extras.whole("page_tokens", TPU_PAGE_TOKENS if on_tpu else PAGE_TOKENS)
+        fits = on_tpu and _kernel_fits(config, self._dtype)
+        way = extras.choice("attention", "kernel" if fits else "plain", ("kernel", "plain"))
+        self._argmax = extras.choice("argmax", "host" if on_cpu else "device", ("host", "device"))
+        extras.finish()
+        if way == "kernel" and not on_tpu:
+            raise ModelError("jax: attention=kernel needs a TPU")
+        loader = Loader(weights, whole, group, self._dtype)
+        outside = loader.outside()
+        layers = []
+        for number in range(config.layers):
+            layers.append(loader.layer(number))
+            progress(_LOADING * (number + 1) / config.layers)
+        self._kernel = way == "kernel"
+        limits = self._limit(options, whole, config, max(1, pages))
+        super().__init__(limits)
+        self._info = self._describe(options, _bytes([outside, *layers]))
+        self._files = _tokenizer_files(options)
+        caches = [self._cache(whole, limits) for _ in range(config.layers)]
+        self._programs = Programs(
+            Model(config, whole.vocab_size, self._dtype, self._attention(config)),
+            group,
+            Arrays(outside, layers, caches),
+            self._buckets(limits),
+            lambda done: progress(_LOADING + (1 - _LOADING) * done),
+        )
+        group.meet("loaded")
+
+    # What it is made of --------------------------------------------------------------------------
+
+    def _limit(
+        self, options: EngineOptions, whole: LlamaConfig, config: LlamaConfig, page_tokens: int
+    ) -> Limits:
+        tokens = options.kv_tokens or self._group.least("kv", self._room(whole, config))
+        kv_tokens = tokens // page_tokens * page_tokens
+        if not kv_tokens:
+            raise ModelError(f"jax: {tokens} KV tokens are less than a page of {page_tokens}")
+        step = CPU_STEP_TOKENS_MAX if self._group.platform == "cpu" else STEP_TOKENS_MAX
+        return Limits(
+            kv_tokens=kv_tokens,
+            page_tokens=page_tokens,
+            sequences_max=options.sequences_max or SEQUENCES_MAX,
+            step_tokens_max=options.step_tokens_max or step,
+            length_max=min(whole.length_max, kv_tokens),
+            vocab_size=whole.vocab_size,
+        )
+
+    def _room(self, whole: LlamaConfig, config: LlamaConfig) -> int:
+        """Tokens of KV cache when nobody says."""
+        elements = 2 * config.layers * config.kv_heads * self._head_dim(config)
+        per_token = elements * int(self._dtype.itemsize)
+        stats = self._group.device.memory_stats()
+        if stats and "bytes_limit" in stats:
+            free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+            return int(free * KV_DEVICE_SHARE) // per_token
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        room = int(memory * KV_MEMORY_SHARE) // per_token
+        return min(room, max(KV_TOKENS_MAX, whole.length_max // 8))
+
+    def _head_dim(self, config: LlamaConfig) -> int:
+        """Elements of a head in the cache: the kernel wants them filled up."""
+        if not self._kernel:
+            return config.head_dim
+        return -(-config.head_dim // KERNEL_HEAD_DIM) * KERNEL_HEAD_DIM
+
+    def _cache(self, whole: LlamaConfig, limits: Limits) -> Array:
+        """Keys and values of one layer; see ``jax_attention``. Page 0 is the trash."""
+        pages = limits.kv_tokens // limits.page_tokens + 1
+        shape = (pages, limits.page_tokens, 2 * whole.kv_heads, self._head_dim(whole))
+        sharding = self._group.sharding(None, None, AXIS, None)
+        return jnp.zeros(shape, self._dtype, device=sharding)
+
+    def _attention(self, config: LlamaConfig) -> Any:
+        """By the window of the layer. CPUs multiply float32 faster, in small pieces above all."""
+        compute = jnp.float32 if self._group.platform == "cpu" else self._dtype
+        scale = float(config.head_dim) ** -0.5
+        return lambda window: Attention(scale, window, self._kernel, compute)
+
+    def _buckets(self, limits: Limits) -> jax_buckets.Buckets:
+        pages = -(-limits.length_max // limits.page_tokens)
+        slow = self._group.platform == "cpu" and self._dtype == jnp.bfloat16
+        least = CPU_BFLOAT16_LEAST if slow else 1
+        return jax_buckets.choose(limits.sequences_max, limits.step_tokens_max, pages, least)
+
+    def _describe(self, options: EngineOptions, weight_bytes: int) -> EngineInfo:
+        limits, group = self._residents.limits, self._group
+        assert options.model is not None, "checked by the caller"
+        kind = f" {group.device.device_kind}" if group.platform != "cpu" else ""
+        return EngineInfo(
+            engine="jax",
+            engine_version=jax.__version__,
+            device=f"{group.platform}{kind}",
+            model_id=options.model_id,
+            dtype=self._dtype.name,
+            scheduling=Scheduling.CALLER,
+            kv_tokens=limits.kv_tokens,
+            page_tokens=limits.page_tokens,
+            sequences_max=limits.sequences_max,
+            step_tokens_max=limits.step_tokens_max,
+            length_max=limits.length_max,
+            vocab_size=limits.vocab_size,
+            eos_token_ids=_ends(options),
+            features=(
+                *("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p"),
+                "prefix_sharing",
+            ),
+            rank=group.rank,
+            world=group.world,
+            weight_bytes=weight_bytes,
+        )
+
+    # What it does --------------------------------------------------------------------------------
+
+    def describe(self) -> EngineInfo:
+        """See ``Engine``."""
+        return self._info
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The model's own, or the vocabulary of the GGUF file, converted."""
+        return self._files
+
+    def close(self) -> None:
+        """Leaves the group of ranks. The device's memory is freed with the engine."""
+        self._group.close()
+
+    def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawn:
+        if self._argmax == "host" or not all(row.plain for row in rows):
+            return super()._draw(layout, rows)
+        try:
+            logits = self._programs.run(layout)
+            if logits is None:
+                return Drawn([])
+            ids, tops = (_host(found)[: len(rows)] for found in self._programs.best(logits))
+        except jax.errors.JaxRuntimeError as error:
+            raise _lost(error) from error
+        # The sampler judges the largest logits, of which it sees nothing else.
+        drawn = self._sampler.draw(tops[:, None], rows)
+        drawn.tokens = [
+            0 if index in drawn.failures else token for index, token in enumerate(ids.tolist())
+        ]
+        return drawn
+
+    def _forward(self, layout: StepLayout) -> Floats:
+        nothing: Floats = np.empty((0, self._info.vocab_size), np.float32)
+        try:
+            logits = self._programs.run(layout)
+            found: Floats = nothing if logits is None else _host(logits)
+        except jax.errors.JaxRuntimeError as error:
+            raise _lost(error) from error
+        return found[: len(layout.draws)]
+
+
+def _host(value: Array) -> Any:
+    """An array that is the same on all ranks, in host memory."""
+    return np.asarray(value.addressable_data(0))
+
+
+def _lost(error: Exception) -> EngineLost:
+    """What XLA says is long; a lost rank shows as a connection that was closed."""
+    reason = str(error).split("\n", maxsplit=1)[0]
+    return EngineLost(f"jax: the step failed, perhaps because another rank is gone: {reason}")
+
+
+def _dtype(options: EngineOptions, config: LlamaConfig) -> str:
+    """Element type of weights, activations and cache: the model's own unless the user says."""
+    if options.dtype and options.dtype not in DTYPES:
+        raise ModelError(f"jax: --dtype {options.dtype} is not one of {', '.join(DTYPES)}")
+    stored = config.stored_dtype if config.stored_dtype in DTYPES else "bfloat16"
+    return options.dtype or stored
+
+
+def _kernel_fits(config: LlamaConfig, dtype: Any) -> bool:
+    """Whether the kernel can cut this rank's KV heads into the tiles of a TPU."""
+    tiles, rest = divmod(2 * config.kv_heads * dtype.itemsize, 4)
+    return rest == 0 and (tiles in (1, 2, 4) or tiles % 8 == 0)
+
+
+def _bytes(trees: Any) -> int:
+    """Bytes of this rank's part of all arrays; those that are in two places count once."""
+    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(trees)}
+    return sum(leaf.addressable_data(0).nbytes for leaf in leaves.values())
+
+
+def _ends(options: EngineOptions) -> tuple[int, ...]:
+    assert options.model is not None, "checked by the caller"
+    if is_hf_folder(options.model):
+        return hf_folder.eos_token_ids(options.model, hf_folder.read_config(options.model))
+    config = open_weights(options.model).config
+    return tuple(config["eos_token_id"])
+
+
+def _tokenizer_files(options: EngineOptions) -> dict[str, bytes]:
+    assert options.model is not None, "checked by the caller"
+    if is_hf_folder(options.model):
+        return hf_folder.tokenizer_files(options.model)
+    path = gguf_file_of(options.model)
+    return gguf_tokenizer.tokenizer_files(path, read_metadata(path))
+
+
+def load(options: EngineOptions, progress: Progress) -> Engine:
+    """Makes the engine; see ``shards.engines``."""
+    return JaxEngine(options, progress)

@@ -1,0 +1,241 @@
+"""The Llama block in JAX, for one rank of a group: its weights and its computation.
+
+Tensor parallel as in arXiv:1909.08053, section 3: each rank has its share of the heads and of the
+inner layer, whole rows of what comes first and whole columns of what comes second, so that one sum
+over the ranks follows attention and one the inner layer. The vocabulary is cut by rows. What leaves
+a function is the same on all ranks.
+
+Weights keep the orientation of the files, [out, in]. Those that read the same input are joined:
+queries, keys and values, and the two halves of the gated layer; one rank's parts lie together.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from shards.engines.jax_attention import Attention, Step, write
+from shards.engines.jax_buckets import Bucket
+from shards.engines.jax_config import LlamaConfig
+from shards.engines.jax_mesh import AXIS, Group
+from shards.weights import Weights
+
+Layer = Mapping[str, Array]
+
+_EMBED = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED = ("mlp.gate_proj", "mlp.up_proj")
+# How each kind of weight lies over the ranks.
+LAYOUTS: Mapping[str, tuple[str | None, ...]] = {
+    "norm_in": (),
+    "qkv": (AXIS, None),
+    "qkv_bias": (AXIS,),
+    "norm_q": (),
+    "norm_k": (),
+    "out": (None, AXIS),
+    "out_bias": (),
+    "norm_mlp": (),
+    "gated": (AXIS, None),
+    "gated_bias": (AXIS,),
+    "down": (None, AXIS),
+    "down_bias": (),
+    "embed": (AXIS, None),
+    "head": (AXIS, None),
+    "norm": (),
+}
+
+
+# Weights ---------------------------------------------------------------------------------------
+
+
+class Loader:
+    """Puts weights on the device, as much of each as this rank needs."""
+
+    def __init__(self, weights: Weights, config: LlamaConfig, group: Group, dtype: Any) -> None:
+        self._weights = weights
+        self._config = config
+        self._group = group
+        self._dtype = np.dtype(dtype)
+
+    def outside(self) -> dict[str, Array]:
+        """Embedding, last norm, and the head, which is the embedding if the model ties them."""
+        tied = self._config.tied or _HEAD not in self._weights.shapes
+        embed = self._vocabulary(_EMBED)
+        head = embed if tied else self._vocabulary(_HEAD)
+        norm = self._place("norm", self._config.width, lambda i: self._read("model.norm.weight", i))
+        return {"embed": embed, "head": head, "norm": norm}
+
+    def layer(self, number: int) -> dict[str, Array]:
+        """All weights of one layer."""
+        base = f"model.layers.{number}."
+        found = {
+            "norm_in": self._whole("norm_in", base + "input_layernorm.weight"),
+            "norm_mlp": self._whole("norm_mlp", base + "post_attention_layernorm.weight"),
+            "qkv": self._joined("qkv", [f"{base}{name}.weight" for name in _QKV]),
+            "gated": self._joined("gated", [f"{base}{name}.weight" for name in _GATED]),
+            "out": self._whole("out", base + "self_attn.o_proj.weight"),
+            "down": self._whole("down", base + "mlp.down_proj.weight"),
+        }
+        if self._config.qk_norm:
+            found["norm_q"] = self._whole("norm_q", base + "self_attn.q_norm.weight")
+            found["norm_k"] = self._whole("norm_k", base + "self_attn.k_norm.weight")
+        for kind, names in (("qkv_bias", _QKV), ("gated_bias", _GATED)):
+            if f"{base}{names[0]}.bias" in self._weights.shapes:
+                found[kind] = self._joined(kind, [f"{base}{name}.bias" for name in names])
+        for kind, name in (("out_bias", "self_attn.o_proj"), ("down_bias", "mlp.down_proj")):
+            if f"{base}{name}.bias" in self._weights.shapes:
+                found[kind] = self._whole(kind, f"{base}{name}.bias")
+        return found
+
+    def _read(self, name: str, index: Any) -> Any:
+        return self._weights.read(name, index, self._dtype)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._weights.shapes:
+            self._weights.read(name)  # says that it is missing
+        return self._weights.shapes[name]
+
+    def _place(self, kind: str, shape: Any, read: Callable[[Any], Any]) -> Array:
+        shape = (shape,) if isinstance(shape, int) else shape
+        sharding = self._group.sharding(*LAYOUTS[kind])
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    def _whole(self, kind: str, name: str) -> Array:
+        """A weight as it is, or this rank's columns of it."""
+        return self._place(kind, self._shape(name), lambda index: self._read(name, index))
+
+    def _joined(self, kind: str, names: Sequence[str]) -> Array:
+        """This rank's rows of several weights, one after the other."""
+        shapes = [self._shape(name) for name in names]
+        rows, world, rank = [shape[0] for shape in shapes], self._group.world, self._group.rank
+        mine = [slice(n // world * rank, n // world * (rank + 1)) for n in rows]
+
+        def read(_index: Any) -> Any:
+            return np.concatenate(
+                [self._read(name, (part,)) for name, part in zip(names, mine, strict=True)]
+            )
+
+        return self._place(kind, (sum(rows), *shapes[0][1:]), read)
+
+    def _vocabulary(self, name: str) -> Array:
+        """This rank's rows of an embedding, of which all have equally many: the last ones are 0."""
+        rows, width = self._shape(name)
+        padded = -(-rows // self._group.world) * self._group.world
+
+        def read(index: Any) -> Any:
+            start, end, _ = index[0].indices(padded)
+            part = self._read(name, (slice(min(start, rows), min(end, rows)),))
+            return np.pad(part, ((0, end - start - len(part)), (0, 0)))
+
+        return self._place("embed", (padded, width), read)
+
+
+# Computation -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The functions of one rank. ``config`` has this rank's share, ``dtype`` is the activations'.
+
+    ``vocab_size`` is the whole model's. They run inside ``shard_map``.
+    """
+
+    config: LlamaConfig
+    vocab_size: int
+    dtype: Any
+    attention: Callable[[int], Attention]
+
+    def embed(self, table: Array, vector: Array, bucket: Bucket) -> tuple[Array, dict[str, Array]]:
+        """Unpacks a step, looks its tokens up [tokens, width]; adds the angles' cos and sin."""
+        step = {name: vector[span].reshape(shape) for name, span, shape in bucket.spans()}
+        rows = table.shape[0]
+        places = step["tokens"] - lax.axis_index(AXIS) * rows
+        mine = (places >= 0) & (places < rows)
+        found = jnp.where(mine[:, None], table[jnp.clip(places, 0, rows - 1)], 0)
+        angles = jnp.array(self.config.frequencies, jnp.float32)
+        angles = step["positions"].astype(jnp.float32)[:, None] * angles
+        step |= {"cos": jnp.cos(angles), "sin": jnp.sin(angles)}
+        return self._sum(found.astype(jnp.float32)).astype(self.dtype), step
+
+    def layer(
+        self, x: Array, cache: Array, layer: Layer, step: Step, bucket: Bucket, window: int
+    ) -> tuple[Array, Array]:
+        """One layer on [tokens, width]; the cache comes back with the step's keys and values."""
+        y = self._norm(x, layer["norm_in"])
+        queries, keys, values = self._qkv(y, layer, step)
+        cache = write(cache, keys, values, step["cells"])
+        y = self.attention(window)(queries, cache, step, bucket)
+        y = y.astype(self.dtype).reshape(len(x), -1)
+        x = self._add(x, y, layer, "out")
+        gate, up = jnp.split(_linear(self._norm(x, layer["norm_mlp"]), layer, "gated"), 2, axis=-1)
+        y = (jax.nn.silu(gate) * up).astype(self.dtype)
+        return self._add(x, y, layer, "down"), cache
+
+    def pick(self, x: Array, draws: Array) -> Array:
+        """The rows of [tokens, width] that draw."""
+        return x.at[draws].get(mode="promise_in_bounds")
+
+    def head(self, picked: Array, norm: Array, table: Array) -> Array:
+        """Float32 logits [rows, vocabulary]."""
+        logits = _dot(self._norm(picked, norm), table)
+        gathered: Array = lax.all_gather(logits, AXIS, axis=1, tiled=True)
+        return gathered[:, : self.vocab_size]
+
+    def best(self, logits: Array) -> tuple[Array, Array]:
+        """The likeliest token of each row, and its logit; not a number wins over all numbers."""
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(logits, axis=-1)
+
+    def _qkv(self, y: Array, layer: Layer, step: Step) -> tuple[Array, Array, Array]:
+        config = self.config
+        joined = _linear(y, layer, "qkv").astype(self.dtype)
+        heads = joined.reshape(len(y), -1, config.head_dim)
+        ends = (config.heads, config.heads + config.kv_heads)
+        queries, keys, values = jnp.split(heads, ends, axis=1)
+        if config.qk_norm:
+            queries = self._norm(queries, layer["norm_q"])
+            keys = self._norm(keys, layer["norm_k"])
+        return _rotate(queries, step), _rotate(keys, step), values
+
+    def _norm(self, x: Array, weight: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.config.epsilon)
+        return (wide * scale).astype(self.dtype) * weight
+
+    def _add(self, x: Array, y: Array, layer: Layer, kind: str) -> Array:
+        """The input plus a linear of which each rank has some columns; the bias is added once."""
+        summed = self._sum(_dot(y, layer[kind]))
+        if f"{kind}_bias" in layer:
+            summed = summed + layer[f"{kind}_bias"].astype(jnp.float32)
+        return x + summed.astype(self.dtype)
+
+    def _sum(self, part: Array) -> Array:
+        """The sum over ranks, in float32: fewer roundings depend on how many there are."""
+        return lax.psum(part, AXIS)
+
+
+def _dot(x: Array, weight: Array) -> Array:
+    """The product with the transposed weight, in float32."""
+    precision = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(
+        x, weight, contract, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _linear(x: Array, layer: Layer, kind: str) -> Array:
+    found = _dot(x, layer[kind])
+    bias = f"{kind}_bias"
+    return found + layer[bias].astype(jnp.float32) if bias in layer else found
+
+
+def _rotate(x: Array, step: Step) -> Array:
+    """Turns the halves of each head [tokens, heads, head_dim] by the angles of its position."""
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = step["cos"][:, None], step["sin"][:, None]
+    turned = jnp.concatenate((left * cos - right * sin, right * cos + left * sin), axis=-1)
+    return turned.astype(x.dtype)

@@ -1,0 +1,162 @@
+"""The plain attention, and our layout in the kernel's arguments, against the package's reference.
+
+The reference is the pure-JAX function that comes with the TPU kernel. The kernel itself runs in
+Pallas' interpreter for TPUs.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
+    ragged_paged_attention,
+    ref_ragged_paged_attention,
+)
+
+from shards.engines.jax_attention import Attention, kernel, plain, write
+from shards.engines.jax_buckets import Bucket, choose, pack
+from shards.kv import TRASH, StepLayout
+
+PAGE = 16
+PAGES = 96
+# Sequences as (tokens known before the step, tokens of the step), and how many of the first pages
+# they all share.
+CASES: dict[str, tuple[list[tuple[int, int]], int]] = {
+    "one row": ([(0, 1)], 0),
+    "rows of many lengths": ([(5, 1), (200, 1), (0, 1), (127, 1), (128, 1)], 0),
+    "rows that share": ([(70, 1), (64, 1), (200, 1)], 4),
+    "rows that share more than a piece": ([(230, 1), (161, 1), (180, 1), (199, 1)], 10),
+    "one block": ([(0, 10)], 0),
+    "several blocks": ([(130, 150)], 0),
+    "rows behind blocks": ([(3, 20), (40, 1), (0, 70), (9, 1), (100, 64)], 0),
+    "more rows than a group": ([(7 * n, 1) for n in range(11)] + [(17, 33)], 0),
+    "rows that share beside a block": ([(70, 1), (66, 5), (80, 1), (64, 1)], 4),
+}
+
+
+def layout_of(
+    sequences: Sequence[tuple[int, int]], shared: int, random: np.random.Generator
+) -> StepLayout:
+    free = list(random.permutation(np.arange(1, PAGES)))
+    common = [free.pop() for _ in range(shared)]
+    tables = []
+    for known, count in sequences:
+        need = -(-(known + count) // PAGE)
+        tables.append(common + [free.pop() for _ in range(need - shared)])
+    table = np.full((len(tables), max(map(len, tables))), TRASH, np.int32)
+    for index, pages in enumerate(tables):
+        table[index, : len(pages)] = pages
+    counts = [count for _, count in sequences]
+    places = np.concatenate([np.arange(k, k + c) for k, c in sequences]).astype(np.int32)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    return StepLayout(
+        tokens=random.integers(0, 9, len(places), np.int32),
+        positions=places,
+        cells=table[owner, places // PAGE] * np.int32(PAGE) + places % np.int32(PAGE),
+        starts=starts,
+        lengths=np.array([known + count for known, count in sequences], np.int32),
+        tables=table,
+        draws=starts[1:] - 1,
+    )
+
+
+def fit(layout: StepLayout) -> Bucket:
+    return choose(16, 256, pages=24).fit(layout)
+
+
+def fields(layout: StepLayout, bucket: Bucket) -> dict[str, jax.Array]:
+    vector = jnp.array(pack(layout, bucket))
+    return {name: vector[span].reshape(shape) for name, span, shape in bucket.spans()}
+
+
+def made(heads: int, kv_heads: int, dim: int, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Queries, and a cache in which what nobody may look at is not a number."""
+    random = np.random.default_rng(4)
+    queries = random.standard_normal((tokens, heads, dim), np.float32)
+    cache = random.standard_normal((PAGES, PAGE, 2 * kv_heads, dim), np.float32)
+    return jnp.array(queries), jnp.array(cache)
+
+
+def reference(tokens: int) -> Callable[..., Any]:
+    """The package's function; it returns the rows of real tokens only."""
+
+    def padded(*arguments: Any, **options: Any) -> Any:
+        out = ref_ragged_paged_attention(*arguments, **options)
+        return jnp.pad(out, ((0, tokens - len(out)), (0, 0), (0, 0)))
+
+    return padded
+
+
+@pytest.mark.parametrize("window", [0, 24, 300])
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_plain_way_is_as_the_reference(case: str, window: int) -> None:
+    layout = layout_of(*CASES[case], np.random.default_rng(3))
+    bucket = fit(layout)
+    step = fields(layout, bucket)
+    attention = Attention(0.3, window, kernel=False, compute=jnp.float32)
+    queries, cache = made(6, 2, 32, bucket.tokens)
+    expected = kernel(queries, cache, step, attention, reference(bucket.tokens))
+    found = jax.jit(partial(plain, bucket=bucket, attention=attention))(queries, cache, step)
+    count = len(layout.tokens)
+    np.testing.assert_allclose(found[:count], expected[:count], atol=2e-5)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("case", ["rows that share", "rows behind blocks"])
+def test_cells_that_are_not_written_yet_do_not_matter(case: str) -> None:
+    """A page that was another sequence's may hold anything, also what is not a number."""
+    layout = layout_of(*CASES[case], np.random.default_rng(3))
+    bucket = fit(layout)
+    step = fields(layout, bucket)
+    attention = Attention(0.3, 0, kernel=False, compute=jnp.float32)
+    queries, cache = made(6, 2, 32, bucket.tokens)
+    written = np.zeros((PAGES, PAGE), bool)
+    written[TRASH] = True
+    for pages, length in zip(layout.tables, layout.lengths, strict=True):
+        written[pages[np.arange(length) // PAGE], np.arange(length) % PAGE] = True
+    spoiled = jnp.where(written[:, :, None, None], cache, jnp.nan)
+    function = jax.jit(partial(plain, bucket=bucket, attention=attention))
+    count = len(layout.tokens)
+    expected = function(queries, cache, step)[:count]
+    np.testing.assert_array_equal(function(queries, spoiled, step)[:count], expected)
+
+
+@pytest.mark.parametrize("case", ["rows of many lengths", "rows behind blocks"])
+@pytest.mark.parametrize("window", [0, 24])
+def test_the_kernel_takes_our_layout(case: str, window: int) -> None:
+    """Heads of 64 in a cache for the kernel's 128, as a model with such heads has them on a TPU."""
+    layout = layout_of(*CASES[case], np.random.default_rng(5))
+    bucket = fit(layout)
+    step = fields(layout, bucket)
+    attention = Attention(0.3, window, kernel=True, compute=jnp.float32)
+    queries, narrow = made(4, 2, 64, bucket.tokens)
+    wide = jnp.pad(narrow, ((0, 0), (0, 0), (0, 0), (0, 64)))
+    blocks = {"num_kv_pages_per_block": 4, "num_queries_per_block": 8}
+    interpreted = partial(ragged_paged_attention, **blocks)
+    with pltpu.force_tpu_interpret_mode():
+        found = kernel(queries, wide, step, attention, interpreted)
+    expected = kernel(queries, narrow, step, attention, reference(bucket.tokens))
+    count = len(layout.tokens)
+    np.testing.assert_allclose(found[:count], expected[:count], atol=2e-5)
+    assert not np.asarray(found[count:]).any()
+
+
+def test_padding_writes_to_the_trash_page_alone() -> None:
+    layout = layout_of(*CASES["several blocks"], np.random.default_rng(3))
+    bucket = fit(layout)
+    step = fields(layout, bucket)
+    assert bucket.tokens > len(layout.tokens)
+    cache = jnp.zeros((PAGES, PAGE, 4, 32))
+    ones = jnp.ones((bucket.tokens, 2, 32))
+    after = np.asarray(write(cache, ones, 2 * ones, step["cells"]))
+    touched = set(np.flatnonzero(after.reshape(PAGES * PAGE, -1).any(axis=1)).tolist())
+    assert touched == set(layout.cells.tolist()) | {0}
+    cell = after.reshape(PAGES * PAGE, 4, 32)[layout.cells[0]]
+    assert (cell[0::2] == 1).all()
+    assert (cell[1::2] == 2).all()

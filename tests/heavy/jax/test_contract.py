@@ -1,0 +1,171 @@
+"""The contract on a tiny random Llama in float32, and that serving compiles nothing."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from shards.engines import load
+from shards.engines.base import Admit, Engine, EngineOptions, ModelError, Plan, SamplingParams
+from shards.engines.jax_engine import JaxEngine
+from tests.engines.contract import EngineContract, admit, decode, generate
+from tests.heavy.models import tiny_llama_folder
+
+TEXTS = (
+    "The railway came to the valley in the spring",
+    "Water boils at a lower temperature on a mountain",
+    "Once upon a time there was a small engine",
+    "def fibonacci(n): return n if n < 2 else",
+)
+
+
+def options(**changes: object) -> EngineOptions:
+    given = {
+        "model": tiny_llama_folder(),
+        "model_id": "tiny",
+        "kv_tokens": 1024,
+        "sequences_max": 12,
+        "step_tokens_max": 128,
+        "device": "cpu",
+        **changes,
+    }
+    return EngineOptions(**given)  # type: ignore[arg-type]
+
+
+def make(**changes: object) -> JaxEngine:
+    engine = load("jax", options(**changes), lambda _fraction: None)
+    assert isinstance(engine, JaxEngine)
+    return engine
+
+
+def prompts_of(engine: Engine) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(engine.tokenizer_files()["tokenizer.json"].decode())
+    return [tokenizer.encode(text).ids[: 24 + 3 * n] for n, text in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[JaxEngine]:
+    engine = make()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def engine(made: JaxEngine) -> JaxEngine:
+    made.reset()
+    return made
+
+
+@pytest.fixture
+def prompts(engine: JaxEngine) -> list[list[int]]:
+    return prompts_of(engine)
+
+
+class TestContract(EngineContract):
+    """See there."""
+
+
+def test_serving_compiles_nothing(engine: JaxEngine) -> None:
+    """Steps of all shapes, with every kind of sampling, start no compilation and no trace."""
+    compiled: list[str] = []
+
+    def listen(event: str, _seconds: float, **_facts: object) -> None:
+        if "compile" in event or "trace" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x * 3.5 + 7)(np.float32(1.0))
+        assert compiled, "the listener hears compilations"
+        compiled.clear()
+        _serve_all_shapes(engine)
+        assert compiled == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _serve_all_shapes(engine: JaxEngine) -> None:
+    limit = engine.describe().step_tokens_max
+    samplings = (SamplingParams(), SamplingParams(temperature=1.0, top_k=5, logprobs=True))
+    for count in (1, 2, 3, 5, 12):
+        for chunk in (1, 2, 7, 31, 64, limit):
+            engine.reset()
+            tokens = [token % 250 for token in range(7, 7 + max(2, min(chunk, limit // count)))]
+            admits = [Admit(n, tokens, len(tokens), samplings[n % 2]) for n in range(1, count + 1)]
+            each = min(chunk, len(tokens))
+            engine.step(Plan(admits=admits, work=[(n, each) for n in range(1, count + 1)]))
+            if each == len(tokens):
+                outcome = engine.step(Plan(work=[(n, 1) for n in range(1, count + 1)]))
+                assert len(outcome.tokens) == count
+
+
+def test_argmax_on_the_device_is_as_on_the_host(
+    engine: JaxEngine, prompts: list[list[int]]
+) -> None:
+    expected = [generate(engine, n, prompt, 6) for n, prompt in enumerate(prompts, start=1)]
+    device = make(extra=(("argmax", "device"),))
+    try:
+        work = [(n, len(prompt)) for n, prompt in enumerate(prompts, start=1)]
+        first = Plan(admits=[admit(n, prompts[n - 1]) for n, _ in work], work=work)
+        outcomes = [device.step(first)]
+        outcomes += [device.step(Plan(work=[(n, 1) for n, _ in work])) for _ in range(5)]
+        assert [[o.tokens[n] for o in outcomes] for n in range(len(prompts))] == expected
+    finally:
+        device.close()
+
+
+@pytest.mark.parametrize("argmax", ["host", "device"])
+def test_numbers_that_are_not_finite_fail_their_sequence_alone(
+    prompts: list[list[int]], argmax: str
+) -> None:
+    """A sequence whose cache is spoiled fails; the next owner of its pages is not harmed."""
+    engine = make(kv_tokens=128, extra=(("argmax", argmax),))
+    try:
+        expected = generate(engine, 1, prompts[1], 5)
+        engine.reset()
+        engine.step(Plan(admits=[admit(1, prompts[0])], work=[(1, len(prompts[0]))]))
+        caches = engine._programs._arrays.caches
+        caches[0] = jax.device_put(caches[0].at[1:].set(np.nan), caches[0].sharding)
+        work = [(1, 1), (2, len(prompts[1]))]
+        outcome = engine.step(Plan(admits=[admit(2, prompts[1])], work=work))
+        assert outcome.failures == {1: "the engine's logits are not finite numbers"}
+        assert outcome.sequences == [2]
+        assert outcome.tokens + decode(engine, 2, 2) == expected[:3]
+        engine.step(Plan(drops=[1, 2]))
+        assert generate(engine, 3, prompts[1], 5) == expected
+    finally:
+        engine.close()
+
+
+def test_loading_reports_progress() -> None:
+    seen: list[float] = []
+    load("jax", options(sequences_max=1), seen.append).close()
+    assert seen == sorted(seen)
+    assert len(seen) > 5
+    assert seen[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model": None}, "--model PATH is missing"),
+        ({"dtype": "int4"}, "--dtype int4 is not one of float32, bfloat16"),
+        ({"device": "abacus"}, "--device abacus is not one of cpu"),
+        ({"device": "cpu:9"}, "there is no device cpu:9, only 1"),
+        ({"world": 2, "rendezvous": "localhost:1"}, "--num-shard can be 1"),
+        ({"world": 2}, "need --rendezvous"),
+        ({"extra": (("attention", "kernel"),)}, "needs a TPU"),
+        ({"extra": (("colour", "red"),)}, "unknown engine option colour"),
+        ({"kv_tokens": 5}, "less than a page of 16"),
+        ({"adapters": (("a", tiny_llama_folder()),)}, "LoRA adapters are not supported"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(changes: dict[str, object], reason: str) -> None:
+    if "--num-shard" in reason:
+        changes = {**changes, "model": tiny_llama_folder(heads=3, kv_heads=1)}
+    with pytest.raises(ModelError, match=reason) as caught:
+        make(**changes)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,106 @@
+"""Tensor parallelism in real processes: equal digests, the tokens of one rank, and losses."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.v1 import shard_pb2 as pb
+from tests.heavy import reference
+from tests.heavy.jax.test_smollm2 import agreed
+from tests.heavy.models import smollm2_folder, tiny_llama_folder
+from tests.heavy.torch.group import Group, group, seconds_until
+
+SIZES = ("--kv-tokens", "1024", "--sequences-max", "8", "--step-tokens-max", "128")
+# From the death of a rank until no process of its group is left.
+GONE_S = 5.0
+
+
+@contextmanager
+def ranks(folder: Path, model: Path, world: int) -> Iterator[Group]:
+    """Workers with this engine; each step asserts that all ranks tell the same digest."""
+    device = ("--engine", "jax", "--device", "cpu", "--dtype", "float32")
+    with group(folder, model, world, *device, *SIZES) as made:
+        yield made
+
+
+def prompts() -> list[list[int]]:
+    random = np.random.default_rng(5)
+    return [random.integers(3, 250, 12 + 9 * n).tolist() for n in range(6)]
+
+
+def first_plan(number: int, *tokens: int) -> dict[str, object]:
+    return {
+        "admits": [pb.Admit(sequence=number, tokens=tokens, prompt_len=len(tokens))],
+        "work_sequences": [number],
+        "work_tokens": [len(tokens)],
+    }
+
+
+def test_two_ranks_draw_what_one_draws(tmp_path: Path) -> None:
+    """Also with a vocabulary that cannot be cut evenly."""
+    for model in (tiny_llama_folder(), tiny_llama_folder(vocab_size=289)):
+        with ranks(tmp_path / f"one-{model.name}", model, 1) as one:
+            alone = one.generate(prompts(), 24)
+            whole = one.ranks[0].info.weight_bytes
+        with ranks(tmp_path / f"two-{model.name}", model, 2) as two:
+            assert [rank.info.rank for rank in two.ranks] == [0, 1]
+            assert two.ranks[1].info.weight_bytes < 0.6 * whole
+            assert two.generate(prompts(), 24) == alone
+
+
+def test_three_ranks_answer_for_smollm2(tmp_path: Path) -> None:
+    """Nine heads, three KV heads; the head is cut from the embedding that it is tied to."""
+    entries = [entry for n, entry in enumerate(reference.read(), start=1) if n % 3][:4]
+    asked = [entry["prompt"] for entry in entries]
+    # Every third sequence of ``generate`` is sampled: it is asked once more, and left out.
+    asked.insert(2, asked[0])
+    with ranks(tmp_path / "three", smollm2_folder(), 3) as three:
+        found = three.generate(asked, 16)
+    del found[2]
+    assert sum(map(agreed, found, entries)) > 48
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_takes_the_group_down_and_a_new_one_goes_on(
+    tmp_path: Path, victim: int
+) -> None:
+    model = tiny_llama_folder()
+    with ranks(tmp_path / "first", model, 2) as made:
+        before = made.generate(prompts()[:2], 6)
+        made.ranks[victim].process.send_signal(signal.SIGKILL)
+        made.send(work_sequences=[1, 2], work_tokens=[1, 1])
+        survivor = made.ranks[1 - victim].process
+        assert seconds_until(lambda: survivor.poll() is not None, GONE_S) < GONE_S
+        assert survivor.returncode == 3
+    with ranks(tmp_path / "second", model, 2) as made:
+        assert made.generate(prompts()[:2], 6) == before
+
+
+def test_an_idle_group_notices_too(tmp_path: Path) -> None:
+    with ranks(tmp_path / "group", tiny_llama_folder(), 2) as made:
+        made.ranks[1].process.send_signal(signal.SIGKILL)
+        survivor = made.ranks[0].process
+        assert seconds_until(lambda: survivor.poll() is not None, GONE_S) < GONE_S
+
+
+def test_a_group_leaves_in_order(tmp_path: Path) -> None:
+    """All are asked to end: none takes the others' end for a loss."""
+    with ranks(tmp_path / "group", tiny_llama_folder(), 2) as made:
+        made.step(**first_plan(1, 5, 6, 7))
+        for rank in made.ranks:
+            rank.process.send_signal(signal.SIGTERM)
+        for rank in made.ranks:
+            assert rank.process.wait(20) == 0
+
+
+def test_a_rank_that_hears_another_log_is_caught(tmp_path: Path) -> None:
+    with ranks(tmp_path / "group", tiny_llama_folder(), 2) as made:
+        made.step(**first_plan(1, 5, 6, 7))
+        made.send(to=[0], **first_plan(2, 9, 10, 11))
+        made.send(to=[1], **first_plan(2, 9, 10, 12))
+        zero, one = made.hear()
+        assert zero.digest != one.digest

@@ -8,14 +8,20 @@ from shards.engines.base import Engine, EngineOptions, ModelError, Progress
 _MODULES = {
     "jax": "shards.engines.jax_engine",
     "llamacpp": "shards.engines.llamacpp",
+    "neuron": "shards.engines.neuron",
     "scripted": "shards.engines.scripted",
+    "sglang": "shards.engines.sglang_engine",
+    "trtllm": "shards.engines.trtllm",
     "vllm": "shards.engines.vllm_engine",
 }
 # What to install when an engine's own package is missing.
 _INSTALL = {
     "jax": "roundhouse engines install jax",
     "llamacpp": 'CMAKE_ARGS="-DGGML_OPENMP=OFF" pip install llama-cpp-python',
+    "neuron": "see docs/engines/neuron.md",
     "scripted": "pip install numpy tokenizers",
+    "sglang": "roundhouse engines install sglang",
+    "trtllm": "see docs/engines/trtllm.md",
     "vllm": "roundhouse engines install vllm",
 }
 NAMES = tuple(sorted(_MODULES))

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
+SWEEP_S = 5.0
 
 
 class LoopThread(Generic[_T]):
@@ -78,4 +79,13 @@ class LoopThread(Generic[_T]):
             self._loop.run_forever()
         finally:
             self._stop()
+            self._loop.run_until_complete(self._sweep())
             self._loop.close()
+
+    async def _sweep(self) -> None:
+        """Ends the tasks that the engine has left behind, as far as they comply."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=SWEEP_S)

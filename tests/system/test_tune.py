@@ -1,0 +1,328 @@
+"""Finding the fastest candidate: the order of the search, and real servers, scripted engine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from deploy.tune import Memory, Subject
+from deploy.tune_load import Tally
+from deploy.tune_report import comment, config_text, svg, table
+from deploy.tune_search import (
+    Candidate,
+    Numbers,
+    Result,
+    Search,
+    Setting,
+    Shape,
+    base,
+    parse,
+    space,
+    winner,
+)
+from tests.system.server import alive, children, eventually, serving
+
+SHAPE = Shape(16, 8, 4)
+SUBJECT = Subject('a "model"', "/models/a b", "", "content", "a machine", SHAPE, {"torch": "2.13"})
+SETTINGS = (
+    Setting("threads", ("1", "2"), "why"),
+    Setting("engine-option", ("flash=off",), "why"),
+)
+
+
+def numbers(tokens_s: float, gap_p99_ms: float = 9.0) -> Numbers:
+    return Numbers(tokens_s, 20.0, 5.0, gap_p99_ms, 40, 10.0)
+
+
+def found(text: str, tokens_s: float, gap_p99_ms: float = 9.0) -> Result:
+    return Result(parse(text), numbers(tokens_s, gap_p99_ms))
+
+
+def searched(bases: list[str], speeds: dict[str, float]) -> list[str]:
+    """The candidates in the order in which they are tried; what has no speed fails."""
+    search = Search([parse(text) for text in bases], lambda _: SETTINGS)
+    order = []
+    for candidate in search.following():
+        order.append(str(candidate))
+        speed = speeds.get(str(candidate))
+        result = numbers(speed) if speed else None
+        search.tell(Result(candidate, result, "" if result else "it failed"))
+    return order
+
+
+def test_engines_come_first_then_the_settings_of_the_best_on_top_of_what_was_good() -> None:
+    speeds = {"a": 50.0, "b": 100.0, "b threads=1": 90.0, "b threads=2": 120.0}
+    assert searched(["a", "b"], speeds) == [
+        *("a", "b", "b threads=1", "b threads=2"),
+        "b flash=off threads=2",
+    ]
+
+
+def test_an_engine_that_is_nearly_as_good_is_refined_too_and_one_that_fails_is_not() -> None:
+    speeds = {"a": 70.0, "b": 100.0}
+    order = searched(["a", "b", "c"], speeds)
+    assert order[:3] == ["a", "b", "c"]
+    assert order[3:] == [f"{e} {s}" for e in "ba" for s in ("threads=1", "threads=2", "flash=off")]
+    assert searched(["a"], {}) == ["a"]
+
+
+def test_what_is_asked_for_twice_is_measured_once() -> None:
+    assert searched(["a", "a", "a,threads=1"], {"a": 1.0}) == [
+        *("a", "a threads=1", "a threads=2", "a flash=off"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("results", "wanted"),
+    [
+        ([found("a", 100), found("b", 103)], "b"),
+        ([found("a,threads=1", 101), found("a", 100)], "a"),
+        ([found("a", 100, 30.0), found("b", 101, 40.0)], "a"),
+        ([Result(Candidate("a"), problem="no"), found("b", 1)], "b"),
+    ],
+    ids=["fastest", "fewest settings within the noise", "shortest gaps", "measured"],
+)
+def test_the_winner(results: list[Result], wanted: str) -> None:
+    best = winner(results)
+    assert best is not None
+    assert str(best.candidate) == wanted
+
+
+def test_without_measurements_nobody_wins() -> None:
+    assert winner([Result(Candidate("a"), problem="it failed")]) is None
+
+
+def test_a_setting_takes_the_place_of_what_it_contradicts() -> None:
+    candidate = parse("llamacpp,threads=2,engine-option=flash=on,engine-option=exact=1")
+    changed = candidate.adding("engine-option", "flash=off").adding("threads", "1")
+    assert str(changed) == "llamacpp exact=1 flash=off threads=1"
+
+
+def test_the_space_leaves_out_what_cannot_matter() -> None:
+    def options(engine: str, shape: Shape, *, on_cpu: bool = True) -> dict[str, tuple[str, ...]]:
+        found = space(engine, 2, shape, on_cpu=on_cpu)
+        assert all(setting.why for setting in found)
+        return {setting.option: setting.values for setting in found}
+
+    small = options("llamacpp", Shape(32, 64, 1))
+    assert small == {"engine-option": ("flash=off",), "threads": ("2", "1")}
+    large = options("torch", Shape(2000, 500, 32), on_cpu=False)
+    assert large == {
+        "dtype": ("bfloat16", "float32"),
+        "step-tokens-max": ("64", "512", "2048"),
+        "kv-tokens": ("80896",),
+    }
+    assert options("scripted", Shape(1, 1, 1)) == {}
+    assert str(base("llamacpp", Shape(1, 1, 100))) == "llamacpp sequences-max=100"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a,threads", "'threads' is not OPTION=VALUE"),
+        ("a,port=80", "'port=80' is not OPTION=VALUE"),
+        ("a,engine-option=x", "is not engine-option=KEY=VALUE"),
+    ],
+)
+def test_a_candidate_that_makes_no_sense_is_one_line(text: str, told: str) -> None:
+    with pytest.raises(ValueError, match="is not") as caught:
+        parse(text)
+    assert told in str(caught.value)
+
+
+def test_the_config_file_is_toml_whatever_the_names() -> None:
+    text = config_text(
+        SUBJECT,
+        parse("torch,dtype=float32,threads=2,engine-option=page_tokens=32,engine-option=a=b"),
+        comment(SUBJECT, found("torch", 12.5)),
+    )
+    assert tomllib.loads(text) == {
+        "model": "/models/a b",
+        "engine": "torch",
+        "dtype": "float32",
+        "threads": 2,
+        "engine-option": ["a=b", "page_tokens=32"],
+    }
+    assert "# Chosen by 'roundhouse tune': torch" in text
+    assert "12.5 output tokens/s" in text
+    many = Subject("m", "", "", "", "", Shape(1, 2, 200))
+    assert tomllib.loads(config_text(many, Candidate("a")))["max-concurrent-requests"] == 200
+
+
+def test_the_table_is_in_order_marks_the_winner_and_says_what_went_wrong() -> None:
+    results = [found("a", 10), Result(Candidate("b"), problem="no such file"), found("c", 20)]
+    lines = table(results, results[2])
+    assert [line.split()[:2] for line in lines[1:]] == [["*", "c"], ["a", "10.0"], ["b", "-"]]
+    assert lines[3].endswith("no such file")
+
+
+def test_the_plot_is_xml_with_a_bar_for_each_measurement() -> None:
+    results = [found("a", 10), found("c", 20), Result(Candidate("b"), problem="no")]
+    tree = ET.fromstring(svg(SUBJECT, results, results[1]))
+    bars = [float(node.attrib["width"]) for node in tree.iter() if node.tag.endswith("rect")][1:]
+    assert len(bars) == 2
+    assert bars[0] == 2 * bars[1]
+    texts = [node.text or "" for node in tree.iter() if node.tag.endswith("text")]
+    assert any('a "model": 16 prompt + 8 new tokens' in text for text in texts)
+
+
+def test_events_count_as_many_tokens_as_the_answers_ends_say() -> None:
+    tally = Tally()
+    tally.arrived(5, 1.0, first=True)  # the warm-up
+    tally.open = True
+    tally.arrived(1, 0.5, first=True)
+    for gap_s in (0.01, 0.02, 0.03):
+        tally.arrived(1, gap_s, first=False)
+    tally.finished_events, tally.finished_tokens = 10, 20
+    seen = tally.numbers(2.0)
+    assert (seen.tokens_s, seen.first_p50_ms, seen.gap_p50_ms, seen.gap_p99_ms) == (4, 500, 20, 30)
+    assert seen.requests == 1
+
+
+def test_what_was_measured_is_remembered_for_the_same_machine_model_and_traffic(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "measured.json"
+    key = SUBJECT.key(Candidate("torch"))
+    Memory(path).put(key, numbers(7))
+    assert Memory(path).get(key) == numbers(7)
+    for other in (
+        Subject(*("a", "", "", "content", "other machine", SHAPE), SUBJECT.versions),
+        Subject(*("a", "", "", "other content", "a machine", SHAPE), SUBJECT.versions),
+        Subject(*("a", "", "", "content", "a machine", Shape(1, 8, 4)), SUBJECT.versions),
+        Subject(*("a", "", "", "content", "a machine", SHAPE), {"torch": "2.14"}),
+    ):
+        assert Memory(path).get(other.key(Candidate("torch"))) is None
+    path.write_text("no JSON")
+    assert Memory(path).get(key) is None
+
+
+def command(*arguments: str) -> list[str]:
+    shape = ("--prompt-tokens", "16", "--new-tokens", "8", "--concurrency", "3")
+    return [sys.executable, "-m", "deploy.cli", "tune", *shape, *arguments]
+
+
+def tune(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    output = ("--output", str(folder / "best.toml"))
+    return subprocess.run(
+        command(*output, *arguments),
+        env=os.environ | {"TMPDIR": str(folder)} | env,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def test_the_faster_candidate_wins_and_serve_takes_the_file(tmp_path: Path) -> None:
+    slow, fast = ("scripted,engine-option=step_ms=60", "scripted,engine-option=step_ms=6")
+    # Options of a server that are in the environment are not the candidates'.
+    result = tune(
+        *(tmp_path, "--try", slow, "--try", fast, "--minutes", "0.4"),
+        ENGINE="abacus", API_KEY="secret", MAX_CONCURRENT_REQUESTS="1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert rows[1][:3] == ["*", "scripted", "step_ms=6"]
+    assert rows[2][:2] == ["scripted", "step_ms=60"]
+    # Three sequences draw one token in each step: 500 and 50 a second, less what requests cost.
+    fast_s, slow_s = float(rows[1][3]), float(rows[2][2])
+    assert 15 < slow_s < 51
+    assert fast_s > 2 * slow_s
+    assert f"serve --config {tmp_path / 'best.toml'}" in result.stdout
+    assert (tmp_path / "best.svg").read_text().startswith("<svg")
+    assert not list(tmp_path.glob("roundhouse-*")), "sockets and candidates are cleared away"
+
+    with serving(tmp_path, "--config", str(tmp_path / "best.toml")) as server:
+        body = {"prompt": "Hello", "max_tokens": 4}
+        assert server.client.post("/v1/completions", json=body).status_code == 200
+
+    # Again: nothing but the new candidate is measured.
+    third = "scripted,engine-option=step_ms=30"
+    again = tune(tmp_path, "--try", slow, "--try", fast, "--try", third, "--minutes", "0.3")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("measured before") == 2
+    assert again.stderr.count("loading ...") == 1
+    assert len(json.loads((tmp_path / "best.json").read_text())) == 3
+
+
+def test_a_candidate_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    bad = "scripted,engine-option=no_such=1"
+    dying = "scripted,engine-option=crash_after_steps=2"
+    fine = "scripted,engine-option=step_ms=6"
+    result = tune(tmp_path, "--try", bad, "--try", dying, "--try", fine, "--minutes", "0.6")
+    assert result.returncode == 0, result.stderr
+    rows = {line.split()[-1 if "*" in line else 1]: line for line in result.stdout.splitlines()[:4]}
+    assert "unknown engine option no_such" in rows["no_such=1"]
+    assert rows["crash_after_steps=2"].split()[2] == "-"
+    assert tomllib.loads((tmp_path / "best.toml").read_text())["engine-option"] == ["step_ms=6"]
+
+
+def test_if_nothing_can_be_measured_the_first_reason_is_the_error(tmp_path: Path) -> None:
+    result = tune(tmp_path, "--try", "scripted,engine-option=no_such=1", "--minutes", "0.3")
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("roundhouse: error: nothing could be measured: ")
+    assert "unknown engine option no_such" in last
+    assert not (tmp_path / "best.toml").exists()
+
+
+def test_what_has_no_time_left_is_said(tmp_path: Path) -> None:
+    tries = [("--try", f"scripted,engine-option=step_ms={ms}") for ms in (5, 6, 7)]
+    arguments = [part for pair in tries for part in pair]
+    result = tune(tmp_path, *arguments, "--minutes", "0.2")
+    assert result.returncode == 0, result.stderr
+    assert "the time was up before" in result.stdout
+    assert "--minutes gives more" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_leaves_nothing_running(tmp_path: Path, number: signal.Signals) -> None:
+    with (tmp_path / "stderr").open("w") as errors:
+        process = subprocess.Popen(
+            command("--try", "scripted,engine-option=step_ms=6", "--output", str(tmp_path / "b")),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
+        said = tmp_path / "stderr"
+        eventually(lambda: "measuring" in said.read_text(), within_s=60)
+        (server,) = children(process.pid)
+        (worker,) = children(server)
+        process.send_signal(number)
+        assert process.wait(30) == 130
+    eventually(lambda: not alive(server) and not alive(worker))
+    assert said.read_text().splitlines()[-1].startswith("tune: interrupted; what was measured is")
+    assert not list(tmp_path.glob("roundhouse-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("./no-such.gguf",), "model file ./no-such.gguf does not exist"),
+        (("--try", "abacus"), "there is no engine abacus"),
+        (("--try", "scripted,color=red"), "'color=red' is not OPTION=VALUE"),
+        (("--engine", "trtllm", "some/model"), "trtllm cannot run here: "),
+        (("--output", "/no/such/folder/x.toml", "--try", "scripted"), "/no/such/folder"),
+        (("--concurrency", "0"), "concurrency"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], told: str) -> None:
+    result = subprocess.run(
+        command("--minutes", "0.3", *arguments),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode not in (0, -6, -11)
+    (line,) = [text for text in result.stderr.splitlines() if not text.startswith("tune: ")]
+    assert line.startswith("roundhouse: error: ")
+    assert told in line

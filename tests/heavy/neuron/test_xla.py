@@ -25,7 +25,7 @@ KINDS = ("optimum", "nxdi")
 
 
 def options(folder: Path, **given: int) -> EngineOptions:
-    return EngineOptions(folder, "tiny", **{"kv_tokens": 1024, **given})
+    return EngineOptions(folder, "tiny", **{"kv_tokens": 1024, "step_tokens_max": 250, **given})
 
 
 def make(kind: str) -> tuple[NeuronEngine, OptimumModel | NxdiModel]:
@@ -81,7 +81,7 @@ def test_compiles_one_graph_for_each_bucket_and_none_while_serving(kind: str) ->
     for sequence in range(1, 6):
         engine.step(Plan(admits=[admit(sequence, [sequence])], work=[(sequence, 1)]))
     engine.step(Plan(drops=[2, 4]))
-    for length in (2, 5, 31, 32, 33, 60, 63, 64, 65, 200, 255):
+    for length in (2, 5, 31, 32, 33, 60, 63, 64, 65, 200, 248):
         tokens = [n % 250 for n in range(length)]
         plan = Plan(admits=[admit(99, tokens)], work=[(99, length), (1, 1), (5, 1)])
         engine.step(plan)
@@ -91,7 +91,7 @@ def test_compiles_one_graph_for_each_bucket_and_none_while_serving(kind: str) ->
 
 
 def _touch_every_bucket(engine: Engine) -> None:
-    for sequence, length in enumerate((20, 60, 120, 250), start=1):
+    for sequence, length in enumerate((20, 60, 120, 248), start=1):
         generate(engine, sequence, list(range(length)), 2)
         engine.step(Plan(drops=[sequence]))
 

@@ -24,7 +24,6 @@ import transformers
 from shards.engines.base import Engine, EngineInfo, EngineOptions, ModelError, Progress, Scheduling
 from shards.engines.paged import PagedEngine
 from shards.engines.threads import ThreadControl, usable_cores
-from shards.engines.torch_attention import Viewer
 from shards.engines.torch_devices import (
     Device,
     choose_device,
@@ -36,6 +35,7 @@ from shards.engines.torch_graphs import CudaCapture, DecodeGraphs, Packing, is_d
 from shards.engines.torch_linear import fuse
 from shards.engines.torch_model import PagedModel, length_trained
 from shards.engines.torch_ranks import Ranks, check_split, load_slice
+from shards.engines.torch_views import Viewer
 from shards.engines.torch_weights import Checkpoint, count_bytes
 from shards.extras import Extras
 from shards.kv import StepLayout
@@ -167,6 +167,24 @@ class TorchEngine(PagedEngine):
     def _set_threads(self) -> None:
         if self._device.kind == "cpu" and torch.get_num_threads() != self._control.threads:
             torch.set_num_threads(self._control.threads)
+
+    def reset(self) -> None:
+        """See ``Engine``."""
+        if any(one.failed for one in self._residents.by_sequence.values()):
+            self._model.clear(slice(None))
+        super().reset()
+
+    def _let_go(self, resident: Resident) -> None:
+        """Pages of a sequence that failed may hold numbers that are none (NaN).
+
+        A mask does not keep these from whoever gets the pages next: nothing times NaN is NaN.
+        """
+        pages = list(self._tables.table(resident.sequence)) if resident.failed else []
+        super()._let_go(resident)
+        if pages:
+            others = self._residents.by_sequence
+            held = {page for other in others for page in self._tables.table(other)}
+            self._model.clear([page for page in pages if page not in held])
 
     # A step -------------------------------------------------------------------------------------
 

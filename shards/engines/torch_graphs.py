@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shards.engines.torch_attention import Decodes, Kind, View, decode_mask, page_table, pages_seen
 from shards.engines.torch_model import PagedModel
+from shards.engines.torch_views import Decodes, Kind, View, decode_mask, page_table, pages_seen
 from shards.kv import StepLayout
 
 # Columns of the matrix: four for each row, then, for each kind of layer, the first page that is

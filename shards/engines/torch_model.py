@@ -17,14 +17,13 @@ from shards.engines.base import ModelError
 from shards.engines.torch_attention import (
     NAME,
     Given,
-    Kind,
     PagedLayer,
     Shape,
     Step,
     attend,
     attend_dense,
-    causal_mask,
 )
+from shards.engines.torch_views import Kind, causal_mask
 
 # Kinds of layers, by the names in a configuration's ``layer_types``.
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -171,6 +170,12 @@ class PagedModel:
             layer = PagedLayer(shape, page_count, page_tokens, self._dtype, self._device, self.step)
             module.roundhouse = layer
             self.layers.append(layer)
+
+    def clear(self, pages: list[int] | slice) -> None:
+        """Fills pages with zeros, in all layers."""
+        for layer in self.layers:
+            layer.keys[pages] = 0.0
+            layer.values[pages] = 0.0
 
     def forward(self, tokens: Any, positions: Any, rows: Any) -> Any:
         """Logits [rows, vocabulary] behind some tokens of a flat batch; all arguments are int64."""

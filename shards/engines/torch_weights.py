@@ -121,6 +121,7 @@ class Checkpoint:
                     attn_implementation="eager",
                     use_safetensors=True,
                     local_files_only=True,
+                    ignore_mismatched_sizes=True,  # reported, and then refused in our words
                     output_loading_info=True,
                 )
         except _FAULTS as error:

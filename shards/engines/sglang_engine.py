@@ -85,7 +85,7 @@ class SglangBackend(Backend):
         """See ``Backend``."""
         # Log probabilities before temperature; read by the scheduler's process when it starts.
         os.environ["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
-        sglang = load_package("sglang", "sglang", "pip install 'roundhouse-llm[sglang]'")
+        sglang = load_package("sglang", "sglang", "roundhouse engines install sglang")
         try:
             self._engine = sglang.Engine(**self._arguments())
             facts = self._engine.get_server_info()

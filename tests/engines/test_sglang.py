@@ -201,7 +201,9 @@ def test_a_large_seed_keeps_its_bits(engine: Engine) -> None:
 
 def test_a_missing_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sglang", None)
-    with pytest.raises(ModelError, match=r"needs the package sglang: pip install .*sglang") as told:
+    with pytest.raises(
+        ModelError, match=r"needs the package sglang: roundhouse engines install"
+    ) as told:
         make()
     assert "\n" not in str(told.value)
 

@@ -11,6 +11,7 @@ _MODULES = {
     "neuron": "shards.engines.neuron",
     "scripted": "shards.engines.scripted",
     "sglang": "shards.engines.sglang_engine",
+    "torch": "shards.engines.torch_engine",
     "trtllm": "shards.engines.trtllm",
     "vllm": "shards.engines.vllm_engine",
 }
@@ -21,6 +22,7 @@ _INSTALL = {
     "neuron": "see docs/engines/neuron.md",
     "scripted": "pip install numpy tokenizers",
     "sglang": "roundhouse engines install sglang",
+    "torch": "roundhouse engines install torch",
     "trtllm": "see docs/engines/trtllm.md",
     "vllm": "roundhouse engines install vllm",
 }

@@ -102,7 +102,10 @@ def _files(name: str, revision: str | None) -> list[str]:
     except Exception as error:
         if not _is_transport(error):
             raise
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        # No patterns: of what is in the cache nothing is missing, though it is not all there is.
+        folder = Path(
+            snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[])
+        )
         return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 

@@ -13,9 +13,9 @@ from tests.system.hub import fake_hub
 RESOLVE = """
 import sys
 from deploy.models import ModelNotFound, resolve
-name, file = sys.argv[1], sys.argv[2] or None
+name, file, engine = sys.argv[1], sys.argv[2] or None, sys.argv[3]
 try:
-    found = resolve(name, engine="llamacpp", file=file, revision=None)
+    found = resolve(name, engine=engine, file=file, revision=None)
 except ModelNotFound as error:
     print(error)
     sys.exit(1)
@@ -30,11 +30,18 @@ QUANTISED = {
 }
 
 
-def on_hub(address: str, home: Path, name: str, file: str = "") -> subprocess.CompletedProcess[str]:
-    """Resolves in a fresh process: huggingface_hub reads its environment once."""
+def hub_env(address: str, home: Path) -> dict[str, str]:
     env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5"}
-    command = [sys.executable, "-c", RESOLVE, name, file]
+    return env
+
+
+def on_hub(
+    address: str, home: Path, name: str, file: str = "", engine: str = "llamacpp"
+) -> subprocess.CompletedProcess[str]:
+    """Resolves in a fresh process: huggingface_hub reads its environment once."""
+    env = hub_env(address, home)
+    command = [sys.executable, "-c", RESOLVE, name, file, engine]
     return subprocess.run(command, env=env, check=False, capture_output=True, text=True, timeout=60)
 
 
@@ -74,6 +81,54 @@ def test_a_missing_file_is_named(name: str) -> None:
 def test_an_empty_folder_says_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="holds no GGUF file"):
         resolve(str(tmp_path), engine="llamacpp", file=None, revision=None)
+    with pytest.raises(ModelNotFound, match=r"holds neither config.json with \*.safetensors nor"):
+        resolve(str(tmp_path), engine="torch", file=None, revision=None)
+
+
+def folder_of(tmp_path: Path, *names: str) -> str:
+    for name in names:
+        (tmp_path / name).touch()
+    return str(tmp_path)
+
+
+def test_a_folder_of_safetensors_is_taken_as_it_is_by_engines_that_read_it(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "config.json", "model.safetensors", "tiny-Q8_0.gguf")
+    found = resolve(folder, engine="torch", file=None, revision=None)
+    assert (found.path, found.model_id) == (tmp_path, tmp_path.name)
+    for engine, file in (("torch", "Q8_0"), ("llamacpp", None)):
+        found = resolve(folder, engine=engine, file=file, revision=None)
+        assert (found.path, found.model_id) == (tmp_path / "tiny-Q8_0.gguf", tmp_path.name)
+
+
+def test_a_folder_of_gguf_files_gives_one_to_any_engine(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, *QUANTISED)
+    found = resolve(folder, engine="torch", file=None, revision=None)
+    assert found.path == tmp_path / "tiny-Q4_K_M.gguf"
+
+
+@pytest.mark.parametrize(
+    ("names", "engine", "told"),
+    [
+        (("config.json", "a.safetensors"), "llamacpp", "such as --engine torch, or a GGUF file"),
+        (("config.json", "pytorch_model.bin"), "torch", "pickled weights, which can run code"),
+        (("config.json",), "torch", "holds neither config.json with"),
+        (("a.safetensors",), "torch", "holds neither config.json with"),
+    ],
+)
+def test_a_folder_of_the_wrong_kind_says_what_to_do(
+    tmp_path: Path, names: tuple[str, ...], engine: str, told: str
+) -> None:
+    with pytest.raises(ModelNotFound, match=told):
+        resolve(folder_of(tmp_path, *names), engine=engine, file=None, revision=None)
+
+
+@pytest.mark.parametrize("engine", ["torch", "llamacpp"])
+def test_weights_without_their_folder_are_refused(tmp_path: Path, engine: str) -> None:
+    folder_of(tmp_path, "model.safetensors")
+    with pytest.raises(ModelNotFound, match="holds weights alone: give the folder"):
+        resolve(f"{tmp_path}/model.safetensors", engine=engine, file=None, revision=None)
+    with pytest.raises(ModelNotFound, match=r"^model file ./no.safetensors does not exist$"):
+        resolve("./no.safetensors", engine=engine, file=None, revision=None)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +172,112 @@ def test_all_parts_of_a_split_model_are_downloaded(tmp_path: Path) -> None:
     first = Path(found.stdout.split("|")[0])
     assert first.name == "big-00001-of-00002.gguf"
     assert first.with_name("big-00002-of-00002.gguf").read_bytes() == b"2"
+
+
+HF = {
+    "README.md": b"#",
+    "config.json": b"{}",
+    "generation_config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "tokenizer.model": b"spm",
+    "chat_template.jinja": b"{{ messages }}",
+    "merges.txt": b"a b",
+    "model-00001-of-00002.safetensors": b"1",
+    "model-00002-of-00002.safetensors": b"2",
+    "model.safetensors.index.json": b"{}",
+    "consolidated.safetensors": b"all of it again",
+    "pytorch_model.bin": b"pickled",
+    "onnx/model.safetensors": b"once more",
+    "original/params.json": b"{}",
+}
+
+
+def test_other_engines_get_safetensors_and_what_goes_with_them(tmp_path: Path) -> None:
+    with fake_hub({"some/model": HF}) as address:
+        first = on_hub(address, tmp_path, "some/model", engine="torch")
+    path, model_id, _ = first.stdout.strip().split("|")
+    assert model_id == "some/model"
+    unwanted = ("README.md", "consolidated.safetensors", "pytorch_model.bin")
+    wanted = {name for name in HF if "/" not in name and name not in unwanted}
+    assert {str(found.relative_to(path)) for found in Path(path).rglob("*")} == wanted
+    again = on_hub(address, tmp_path, "some/model", engine="torch")  # the hub is gone
+    assert again.stdout.split("|")[0] == path
+
+
+def test_weights_by_another_name_are_taken_where_there_are_no_others(tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "consolidated.safetensors": b"1"}
+    with fake_hub({"some/model": files}) as address:
+        found = on_hub(address, tmp_path, "some/model", engine="torch")
+    assert (Path(found.stdout.split("|")[0]) / "consolidated.safetensors").read_bytes() == b"1"
+
+
+def test_a_repository_of_gguf_files_gives_one_to_any_engine(tmp_path: Path) -> None:
+    with fake_hub({"some/tiny-GGUF": QUANTISED}) as address:
+        found = on_hub(address, tmp_path, "some/tiny-GGUF", engine="torch")
+    assert Path(found.stdout.split("|")[0]).read_bytes() == b"q4"
+
+
+@pytest.mark.parametrize(
+    ("files", "engine", "line"),
+    [
+        (HF, "llamacpp", "some/model on the hub holds safetensors and no GGUF file"),
+        (
+            {"config.json": b"", "a.bin": b""},
+            "torch",
+            "some/model on the hub holds pickled weights",
+        ),
+        ({"README.md": b""}, "torch", "some/model on the hub holds neither config.json with"),
+    ],
+    ids=["gguf", "pickled", "nothing"],
+)
+def test_a_repository_of_the_wrong_kind_is_one_line(
+    tmp_path: Path, files: dict[str, bytes], engine: str, line: str
+) -> None:
+    with fake_hub({"some/model": files}) as address:
+        refused = on_hub(address, tmp_path, "some/model", engine=engine)
+    assert refused.returncode == 1
+    assert refused.stdout.startswith(line)
+    assert refused.stdout.count("\n") == 1
+
+
+ADAPTERS = """
+import sys
+from deploy.adapters import find_adapters
+from deploy.models import ModelNotFound
+try:
+    print(*find_adapters(sys.argv[1], (), sys.argv[2]), sep="\\n")
+except ModelNotFound as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "listed", "found"),
+    [
+        ("torch", "some/lora", [("some/lora", "adapter_config.json adapter_model.safetensors")]),
+        ("torch", "a=some/lora@main", [("a", "adapter_config.json adapter_model.safetensors")]),
+        ("llamacpp", "a=some/lora,", [("a", "lora-F16.gguf")]),
+    ],
+)
+def test_adapters_of_the_hub(
+    tmp_path: Path, engine: str, listed: str, found: list[tuple[str, str]]
+) -> None:
+    names = ("adapter_config.json", "adapter_model.safetensors", "lora-F16.gguf", "optimizer.pt")
+    with fake_hub({"some/lora": dict.fromkeys(names, b"x")}) as address:
+        env = hub_env(address, tmp_path)
+        command = [sys.executable, "-c", ADAPTERS, engine, listed]
+        done = subprocess.run(
+            command, env=env, check=False, capture_output=True, text=True, timeout=60
+        )
+    pairs = [line.split("=", 1) for line in done.stdout.splitlines()]
+    shown = [
+        (name, " ".join(sorted(one.name for one in Path(path).iterdir())))
+        if Path(path).is_dir()
+        else (name, Path(path).name)
+        for name, path in pairs
+    ]
+    assert shown == found, done.stderr
 
 
 @pytest.mark.parametrize(

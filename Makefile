@@ -1,6 +1,8 @@
 # The verbs of the project; `make help` lists them. CI calls nothing else.
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check proto proto-check lint type fmt sim replay bench clean
+.PHONY: help setup run test check proto proto-check lint type fmt sim replay bench clean \
+	test-torch test-jax test-vllm test-neuron test-contracts engines-torch engines-jax engines-vllm \
+	engines-neuron
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -13,9 +15,14 @@ PROTOS := $(wildcard proto/*/v1/*.proto)
 PROTOC = $(PY) -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 SEEDS ?= 1000
 ARGS ?=
+# Environments of engines for the tests lie in the checkout: they hold its code, not a release.
+ENGINES_HOME := $(CURDIR)/.roundhouse
+ENGINE_SETUP = ROUNDHOUSE_HOME=$(ENGINES_HOME) $(PY) -m deploy.engine_env $(1) test
+ENGINE_TEST = ROUNDHOUSE_HOME=$(ENGINES_HOME) OMP_NUM_THREADS=1 \
+	$(ENGINES_HOME)/engines/$(1)/bin/python -m pytest tests/heavy/$(1) $(ARGS)
 
 help: ## Lists the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 setup: ## Makes .venv and installs everything (compiles llama.cpp once); instant when done
 	$(SETUP)
@@ -25,6 +32,25 @@ run: setup ## Serves the embedded model on ports 3000 (REST) and 50051 (gRPC); A
 
 test: setup ## Runs all tests; ARGS="-k name" picks some
 	@$(PY) -m pytest $(ARGS)
+
+# One rule for each engine with tests of its own: engines-NAME makes its environment.
+engines-torch engines-jax engines-vllm engines-neuron: engines-%: setup
+	@$(call ENGINE_SETUP,$*)
+
+test-torch: engines-torch ## Tests the torch engine in its own environment (2 GB)
+	@$(call ENGINE_TEST,torch)
+
+test-jax: engines-jax ## Tests the JAX engine in its own environment (1 GB)
+	@$(call ENGINE_TEST,jax)
+
+test-vllm: engines-vllm ## Tests the vLLM engine in its own environment (3.5 GB)
+	@$(call ENGINE_TEST,vllm)
+
+test-neuron: engines-neuron ## Tests Neuron's slots and buckets on XLA's CPU device (6 GB)
+	@PJRT_DEVICE=CPU $(call ENGINE_TEST,neuron)
+
+test-contracts: setup ## Compares what adapters use with the packages of engines that cannot run here
+	@$(PY) -m pytest tests/heavy/contracts $(ARGS)
 
 check: setup proto-check lint type sim test ## Everything CI runs
 
@@ -58,5 +84,6 @@ bench: ## Runs all benchmarks (about 20 minutes on an idle machine); ARGS="--qui
 	@$(PY) -m benchmarks $(ARGS)
 
 clean: ## Removes what was built, the virtual environment too
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES_HOME) build dist *.egg-info \
+		.mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

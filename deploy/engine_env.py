@@ -82,15 +82,16 @@ def recipe(
         raise SetupError(f"{facts.name} needs no environment: it comes with Roundhouse")
     if device and device not in facts.devices:
         raise SetupError(f"{facts.name} does not run on {device_name(device)}")
-    kinds = [device] if device else [kind for kind in hardware.kinds if kind in facts.devices]
-    special = f"{facts.extra}-{kinds[0]}" if kinds else ""
+    here = [kind for kind in hardware.kinds if kind in facts.devices]
+    kind = device or next(iter(here), facts.devices[0])
+    special = f"{facts.extra}-{kind}"
     extra = special if special in project.extras else facts.extra
     if tests and f"{facts.extra}-test" in project.extras:
         extra = f"{facts.extra}-test"
-    if extra not in project.extras:
+    elif extra not in project.extras or kind not in facts.installs:
         raise SetupError(
-            f"{facts.name} is not installed by this command: {facts.page} says how to,"
-            f" and --worker-python names its interpreter"
+            f"{facts.name} for {device_name(kind)} is not installed by this command: {facts.page}"
+            f" says how to, and --worker-python names its interpreter"
         )
     return Recipe(
         facts.name,
@@ -132,7 +133,7 @@ def install(
         prepare(venv, version)
         fill(venv, todo, tests=tests)
         module = STAND_INS.get(todo.extra, facts.module)
-        found = check(venv, facts, module)
+        found = check(venv, facts, module) or todo.extra
         venv.write_stamp(extras, digest, python=version, version=found)
     say(f"{name} {found} is ready after {int(time.monotonic() - began)} s, in {folder}")
 

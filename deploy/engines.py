@@ -31,8 +31,8 @@ class Facts:
     them. ``module`` is what its package is imported as, ``distributions`` under which names it may
     be installed, ``library`` what is asked for its devices. ``devices`` are kinds as in
     ``Hardware``, best first. ``python`` is the first version that its packages accept, and the
-    first that they no longer do. ``extra`` is the extra of ``pyproject.toml`` with its pins;
-    without one, its page says how it is installed.
+    first that they no longer do. ``extra`` is the extra of ``pyproject.toml`` with its pins, good
+    for the kinds of device in ``installs``; for others its page says how it is installed.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Facts:
     library: str = ""
     distributions: tuple[str, ...] = ()
     extra: str = ""
+    installs: tuple[str, ...] = ("cuda", "cpu")
     python: tuple[Version, Version] = ((3, 11), (4, 0))
 
     @property
@@ -69,6 +70,8 @@ _TABLE = (
         library="llama_cpp",
         distributions=("llama-cpp-python",),
         extra="llamacpp",
+        # It is compiled here; CMAKE_ARGS says for what.
+        installs=("cuda", "rocm", "metal", "xpu", "cpu"),
     ),
     Facts(
         "torch",
@@ -95,6 +98,7 @@ _TABLE = (
         library="jax",
         distributions=("jax",),
         extra="jax",
+        installs=("tpu", "cuda", "cpu"),
     ),
     Facts(
         "vllm",
@@ -151,6 +155,7 @@ _TABLE = (
         module="optimum.neuron",
         distributions=("optimum-neuron", "neuronx-distributed-inference"),
         extra="neuron",
+        installs=("neuron",),
     ),
     Facts(
         "scripted",

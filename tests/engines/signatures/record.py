@@ -71,7 +71,14 @@ WANTED: dict[str, Wanted] = {
     },
     "optimum": {
         "optimum/neuron/__init__.py": {"names": ["NeuronModelForCausalLM"]},
-        _OPTIMUM + "modeling_utils.py": {"functions": ["NeuronPreTrainedModel.from_pretrained"]},
+        _OPTIMUM + "modeling_utils.py": {
+            "functions": [
+                "NeuronPreTrainedModel.from_pretrained",
+                # How to compile a model: docs/engines/neuron.md.
+                "NeuronPreTrainedModel.get_neuron_config",
+                "NeuronPreTrainedModel.export",
+            ]
+        },
         _OPTIMUM + "backend/config.py": {"functions": ["NxDNeuronConfig.__init__"]},
         _OPTIMUM + "backend/modules/decoder/modeling_decoder.py": {
             "functions": ["NxDModelForCausalLM.forward"]

@@ -15,6 +15,7 @@ class Admit:
     share_from: int
     share_len: int
     sampling: object
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

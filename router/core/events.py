@@ -43,7 +43,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class GroupUp:
-    """Every rank of a group is connected and empty. ``epoch`` is new for each such life."""
+    """Every rank of a group is connected and empty. ``epoch`` is new for each such life.
+
+    ``adapters`` are the LoRA adapters that its sequences may ask for, by name.
+    """
 
     group: str
     epoch: int
@@ -51,6 +54,7 @@ class GroupUp:
     engine: str
     limits: Limits
     features: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class Submitted:
     ``max_tokens`` is how many tokens may be generated, ``stop_tokens`` the ids that end it,
     ``needs`` the features it cannot do without. Smaller ``priority`` goes first. ``deadline_ms`` is
     the instant at which it must have ended, or None. ``sampling`` travels to the worker unread.
+    ``adapter`` is the LoRA adapter that it is computed with; "" is the model itself.
     """
 
     request: int
@@ -79,6 +84,7 @@ class Submitted:
     priority: int = 1
     deadline_ms: int | None = None
     sampling: object = None
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

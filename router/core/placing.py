@@ -25,6 +25,12 @@ def missing_feature(group: Group, sequence: Sequence) -> str | None:
     return None
 
 
+def missing_adapter(group: Group, sequence: Sequence) -> str | None:
+    """The adapter that the sequence asks for, if the group's engine does not have it."""
+    adapter = sequence.facts.adapter
+    return adapter if adapter and adapter not in group.up.adapters else None
+
+
 def ranked(groups: list[Group], sequence: Sequence, config: CoreConfig) -> list[Group]:
     """The groups with a place in the batch: who holds most of the prompt first, then most room."""
     ready = [group for group in groups if group.running < group.batch_max]
@@ -41,7 +47,7 @@ def shareable(group: Group, sequence: Sequence, config: CoreConfig) -> tuple[int
     """How many tokens the sequence could share with whom. At least one is left to compute."""
     if not group.up.limits.shares_prefix:
         return 0, None
-    length, holder = group.tree.match(sequence.tokens)
+    length, holder = group.tree.match(sequence.tokens, sequence.facts.adapter)
     length = group.ledger.whole_pages(min(length, len(sequence.tokens) - 1))
     return (0, None) if length < config.share_tokens_min else (length, holder)
 
@@ -62,7 +68,7 @@ def place(group: Group, sequence: Sequence, config: CoreConfig) -> bool:
     sequence.group = group
     sequence.account = group.ledger.open(sequence.id, reserve, parent, share_len)
     group.filling[sequence.id] = sequence
-    group.tree.insert(sequence.id, sequence.tokens)
+    group.tree.insert(sequence.id, sequence.tokens, sequence.facts.adapter)
     if donor is not None and donor in group.donors:
         group.donors[donor] = group.donors.pop(donor)
     return True
@@ -134,7 +140,7 @@ def retire(group: Group, sequence: Sequence) -> list[Sequence]:
     group.filling.pop(sequence.id, None)
     group.ledger.resize(account, sequence.scheduled)
     group.tree.remove(sequence.id)
-    group.tree.insert(sequence.id, known)
+    group.tree.insert(sequence.id, known, sequence.facts.adapter)
     group.donors[sequence.id] = sequence
     _thin_out(group)
     return []

@@ -99,6 +99,7 @@ class _Step:
                 source,
                 account.share_len,
                 sequence.facts.sampling,
+                sequence.facts.adapter,
             )
         )
         return True

@@ -4,6 +4,9 @@ The prompts of running sequences are in it from the moment they are placed, so t
 arrive together share too; the answers join when a sequence finishes. Edges are runs of tokens; a
 sequence is listed in every node on its path, so the deepest node that a prompt reaches names those
 who can donate that much.
+
+What a token leaves in the cache depends on the adapter that it was computed with, so every adapter
+has a root of its own and nothing is ever found across them.
 """
 
 from collections.abc import Sequence as Seq
@@ -25,17 +28,17 @@ class PrefixTree:
     """Which sequences hold which runs of tokens."""
 
     def __init__(self) -> None:
-        self._root = _Node((), 0, None)
+        self._roots: dict[str, _Node] = {}
         self._ends: dict[int, _Node] = {}
 
     def __contains__(self, holder: int) -> bool:
         return holder in self._ends
 
-    def insert(self, holder: int, tokens: Seq[int]) -> None:
-        """Lists the holder along its tokens."""
+    def insert(self, holder: int, tokens: Seq[int], adapter: str = "") -> None:
+        """Lists the holder along its tokens, as computed with this adapter."""
         assert holder not in self._ends
         run = tuple(tokens)
-        node = self._root
+        node = self._roots.setdefault(adapter, _Node((), 0, None))
         while node.depth < len(run):
             child = node.children.get(run[node.depth])
             if child is None:
@@ -59,11 +62,11 @@ class PrefixTree:
                 del node.parent.children[node.edge[0]]
             node = node.parent
 
-    def match(self, tokens: Seq[int]) -> tuple[int, int | None]:
-        """How many of the first tokens some holder has, and the holder that came first."""
+    def match(self, tokens: Seq[int], adapter: str = "") -> tuple[int, int | None]:
+        """How many of the first tokens some holder with this adapter has, and who came first."""
         run = tuple(tokens)
-        node, depth, holder = self._root, 0, None
-        while depth < len(run):
+        node, depth, holder = self._roots.get(adapter), 0, None
+        while node is not None and depth < len(run):
             child = node.children.get(run[depth])
             if child is None:
                 break

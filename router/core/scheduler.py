@@ -25,7 +25,15 @@ from router.core.events import (
     Ticked,
 )
 from router.core.ledger import Ledger
-from router.core.placing import fits_ever, missing_feature, place, ranked, remove, retire
+from router.core.placing import (
+    fits_ever,
+    missing_adapter,
+    missing_feature,
+    place,
+    ranked,
+    remove,
+    retire,
+)
 from router.core.planning import next_plan
 from router.core.prefix import PrefixTree
 from router.core.snapshot import Snapshot, take_snapshot
@@ -128,6 +136,10 @@ class Core:
         groups = self._serving(sequence.facts.model)
         if not groups or any(_able(group, sequence) for group in groups):
             return None
+        groups = [group for group in groups if missing_adapter(group, sequence) is None]
+        if not groups:
+            detail = f"no worker that is up has the adapter {sequence.facts.adapter}"
+            return Close(sequence.id, Reason.UNSUPPORTED, detail)
         for group in groups:
             feature = missing_feature(group, sequence)
             if feature is not None:
@@ -309,7 +321,8 @@ class Core:
 
 
 def _able(group: Group, sequence: Sequence) -> bool:
-    return fits_ever(group, sequence) and missing_feature(group, sequence) is None
+    lacking = missing_feature(group, sequence) or missing_adapter(group, sequence)
+    return lacking is None and fits_ever(group, sequence)
 
 
 def _untrue(group: Group, event: StepDone) -> str | None:

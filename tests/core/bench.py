@@ -57,9 +57,11 @@ class Bench:
         epoch: int = 1,
         model: str = "m",
         features: tuple[str, ...] = (),
+        adapters: tuple[str, ...] = (),
     ) -> None:
         """A group comes up."""
-        assert self.observe(GroupUp(group, epoch, model, "scripted", limits, features)) == []
+        up = GroupUp(group, epoch, model, "scripted", limits, features, adapters)
+        assert self.observe(up) == []
 
     def down(self, group: str = "g", epoch: int = 1) -> list[Effect]:
         """A group is lost."""
@@ -75,12 +77,14 @@ class Bench:
         priority: int = 1,
         deadline_ms: int | None = None,
         model: str = "m",
+        adapter: str = "",
     ) -> list[Effect]:
         """A request arrives; ``END`` ends its answer."""
         stops = frozenset({END})
-        return self.observe(
-            Submitted(request, model, prompt, max_tokens, stops, needs, priority, deadline_ms)
+        submitted = Submitted(
+            request, model, prompt, max_tokens, stops, needs, priority, deadline_ms, None, adapter
         )
+        return self.observe(submitted)
 
     def end(self, request: int, reason: Reason = Reason.CANCELLED) -> list[Effect]:
         """The owner of a request ends it."""
@@ -111,9 +115,9 @@ class Bench:
         """The numbers of a group."""
         return next(shot for shot in self.core.snapshot().groups if shot.name == name)
 
-    def finish(self, request: int, prompt: tuple[int, ...]) -> None:
+    def finish(self, request: int, prompt: tuple[int, ...], adapter: str = "") -> None:
         """Runs a request with an answer of one token to its end. Nothing else may be in flight."""
-        self.submit(request, prompt, max_tokens=1)
+        self.submit(request, prompt, max_tokens=1, adapter=adapter)
         plans = self.sent()
         for plan in plans[:-1]:
             assert self.answer(plan, {}) == []

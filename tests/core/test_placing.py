@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from router.core.effects import Close
+from router.core.events import Reason
 from router.core.state import CoreConfig
 from tests.core.bench import END, WIDE, Bench, endings_of, tokens_of, work_of
 
@@ -252,6 +254,43 @@ def test_a_request_goes_only_where_its_needs_are_met() -> None:
     bench.up(replace(WIDE, kv_tokens=50), "able", features=("grammar",))
     bench.submit(1, (1, 2), needs=("grammar",))
     assert [plan.group for plan in bench.sent()] == ["able"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "share"),
+    [("", "", 4), ("verse", "verse", 4), ("", "verse", 0), ("verse", "", 0), ("prose", "verse", 0)],
+)
+def test_only_sequences_with_one_adapter_share(first: str, second: str, share: int) -> None:
+    bench = Bench(CONFIG)
+    bench.up(adapters=("prose", "verse"))
+    bench.finish(1, (1, 2, 3, 4), first)
+    bench.submit(2, (1, 2, 3, 4, 5), adapter=second)
+    (plan,) = bench.sent()
+    assert [(admit.adapter, admit.share_len) for admit in plan.admits] == [(second, share)]
+
+
+def test_a_request_goes_only_where_its_adapter_is() -> None:
+    bench = Bench(CONFIG)
+    bench.up(WIDE, "plain")
+    bench.up(replace(WIDE, kv_tokens=50), "able", adapters=("verse",))
+    bench.submit(1, (1, 2), adapter="verse")
+    assert [plan.group for plan in bench.sent()] == ["able"]
+
+
+def test_an_adapter_that_no_group_has_is_refused_by_name() -> None:
+    bench = Bench(CONFIG)
+    bench.up(adapters=("verse",))
+    detail = "no worker that is up has the adapter prose"
+    assert bench.submit(1, (1, 2), adapter="prose") == [Close(1, Reason.UNSUPPORTED, detail)]
+
+
+def test_of_the_groups_with_the_adapter_none_may_be_large_enough() -> None:
+    bench = Bench(CONFIG)
+    bench.up(WIDE, "large")
+    bench.up(replace(WIDE, length_max=6), "small", adapters=("verse",))
+    (close,) = bench.submit(1, (1, 2, 3), max_tokens=5, adapter="verse")
+    detail = "prompt and answer may have 8 tokens, but a worker holds 6"
+    assert close == Close(1, Reason.TOO_LONG, detail)
 
 
 def test_donors_beyond_what_is_worth_keeping_go_and_the_latest_stays() -> None:

@@ -42,6 +42,18 @@ def test_a_holder_that_is_removed_leaves_the_rest() -> None:
     assert tree.match((1, 2, 3)) == (0, None)
 
 
+def test_what_one_adapter_computed_is_not_found_for_another() -> None:
+    tree = PrefixTree()
+    tree.insert(10, (1, 2, 3))
+    tree.insert(20, (1, 2), "verse")
+    assert tree.match((1, 2, 3)) == (3, 10)
+    assert tree.match((1, 2, 3), "verse") == (2, 20)
+    assert tree.match((1, 2, 3), "prose") == (0, None)
+    tree.remove(20)
+    assert tree.match((1, 2, 3), "verse") == (0, None)
+    assert tree.match((1, 2, 3)) == (3, 10)
+
+
 RUNS = st.lists(st.integers(0, 2), max_size=8)
 
 

@@ -7,6 +7,7 @@ from router.core.effects import Close, RunPlan
 from router.core.events import Limits, Reason, Submitted
 from router.core.state import CoreConfig
 from tests.sim.worker import Worker, digest_of, draw, ensure, follow
+from tests.sim.world import GroupSpec
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +58,7 @@ class GroupBook:
     model: int
     limits: Limits
     features: tuple[str, ...]
+    adapters: tuple[str, ...]
     worker: Worker
     kv_capacity: int
     step_tokens: int
@@ -80,23 +82,26 @@ class GroupBook:
             request.end <= self.limits.length_max
             and -(-request.end // page) * page <= self.kv_capacity
             and not set(request.facts.needs) - set(self.features)
+            and self.has_adapter(request)
         )
 
+    def has_adapter(self, request: Request) -> bool:
+        """Whether it has what the request is to be computed with."""
+        return request.facts.adapter in ("", *self.adapters)
 
-def group_book(
-    spec: tuple[str, int, tuple[str, ...]], limits: Limits, epoch: int, config: CoreConfig
-) -> GroupBook:
+
+def group_book(spec: GroupSpec, limits: Limits, epoch: int, config: CoreConfig) -> GroupBook:
     """The book of a new life; what is smaller counts, the group's limits or the router's."""
-    name, model, features = spec
     kv_tokens = min(limits.kv_tokens, config.kv_tokens_max or limits.kv_tokens)
     step_tokens = min(limits.step_tokens_max, config.step_tokens_max or limits.step_tokens_max)
     batch = min(limits.sequences_max, config.sequences_max or limits.sequences_max, step_tokens)
     return GroupBook(
-        name,
-        model,
+        spec.name,
+        spec.model,
         limits,
-        features,
-        Worker(epoch, limits, kv_tokens, salt=model + 1),
+        spec.features,
+        spec.adapters,
+        Worker(epoch, limits, kv_tokens, spec.model + 1, spec.adapters),
         kv_tokens // limits.page_tokens * limits.page_tokens,
         step_tokens,
         batch,
@@ -125,7 +130,8 @@ class Books:
         """Opens a request, before the core is told of it."""
         arrived = self.now + facts.priority * self.config.head_start_ms
         key = (arrived, len(self.requests))
-        request = Request(facts, model, key, digest_of(model + 1, facts.prompt))
+        digest = digest_of(model + 1, facts.adapter, facts.prompt)
+        request = Request(facts, model, key, digest)
         self.requests[request.id] = self.open[request.id] = request
         return request
 
@@ -155,7 +161,9 @@ class Books:
     def _check_refusal(self, request: Request, close: Close) -> None:
         groups = self.serving(request.model)
         able = any(group.able(request) for group in groups)
-        lacking = any(set(request.facts.needs) - set(group.features) for group in groups)
+        having = [group for group in groups if group.has_adapter(request)]
+        lacking = any(set(request.facts.needs) - set(group.features) for group in having)
+        lacking = lacking or not having
         match close.reason:
             case Reason.OVERLOADED:
                 true = len(self.open) - 1 >= self.config.requests_max

@@ -90,6 +90,7 @@ def check_kept(books: Books, core: Core, close: Close) -> None:
     wanted = any(
         not member.admitted and _common(resident.tokens, member.tokens) > resident.computed
         for member in group.filling.values()
+        if member.facts.adapter == resident.adapter
     )
     scarce = group.up.limits.donor_tokens_max is not None
     ensure(
@@ -238,13 +239,14 @@ def _check_sharing(books: Books, group: Group, before: Turn) -> None:
     new = {member.id for member in placed} - group.donors.keys()
     if len(new) == group.running or not group.up.limits.shares_prefix:
         return
-    known = {m.id: _known(group, m) for m in members}
     for member in placed:
         if member.id not in new:
             continue
+        known = {m.id: _known(group, m) for m in members if _alike(m, member)}
         share = _share(books, member)
         others = {number: _common(known[number], member.tokens) for number in known.keys() - new}
-        best = group.ledger.whole_pages(min(max(others.values()), len(member.tokens) - 1))
+        most = max(others.values(), default=0)
+        best = group.ledger.whole_pages(min(most, len(member.tokens) - 1))
         ensure(share >= best or best < books.config.share_tokens_min, f"{member.id} shares less")
         donors = [
             number
@@ -263,6 +265,11 @@ def _known(group: Group, member: Sequence) -> Seq[int]:
     return member.tokens[: member.scheduled] if member.id in group.donors else member.facts.prompt
 
 
+def _alike(member: Sequence, other: Sequence) -> bool:
+    """Whether both are computed with the same adapter, so that they could share."""
+    return member.facts.adapter == other.facts.adapter
+
+
 def _share(books: Books, member: Sequence) -> int:
     """How much it started with. As an heir, it owns that by now and its account shares less."""
     return books.requests[member.id].shared if member.admitted else _account(member).share_len
@@ -279,6 +286,7 @@ def _shared_now(books: Books, group: Group, donor: int, before: Turn) -> bool:
     known = _known(group, group.donors[donor])
     return any(
         before.places.get(member.id) is not group
+        and _alike(member, group.donors[donor])
         and (share := _share(books, member)) > 0
         and known[:share] == member.tokens[:share]
         for member in (*group.filling.values(), *group.decoding.values())
@@ -322,8 +330,10 @@ def _has_room(books: Books, book: GroupBook, group: Group, head: Request) -> boo
     page = book.limits.page_tokens
     tokens = len(head.facts.prompt) + len(head.tokens) + books.config.reserve_tokens
     known = (*head.facts.prompt, *head.tokens)
-    common = [_common(_known(group, member), known) for member in group.members()]
-    share = group.ledger.whole_pages(min(max(common), len(known) - 1))
+    adapter = head.facts.adapter
+    alike = [member for member in group.members() if member.facts.adapter == adapter]
+    common = max((_common(_known(group, member), known) for member in alike), default=0)
+    share = group.ledger.whole_pages(min(common, len(known) - 1))
     shares = group.up.limits.shares_prefix and share >= books.config.share_tokens_min
     need = -(-min(head.end, tokens) // page) * page - shares * share
     held = pinned(group)

@@ -14,6 +14,7 @@ REQUIRED = (
     *("eviction", "preemption", "resume", "retry", "failure", "failure by share"),
     *("share from running", "share from finished", "share of an answer", "share after a loss"),
     *("heir", "heir not admitted yet", "wait for a parent", "wait for room"),
+    *("adapter", "strange adapter", "share with an adapter", "adapter elsewhere"),
     *("token thrown away", "priority", "two models", "needs", "resized", "follow-up"),
 )
 

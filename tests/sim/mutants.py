@@ -5,7 +5,8 @@ in its file, so whoever changes that place in the core is told to move the mutan
 changes nothing anybody could see is no mutant: then the code that it touches is not needed.
 """
 
+from tests.sim.mutants_adapters import ADAPTERS
 from tests.sim.mutants_lives import LIVES
 from tests.sim.mutants_memory import MEMORY
 
-MUTANTS = [*MEMORY, *LIVES]
+MUTANTS = [*MEMORY, *LIVES, *ADAPTERS]

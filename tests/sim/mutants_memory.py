@@ -170,7 +170,7 @@ PLACING = [
     ),
     Mutant(
         "placing.py",
-        "group.tree.insert(sequence.id, sequence.tokens)",
+        "group.tree.insert(sequence.id, sequence.tokens, sequence.facts.adapter)",
         "group.tree.insert(sequence.id, ())",
         "requests that run together do not share",
     ),
@@ -218,8 +218,8 @@ PLACING = [
     ),
     Mutant(
         "placing.py",
-        "group.tree.insert(sequence.id, known)",
-        "group.tree.insert(sequence.id, sequence.tokens)",
+        "group.tree.insert(sequence.id, known, sequence.facts.adapter)",
+        "group.tree.insert(sequence.id, sequence.tokens, sequence.facts.adapter)",
         "a donor offers what it has not computed",
     ),
     Mutant(

@@ -23,6 +23,8 @@ from tests.sim.world import (
     NO_FAULTS,
     GroupSpec,
     World,
+    add_adapters,
+    draw_adapter,
     draw_limits,
     draw_prompt,
     draw_request,
@@ -39,6 +41,9 @@ class Simulation:
     def __init__(self, seed: int, core_type: type[Core] = Core, keep: int | None = 50) -> None:
         self.rng = Random(seed)
         self.world: World = draw_world(self.rng)
+        # Numbers of their own: worlds in which nobody asks for an adapter do not depend on them.
+        self.adapter_rng = Random(f"adapters {seed}")
+        add_adapters(self.adapter_rng, self.world)
         self.core = core_type(self.world.config)
         self.seen: Counter[str] = Counter()
         self.books = Books(self.world.config, self.seen)
@@ -174,6 +179,10 @@ class Simulation:
             ensure(admit.tokens == full, "an admit with other tokens than the request has")
             ensure(admit.prompt_len == len(request.facts.prompt), "prompt_len is wrong")
             ensure(admit.sampling is request.facts.sampling, "sampling is not passed on")
+            ensure(admit.adapter == request.facts.adapter, "the adapter is not passed on")
+            self.seen["adapter elsewhere"] += bool(admit.adapter) and not all(
+                other.has_adapter(request) for other in self.books.serving(request.model)
+            )
             request.home, request.admitted_by = group, plan.plan_id
             request.shared = admit.share_len
         for number in group.idle_plans:
@@ -205,6 +214,7 @@ class Simulation:
                 self.seen["share from running" if source.open else "share from finished"] += 1
                 self.seen["share after a loss"] += len(admit.tokens) > admit.prompt_len
                 self.seen["share of an answer"] += admit.share_len > len(source.facts.prompt)
+                self.seen["share with an adapter"] += bool(admit.adapter)
 
     def _deliver(self, effect: Deliver) -> None:
         self._note(effect.requests, effect.tokens)
@@ -252,12 +262,10 @@ class Simulation:
         if self.world.resizes and self.faults_on and epoch > 1:
             self.seen["resized"] += 1
             spec.limits = draw_limits(self.rng, spec.limits.page_tokens, spec.limits.kv_tokens)
-        book = group_book(
-            (spec.name, spec.model, spec.features), spec.limits, epoch, self.core.config
-        )
+        book = group_book(spec, spec.limits, epoch, self.core.config)
         self.books.groups[spec.name] = book
         model = f"m{spec.model}"
-        up = GroupUp(spec.name, epoch, model, "scripted", spec.limits, spec.features)
+        up = GroupUp(spec.name, epoch, model, "scripted", spec.limits, spec.features, spec.adapters)
         ensure(self._observe(up) == [], "news of a group has effects")
 
     def _crash(self, spec: GroupSpec) -> None:
@@ -345,6 +353,10 @@ class Simulation:
         self.seen["priority"] += facts.priority > 0
         self.seen["two models"] += model > 0
         self.seen["needs"] += bool(facts.needs)
+        self.seen["adapter"] += bool(facts.adapter)
+        self.seen["strange adapter"] += hopeless and not any(
+            group.has_adapter(request) for group in self.books.serving(model)
+        )
 
     def _draw_request(self, former: Request | None) -> tuple[Submitted, int]:
         self.submitted += 1
@@ -356,7 +368,10 @@ class Simulation:
             model = former.model
             prompt = (*former.facts.prompt, *former.tokens, *draw_tokens(self.rng, 2))
         ask = draw_request(self.rng, self.world, rates, now)
-        return replace(ask, request=self.submitted, model=f"m{model}", prompt=prompt), model
+        before = None if former is None else former.facts.adapter
+        adapter = draw_adapter(self.adapter_rng, self.world, rates, before)
+        ask = replace(ask, request=self.submitted, prompt=prompt, adapter=adapter)
+        return replace(ask, model=f"m{model}"), model
 
     def _plan_ends(self, request: Request) -> None:
         faults = self.world.faults

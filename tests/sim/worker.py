@@ -2,11 +2,12 @@
 
 It applies plans in their order and raises ``Violation`` at the first that breaks the contract.
 Memory is physical: pages with reference counts, and in every cell the token that was computed into
-it, so that a share of the wrong tokens, or a write into shared memory, is caught by content. It
-shares no code with the core.
+it, with the adapter that computed it, so that a share of the wrong tokens, or a write into shared
+memory, is caught by content. It shares no code with the core.
 
-The next token is a function of all tokens before it, and of nothing else. So a request has the same
-answer whatever happens to it on the way, and every client knows what it must get.
+The next token is a function of the adapter and of all tokens before it, and of nothing else. So a
+request has the same answer whatever happens to it on the way, and every client knows what it must
+get.
 """
 
 from collections.abc import Callable
@@ -35,9 +36,11 @@ def follow(digest: int, token: int) -> int:
     return (digest * 1_000_003 + token + 1) & _MASK
 
 
-def digest_of(salt: int, tokens: tuple[int, ...]) -> int:
-    """The digest of a list of tokens, for a model."""
+def digest_of(salt: int, adapter: str, tokens: tuple[int, ...]) -> int:
+    """The digest of a list of tokens, for a model and one of its adapters."""
     digest = salt
+    for letter in adapter.encode():
+        digest = follow(digest, letter)
     for token in tokens:
         digest = follow(digest, token)
     return digest
@@ -52,9 +55,9 @@ def draw(digest: int) -> int:
 
 @dataclass(slots=True, eq=False)
 class Page:
-    """A page of KV cells; ``cells`` are the tokens computed into it, in order."""
+    """A page of KV cells: in each, in order, a token and the adapter that it was computed with."""
 
-    cells: list[int] = field(default_factory=list)
+    cells: list[tuple[int, str]] = field(default_factory=list)
     holders: int = 1
 
 
@@ -66,6 +69,7 @@ class Resident:
     digest: int
     computed: int
     pages: list[Page]
+    adapter: str
     drawn: int = 0
     failed: bool = False
 
@@ -83,8 +87,11 @@ class Drawn:
 class Worker:
     """One life of one group. ``heirs`` counts the drops that left shared pages to others."""
 
-    def __init__(self, epoch: int, limits: Limits, kv_tokens: int, salt: int) -> None:
+    def __init__(
+        self, epoch: int, limits: Limits, kv_tokens: int, salt: int, adapters: tuple[str, ...]
+    ) -> None:
         self.epoch = epoch
+        self.adapters = ("", *adapters)
         self.limits = limits
         self.kv_tokens = kv_tokens
         self.salt = salt
@@ -125,7 +132,9 @@ class Worker:
     def _admit(self, admit: Admit, drawn: Drawn) -> None:
         ensure(admit.sequence not in self.residents, f"{admit.sequence} is admitted twice")
         ensure(0 < admit.prompt_len <= len(admit.tokens), "an admit has no prompt")
-        resident = Resident(list(admit.tokens), digest_of(self.salt, admit.tokens), 0, [])
+        ensure(admit.adapter in self.adapters, f"there is no adapter {admit.adapter} here")
+        digest = digest_of(self.salt, admit.adapter, admit.tokens)
+        resident = Resident(list(admit.tokens), digest, 0, [], admit.adapter)
         if admit.share_len:
             self._share(admit, resident)
         else:
@@ -146,8 +155,9 @@ class Worker:
             return
         ensure(admit.share_len <= source.computed, "a share of more than is computed")
         resident.pages = source.pages[: admit.share_len // page]
-        cells = [token for shared in resident.pages for token in shared.cells]
-        ensure(cells == resident.tokens[: admit.share_len], "a share of other tokens")
+        cells = [cell for shared in resident.pages for cell in shared.cells]
+        own = [(token, admit.adapter) for token in admit.tokens[: admit.share_len]]
+        ensure(cells == own, "a share of other tokens, or of another adapter's")
         resident.computed = admit.share_len
         for shared in resident.pages:
             shared.holders += 1
@@ -180,7 +190,7 @@ class Worker:
                 resident.pages.append(Page())
                 self.pages += 1
             ensure(resident.pages[-1].holders == 1, "a write into shared memory")
-            resident.pages[-1].cells.append(resident.tokens[position])
+            resident.pages[-1].cells.append((resident.tokens[position], resident.adapter))
         resident.computed += count
 
     def _sample(self, sequence: int, resident: Resident, drawn: Drawn) -> None:

@@ -13,6 +13,7 @@ from router.core.state import CoreConfig
 from tests.sim.worker import END_TOKEN, TOKENS
 
 FEATURES = ("grammar", "logprobs")
+ADAPTERS = ("prose", "verse")
 
 
 @dataclass(slots=True)
@@ -29,6 +30,7 @@ class Faults:
     deadline_per_request: float
     oversized_per_request: float
     needs_per_request: float
+    strange_adapter_per_request: float = 0.0
 
 
 NO_FAULTS = Faults(*([0.0] * 10))
@@ -43,11 +45,15 @@ class GroupSpec:
     limits: Limits
     features: tuple[str, ...]
     step_ms_max: int
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
 class World:
-    """All that is fixed before a world begins."""
+    """All that is fixed before a world begins.
+
+    ``adapted`` is the share of requests that ask for one of the adapters.
+    """
 
     config: CoreConfig
     groups: list[GroupSpec]
@@ -64,6 +70,7 @@ class World:
     logprobs: bool
     down_ms_max: int
     resizes: bool
+    adapted: float = 0.0
 
 
 def draw_world(rng: Random) -> World:
@@ -162,6 +169,25 @@ def draw_request(rng: Random, world: World, rates: Faults, now: int) -> Submitte
     )
 
 
+def add_adapters(rng: Random, world: World) -> None:
+    """Gives the groups adapters, and the requests of some worlds a wish for them."""
+    world.adapted = rng.choice((0.0, 0.0, 0.3, 0.6))
+    uneven = rng.random() < 0.4
+    for group in world.groups:
+        group.adapters = _some(rng, ADAPTERS) if uneven else ADAPTERS
+    if world.adapted and rng.random() < 0.5:
+        world.faults.strange_adapter_per_request = 0.2 * rng.random()
+
+
+def draw_adapter(rng: Random, world: World, rates: Faults, before: str | None) -> str:
+    """The model itself, one of the adapters, or one that no group has."""
+    if before is not None and rng.random() < 0.9:
+        return before
+    if rng.random() < rates.strange_adapter_per_request:
+        return "nobody's"
+    return rng.choice(ADAPTERS) if rng.random() < world.adapted else ""
+
+
 def _stops(rng: Random) -> frozenset[int]:
     """Stop tokens: usually the model's own; none; or one more."""
     drawn = rng.random()
@@ -201,6 +227,7 @@ def _faults(rng: Random) -> Faults:
         deadline_per_request=rate(0.5),
         oversized_per_request=rate(0.15),
         needs_per_request=rate(0.6),
+        strange_adapter_per_request=rate(0.1),
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from deploy.engines import ENGINES
 from shards.engines import load as load_engine
 from shards.engines.base import Engine, EngineOptions, ModelError, Plan, Scheduling
 from shards.engines.neuron import NeuronEngine
@@ -205,7 +206,7 @@ def test_describes_what_is_true() -> None:
     assert (info.sequences_max, info.length_max, info.kv_tokens) == (SLOTS, 127, SLOTS * 127)
     assert (info.dtype, info.device) == ("float32", "neuron")
     assert "prefix_sharing" not in info.features
-    assert {"logprobs", "penalties", "seed", "logit_bias", "min_tokens"} <= set(info.features)
+    assert set(info.features) == set(ENGINES["neuron"].features)
 
 
 # Loading ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from deploy.engines import ENGINES
 from shards.engines import load as load_engine
 from shards.engines.base import (
     Admit,
@@ -130,6 +131,15 @@ def test_no_seed_without_deterministic_kernels() -> None:
     assert "seed" not in engine.describe().features
     generate(engine, 1, [1, 2, 3], 1, SamplingParams(temperature=1.0, seed=7))
     engine.close()
+
+
+def test_the_table_of_engines_says_the_same(tmp_path: Path) -> None:
+    facts = ENGINES["sglang"]
+    least, most = make(), make(deterministic=1, adapters=(("poet", tmp_path),))
+    assert set(least.describe().features) == set(facts.features)
+    assert set(most.describe().features) == {*facts.features, *facts.optional}
+    least.close()
+    most.close()
 
 
 def test_ranks_adapters_and_devices_are_passed_on(tmp_path: Path) -> None:

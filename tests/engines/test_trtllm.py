@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from deploy.engines import ENGINES
 from shards.engines import load as load_engine
 from shards.engines.base import (
     Admit,
@@ -165,6 +166,15 @@ def test_describes_what_is_true() -> None:
     assert "trust_remote_code" not in given
     engine.close()
     assert fake().shut_down == 1
+
+
+def test_the_table_of_engines_says_the_same(tmp_path: Path) -> None:
+    facts = ENGINES["trtllm"]
+    least, most = make(), make(logprobs=1, adapters=(("poet", tmp_path),))
+    assert set(least.describe().features) == set(facts.features)
+    assert set(most.describe().features) == {*facts.features, *facts.optional}
+    least.close()
+    most.close()
 
 
 def test_ranks_adapters_and_sizes_are_passed_on(tmp_path: Path) -> None:

@@ -20,7 +20,17 @@ from enum import Enum, auto
 from queue import Full, Queue
 from typing import TypeVar
 
-from shards.engines.base import Engine, EngineInfo, EngineLost, Outcome, Plan, PlanError
+from shards.embed_queue import BusyError, EmbedJob, EmbedQueue
+from shards.engines.base import (
+    Engine,
+    EngineInfo,
+    EngineLost,
+    FeatureError,
+    Outcome,
+    Plan,
+    PlanError,
+    Vectors,
+)
 from shards.wire import Digest
 
 _T = TypeVar("_T")
@@ -108,7 +118,7 @@ class _Stop:
     pass
 
 
-_Job = _Begin | _Step | _Finish | _Stop
+_Job = _Begin | _Step | _Finish | _Stop | EmbedJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +134,8 @@ class EngineThread:
     """Makes the engine, runs its steps, closes it. A daemon: a wedged step cannot hold the exit.
 
     ``loaded`` ends with the engine's description or with the error that loading raised; ``lost``
-    ends with one line when the engine cannot be trusted any more.
+    ends with one line when the engine cannot be trusted any more. ``embeds`` takes what is to be
+    embedded between the steps.
     """
 
     def __init__(
@@ -138,6 +149,8 @@ class EngineThread:
         self._loop = loop
         self._jobs: Queue[_Job] = Queue(maxsize=JOBS_MAX)
         self._digest = Digest()
+        self._session: Session | None = None
+        self.embeds = EmbedQueue(self._enter)
         self.loaded: asyncio.Future[Loaded] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -157,6 +170,12 @@ class EngineThread:
     def finish(self, session: Session, end: End) -> None:
         """Ends the session once all its plans are answered."""
         self._jobs.put_nowait(_Finish(session, end))
+
+    def _enter(self, job: EmbedJob) -> None:
+        try:
+            self._jobs.put_nowait(job)
+        except Full:
+            raise BusyError("the engine does not get on; try again later") from None
 
     def stop(self, timeout_s: float) -> bool:
         """Closes the engine after the step under way; says whether that was done in time."""
@@ -192,11 +211,15 @@ class EngineThread:
                 case _Begin(session):
                     engine.reset()
                     self._digest = Digest()
+                    self._session = session
                     self._call(session.hear, Begun())
                 case _Finish(session, end):
                     self._end(session, end)
                 case _Step():
                     if not job.session.over and not self._step(engine, job):
+                        return
+                case EmbedJob():
+                    if not self._embed(engine, job):
                         return
 
     def _step(self, engine: Engine, job: _Step) -> bool:
@@ -219,13 +242,33 @@ class EngineThread:
         self._call(job.session.hear, Answer(job.epoch, job.plan_id, outcome, digest, step_us))
         return True
 
+    def _embed(self, engine: Engine, job: EmbedJob) -> bool:
+        """Embeds one batch, if its call still waits; says whether the engine can go on."""
+        answer: Vectors | FeatureError | None = None
+        try:
+            if not job.over:
+                answer = engine.embed(job.inputs)
+        except FeatureError as error:
+            answer = error
+        except EngineLost as error:
+            self._lose(self._session, str(error))
+            return False
+        except Exception as error:  # noqa: BLE001 - a bug is the loss of the engine
+            traceback.print_exc()
+            self._lose(self._session, f"the engine failed: {type(error).__name__}: {error}")
+            return False
+        self._call(self.embeds.answered, job, answer)
+        return True
+
     def _end(self, session: Session, end: End) -> None:
         if not session.over:
             session.over = True
             self._call(session.hear, end)
 
-    def _lose(self, session: Session, message: str) -> None:
-        self._end(session, End(Ending.LOST, message))
+    def _lose(self, session: Session | None, message: str) -> None:
+        if session is not None:
+            self._end(session, End(Ending.LOST, message))
+        self._call(self.embeds.lose, message)
         self._call(_settle, self.lost, message)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:

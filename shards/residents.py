@@ -150,12 +150,14 @@ class Residents:
             raise PlanError(f"{what}; pages hold {self.limits.page_tokens}")
         if donor in admitted:
             fellow = admitted[donor]
-            known, computed = fellow.tokens, fellow.share_len
+            known, computed, adapter = fellow.tokens, fellow.share_len, fellow.adapter
         elif donor in self.by_sequence and donor not in dropped:
             resident = self.by_sequence[donor]
-            known, computed = resident.tokens, resident.computed
+            known, computed, adapter = resident.tokens, resident.computed, resident.adapter
         else:
             raise PlanError(f"{what}, which is not resident")
+        if adapter != admit.adapter:
+            raise PlanError(f"{what}, but they have different adapters")
         if share > computed:
             raise PlanError(f"{what}, of which {computed} are computed")
         if list(known[:share]) != list(admit.tokens[:share]):

@@ -7,20 +7,23 @@ state, the engine checks.
 import hashlib
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from shards.engines.base import (
     Admit,
     EngineInfo,
+    FeatureError,
     Outcome,
     Plan,
     PlanError,
     SamplingParams,
     Scheduling,
+    Vectors,
 )
 from shards.v1 import shard_pb2
 
 CHUNK_BYTES = 1 << 20
+EMBED_INPUTS_MAX = 256
 _SCHEDULING = {
     Scheduling.CALLER: shard_pb2.SCHEDULING_KIND_CALLER,
     Scheduling.STEPPED: shard_pb2.SCHEDULING_KIND_STEPPED,
@@ -40,8 +43,12 @@ _GREEDY = SamplingParams()
 _GREEDY_BYTES = 0
 
 
-def plan_from_wire(message: shard_pb2.Plan) -> Plan:
-    """The engine's plan. Raises ``PlanError`` for numbers that no engine could follow."""
+def plan_from_wire(message: shard_pb2.Plan, adapters: Collection[str] = ()) -> Plan:
+    """The engine's plan. ``adapters`` are those that the engine has.
+
+    Raises ``PlanError`` for numbers that no engine could follow, and for an adapter that this one
+    does not have.
+    """
     if len(message.work_sequences) != len(message.work_tokens):
         raise PlanError(
             f"work_sequences has {len(message.work_sequences)} entries"
@@ -49,12 +56,19 @@ def plan_from_wire(message: shard_pb2.Plan) -> Plan:
         )
     return Plan(
         drops=list(message.drops),
-        admits=[_admit(admit) for admit in message.admits],
+        admits=[_admit(admit, adapters) for admit in message.admits],
         work=list(zip(message.work_sequences, message.work_tokens, strict=True)),
     )
 
 
-def _admit(message: shard_pb2.Admit) -> Admit:
+def _admit(message: shard_pb2.Admit, adapters: Collection[str]) -> Admit:
+    adapter = message.adapter
+    if adapter and adapter not in adapters:
+        known = ", ".join(adapters) or "none"
+        raise PlanError(
+            f"admit of sequence {message.sequence} with the adapter {adapter!r};"
+            f" the engine has {known}"
+        )
     return Admit(
         sequence=message.sequence,
         tokens=list(message.tokens),
@@ -62,6 +76,7 @@ def _admit(message: shard_pb2.Admit) -> Admit:
         sampling=_sampling(message.sequence, message.sampling),
         share_from=message.share_from,
         share_len=message.share_len,
+        adapter=adapter,
     )
 
 
@@ -127,6 +142,7 @@ class Digest:
         for admit in plan.admits:
             update(array("Q", (admit.sequence, admit.share_from, admit.share_len)))
             update(array("I", admit.tokens))
+            update(admit.adapter.encode())
         update(array("Q", [number for pair in plan.work for number in pair]))
         update(array("Q", outcome.sequences))
         update(array("I", outcome.tokens))
@@ -160,6 +176,43 @@ def info_to_wire(
         vocab_size=info.vocab_size,
         warnings=info.warnings,
         donor_tokens_max=info.donor_tokens_max,
+        adapters=info.adapters,
+        embed_tokens_max=info.embed_tokens_max,
+    )
+
+
+def embed_inputs(message: shard_pb2.EmbedRequest, info: EngineInfo) -> list[list[int]]:
+    """The inputs of a call. Raises ``FeatureError``, or ``PlanError`` for one that cannot be."""
+    if "embeddings" not in info.features:
+        raise FeatureError(f"engine {info.engine} does not support embeddings")
+    inputs = [list(one.tokens) for one in message.inputs]
+    if not 0 < len(inputs) <= EMBED_INPUTS_MAX:
+        raise PlanError(f"{len(inputs)} inputs were sent; it must be 1 to {EMBED_INPUTS_MAX}")
+    for number, tokens in enumerate(inputs):
+        if not 0 < len(tokens) <= info.embed_tokens_max:
+            raise PlanError(
+                f"input {number} has {len(tokens)} tokens; it must be 1 to {info.embed_tokens_max}"
+            )
+        if max(tokens) >= info.vocab_size:
+            raise PlanError(f"input {number} has a token outside the vocabulary")
+    return inputs
+
+
+def embed_batches(inputs: Sequence[list[int]], tokens_max: int) -> Iterator[list[list[int]]]:
+    """The inputs in their order, as many together as have ``tokens_max`` tokens at most."""
+    batch: list[list[int]] = []
+    for tokens in inputs:
+        if batch and sum(map(len, batch)) + len(tokens) > tokens_max:
+            yield batch
+            batch = []
+        batch.append(tokens)
+    yield batch
+
+
+def vectors_to_wire(vectors: Vectors) -> shard_pb2.EmbedResponse:
+    """The answer to ``Embed``."""
+    return shard_pb2.EmbedResponse(
+        embeddings=[shard_pb2.Embedding(values=vector) for vector in vectors]
     )
 
 

@@ -8,7 +8,7 @@ one reads plans, checks their count, and queues them; the other writes answers a
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
 import grpc
@@ -17,10 +17,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from shards.embed_queue import BusyError
 from shards.engine_thread import Answer, Begun, End, Ending, EngineThread, Loaded, Session
-from shards.engines.base import Engine, PlanError
+from shards.engines.base import Engine, EngineLost, FeatureError, PlanError
 from shards.v1 import shard_pb2, shard_pb2_grpc
-from shards.wire import file_chunks, info_to_wire, outcome_to_wire, plan_from_wire
+from shards.wire import (
+    embed_batches,
+    embed_inputs,
+    file_chunks,
+    info_to_wire,
+    outcome_to_wire,
+    plan_from_wire,
+    vectors_to_wire,
+)
 
 SERVICE = "shards.v1.Shard"
 # A plan may admit many long prompts; an outcome may carry many log probabilities.
@@ -34,6 +43,13 @@ _CODES = {
     Ending.TAKEN_OVER: grpc.StatusCode.ABORTED,
     Ending.LOST: grpc.StatusCode.INTERNAL,
     Ending.STOPPING: grpc.StatusCode.UNAVAILABLE,
+}
+
+_EMBED_CODES: dict[type[Exception], grpc.StatusCode] = {
+    FeatureError: grpc.StatusCode.UNIMPLEMENTED,
+    PlanError: grpc.StatusCode.INVALID_ARGUMENT,
+    BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    EngineLost: grpc.StatusCode.INTERNAL,
 }
 
 _Context = grpc.aio.ServicerContext[shard_pb2.Plan, shard_pb2.Outcome]
@@ -76,7 +92,8 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         """Serves the log of plans; see the .proto file."""
         loaded = await self._loaded(context)
         session = self._take_over()
-        reader = asyncio.create_task(self._read(session, context), name="plans")
+        adapters = loaded.info.adapters
+        reader = asyncio.create_task(self._read(session, context, adapters), name="plans")
         try:
             end = await self._write(session, context, loaded.info.rank)
         finally:
@@ -86,6 +103,21 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
                 await reader
         if end.why is not Ending.FINISHED:
             await context.abort(_CODES[end.why], end.message)
+
+    async def Embed(
+        self,
+        request: shard_pb2.EmbedRequest,
+        context: grpc.aio.ServicerContext[shard_pb2.EmbedRequest, shard_pb2.EmbedResponse],
+    ) -> shard_pb2.EmbedResponse:
+        """Embeds batch by batch between the steps; when the call ends, what is left is not done."""
+        info = (await self._loaded(context)).info
+        vectors: list[Sequence[float]] = []
+        try:
+            for batch in embed_batches(embed_inputs(request, info), info.embed_tokens_max):
+                vectors += await self._engine.embeds.embed(batch)
+        except tuple(_EMBED_CODES) as error:
+            await context.abort(_EMBED_CODES[type(error)], str(error))
+        return vectors_to_wire(vectors)
 
     def stop(self) -> None:
         """Tells the stream that is open to end; new ones are turned away."""
@@ -116,7 +148,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             session.over = True
             session.hear(end)
 
-    async def _read(self, session: Session, context: _Context) -> None:
+    async def _read(self, session: Session, context: _Context, adapters: Collection[str]) -> None:
         """Queues plans until the stream ends or one breaks the protocol."""
         last_id, epoch = 0, None
         while True:
@@ -132,7 +164,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
                 return
             last_id += 1
             try:
-                plan = plan_from_wire(message)
+                plan = plan_from_wire(message, adapters)
             except PlanError as error:
                 bad = End(Ending.BAD_PLAN, f"plan {last_id}: {error}")
                 self._engine.finish(session, bad)

@@ -40,5 +40,13 @@ def load(name: str, options: EngineOptions, progress: Progress) -> Engine:
             f"engine {name} needs the package {missing.name}, which is not installed;"
             f" try: {_INSTALL[name]}"
         ) from missing
+    names = [adapter for adapter, _ in options.adapters]
+    twice = [adapter for adapter in names if names.count(adapter) > 1]
+    if twice:
+        raise ModelError(f"two adapters are called {twice[0]}: give them different names")
     make: Callable[[EngineOptions, Progress], Engine] = module.load
-    return make(options, progress)
+    engine = make(options, progress)
+    if set(names) - set(engine.describe().adapters):
+        engine.close()
+        raise ModelError(f"engine {name} has no LoRA adapters here: leave out --adapter {names[0]}")
+    return engine

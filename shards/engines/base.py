@@ -25,7 +25,8 @@ class EngineInfo:
     """What the engine is and what it can hold; counts are in tokens or sequences.
 
     ``donor_tokens_max`` as in ``shards.v1.DescribeResponse``; 0 is no limit. ``adapters`` are the
-    names of the LoRA adapters that sequences may ask for.
+    names of the LoRA adapters that sequences may ask for. ``embed_tokens_max`` bounds what is
+    embedded at once, 0 without the feature "embeddings".
     """
 
     engine: str
@@ -48,6 +49,7 @@ class EngineInfo:
     warnings: tuple[str, ...] = ()
     donor_tokens_max: int = 0
     adapters: tuple[str, ...] = ()
+    embed_tokens_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,10 @@ class PlanError(Exception):
     """The plan breaks the contract (unknown sequence, over budget). Nothing of it was applied."""
 
 
+class FeatureError(Exception):
+    """The engine does not have the feature that a call needs; the text names both, in one line."""
+
+
 class EngineLost(Exception):
     """The device or the engine's state cannot be trusted any more; the worker ends its stream."""
 
@@ -131,6 +137,9 @@ class EngineLost(Exception):
 class ModelError(Exception):
     """The model cannot be loaded. The text is one line that names the file and the reason."""
 
+
+Vectors = Sequence[Sequence[float]]
+"""One vector of length 1 for each input, all with as many values."""
 
 Progress = Callable[[float], None]
 """Called while loading with the fraction done, 0 to 1."""
@@ -155,6 +164,14 @@ class Engine(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Forgets every sequence: a new epoch begins."""
+
+    def embed(self, inputs: Sequence[Sequence[int]]) -> Vectors:
+        """Turns inputs, at most ``embed_tokens_max`` tokens in all, into vectors.
+
+        Called between two steps, and leaves the sequences as they are. Raises ``FeatureError`` if
+        the engine cannot, ``EngineLost`` when nothing can be trusted any more.
+        """
+        raise FeatureError(f"engine {self.describe().engine} does not support embeddings")
 
     @abstractmethod
     def tokenizer_files(self) -> dict[str, bytes]:

@@ -22,6 +22,16 @@ _LEVEL_ERROR = 4
 # llama_decode: no room in the KV cache, which the account of the residents rules out.
 _NO_SLOT = 1
 
+Adapter = Any
+"""llama.cpp's handle of a LoRA adapter, which is told from others by identity."""
+
+POOLINGS = {
+    "mean": llama.LLAMA_POOLING_TYPE_MEAN,
+    "first": llama.LLAMA_POOLING_TYPE_CLS,
+    "last": llama.LLAMA_POOLING_TYPE_LAST,
+}
+"""What becomes the vector of an input: the mean of its tokens' states, or that of one of them."""
+
 _errors: deque[str] = deque(maxlen=4)
 
 
@@ -76,6 +86,7 @@ class Model:
         self.vocab_size: int = llama.llama_vocab_n_tokens(self.vocab)
         self.weight_bytes: int = llama.llama_model_size(pointer)
         self.length_trained: int = llama.llama_model_n_ctx_train(pointer)
+        self.width: int = llama.llama_model_n_embd_out(pointer)
 
     @property
     def decodes(self) -> bool:
@@ -94,6 +105,17 @@ class Model:
     def ends_generation(self, token: int) -> bool:
         """Whether the token ends an answer."""
         return bool(llama.llama_vocab_is_eog(self.vocab, token))
+
+    def adapter(self, name: str, path: Path) -> Adapter:
+        """Loads a LoRA adapter, which lives as long as the model. Raises ``ModelError``."""
+        _errors.clear()
+        pointer = llama.llama_adapter_lora_init(self.pointer, str(path).encode())
+        if not pointer:
+            raise ModelError(f"adapter {name}: llama.cpp cannot load {path}: {last_error()}")
+        if llama.llama_adapter_get_alora_n_invocation_tokens(pointer):
+            # It would have to be switched on in the middle of a sequence.
+            raise ModelError(f"adapter {name}: {path} is an activated LoRA, which is not supported")
+        return pointer
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """The engine's own tokenisation without added tokens; for checks of the converted one."""
@@ -156,28 +178,14 @@ class Context:
 
     def __init__(self, model: Model, sizes: ContextSizes) -> None:
         _errors.clear()
-        params = llama.llama_context_default_params()
-        params.n_ctx = sizes.kv_tokens
-        params.n_batch = sizes.step_tokens_max
-        params.n_ubatch = sizes.ubatch_tokens
-        params.n_seq_max = sizes.sequences_max
-        params.n_threads = params.n_threads_batch = sizes.threads
-        params.flash_attn_type = (
-            llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            if sizes.flash
-            else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
-        # One pool of cells for all sequences: this is what makes a shared prefix cost nothing.
-        params.kv_unified = True
-        # Sliding-window layers keep all positions, or a prefix could not be shared.
-        params.swa_full = True
-        params.no_perf = True
+        params = _context_params(sizes)
         pointer = llama.llama_init_from_model(model.pointer, params)
         if not pointer:
             raise ModelError(
                 f"llama.cpp cannot make a KV cache of {sizes.kv_tokens} tokens: {last_error()}"
             )
         self._pointer = pointer
+        self._adapter: Adapter | None = None
         self._memory = llama.llama_get_memory(pointer)
         self._vocab_size = model.vocab_size
         self._threads = sizes.threads
@@ -188,6 +196,22 @@ class Context:
         if count != self._threads:
             self._threads = count
             llama.llama_set_n_threads(self._pointer, count, count)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The LoRA adapter that is in use; None is the model itself."""
+        return self._adapter
+
+    def use(self, adapter: Adapter | None) -> None:
+        """Computes with this adapter from now on. A change costs a new plan of the buffers."""
+        if adapter is self._adapter:
+            return
+        self._adapter = adapter
+        chosen = [] if adapter is None else [adapter]
+        pointers = (llama.llama_adapter_lora_p_ctypes * len(chosen))(*chosen)
+        scales = (ctypes.c_float * len(chosen))(*[1.0] * len(chosen))
+        if llama.llama_set_adapters_lora(self._pointer, pointers, len(chosen), scales):
+            raise EngineLost(f"llama.cpp cannot switch its LoRA adapter: {last_error()}")
 
     def decode(self, batch: Batch, rows: int) -> NDArray[np.float32]:
         """Computes the batch; returns the logits [rows, vocabulary] of the rows that wanted them.
@@ -220,6 +244,79 @@ class Context:
 
     def close(self) -> None:
         """Frees the cache."""
+        llama.llama_free(self._pointer)
+
+
+def _context_params(sizes: ContextSizes) -> Any:
+    params = llama.llama_context_default_params()
+    params.n_ctx = sizes.kv_tokens
+    params.n_batch = sizes.step_tokens_max
+    params.n_ubatch = sizes.ubatch_tokens
+    params.n_seq_max = sizes.sequences_max
+    params.n_threads = params.n_threads_batch = sizes.threads
+    params.flash_attn_type = (
+        llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if sizes.flash else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
+    # One pool of cells for all sequences: this is what makes a shared prefix cost nothing.
+    params.kv_unified = True
+    # Sliding-window layers keep all positions, or a prefix could not be shared.
+    params.swa_full = True
+    params.no_perf = True
+    return params
+
+
+class EmbeddingContext:
+    """A context of its own that turns inputs into vectors. All calls from one thread.
+
+    ``pooling`` is one of ``POOLINGS``. Pooling needs a whole input in one ubatch, so all sizes of
+    tokens are equal. Nothing stays in the cache from one call to the next.
+    """
+
+    def __init__(self, model: Model, sizes: ContextSizes, pooling: int) -> None:
+        _errors.clear()
+        params = _context_params(sizes)
+        params.embeddings = True
+        params.pooling_type = pooling
+        pointer = llama.llama_init_from_model(model.pointer, params)
+        if not pointer:
+            raise ModelError(
+                f"llama.cpp cannot make room to embed {sizes.kv_tokens} tokens: {last_error()}"
+            )
+        self._pointer = pointer
+        self._memory = llama.llama_get_memory(pointer)
+        self._width = model.width
+        self._batch = Batch(sizes.step_tokens_max, sizes.sequences_max)
+        self._sequences_max = sizes.sequences_max
+
+    def embed(self, inputs: Sequence[Sequence[int]], threads: int) -> NDArray[np.float32]:
+        """Vectors of length 1 [inputs, width], of inputs that fit. May raise ``EngineLost``."""
+        llama.llama_set_n_threads(self._pointer, threads, threads)
+        most = self._sequences_max
+        parts = [self._embed(inputs[at : at + most]) for at in range(0, len(inputs), most)]
+        vectors: NDArray[np.float32] = np.concatenate(parts)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors /= np.maximum(lengths, np.finfo(np.float32).tiny)
+        return vectors
+
+    def _embed(self, inputs: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        tokens = [token for one in inputs for token in one]
+        positions = [position for one in inputs for position in range(len(one))]
+        slots = [slot for slot, one in enumerate(inputs) for _ in one]
+        self._batch.fill(tokens, positions, slots, range(len(tokens)))
+        llama.llama_memory_clear(self._memory, False)
+        code = llama.llama_decode(self._pointer, self._batch.native)
+        if code:
+            raise EngineLost(f"llama_decode failed with code {code}: {last_error()}")
+        return np.stack([self._vector(slot) for slot in range(len(inputs))])
+
+    def _vector(self, slot: int) -> NDArray[np.float32]:
+        first = llama.llama_get_embeddings_seq(self._pointer, slot)
+        if not first:
+            raise EngineLost(f"llama.cpp made no embedding: {last_error()}")
+        return np.ctypeslib.as_array(first, (self._width,)).copy()
+
+    def close(self) -> None:
+        """Frees the buffers."""
         llama.llama_free(self._pointer)
 
 

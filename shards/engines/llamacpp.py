@@ -1,7 +1,8 @@
 """llama.cpp with continuous batching: any GGUF model, on CPU or what the build supports.
 
 Each resident sequence has one llama.cpp sequence id, its slot, in one unified KV cache. A step is
-one ``llama_decode`` of all work, prefill chunks and decodes alike; sampling is ours.
+one ``llama_decode`` of all work, prefill chunks and decodes alike; sampling is ours. With LoRA
+adapters it is one ``llama_decode`` for each adapter that the work names, the model itself included.
 
 Engine options (``--engine-option key=value``):
 
@@ -11,6 +12,11 @@ Engine options (``--engine-option key=value``):
   chunks or re-filled after a loss. Costs prefill speed: flash attention on, and at most 63 tokens
   at once, because from 64 on another attention kernel runs.
 - ``gpu_layers``: layers to keep on an accelerator, if the build has one. Default: all.
+- ``embeddings=1``: can embed too. Costs the memory of a second, small context, most of which is
+  4 bytes for each of ``embed_tokens`` times the vocabulary.
+- ``embed_tokens``: the longest input to embed, and how many tokens are embedded between two steps.
+- ``pooling``: ``mean``, ``first`` or ``last`` token. Default: what the file says; models that were
+  made to generate say nothing, and the state of the last token stands for the input.
 """
 
 import os
@@ -19,6 +25,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shards.engines.base import (
     Engine,
     EngineInfo,
@@ -26,9 +35,20 @@ from shards.engines.base import (
     ModelError,
     Progress,
     Scheduling,
+    Vectors,
 )
 from shards.engines.caller import CallerEngine, Work
-from shards.engines.llama_native import Batch, Context, ContextSizes, Model, has_gpu, has_openmp
+from shards.engines.llama_native import (
+    POOLINGS,
+    Adapter,
+    Batch,
+    Context,
+    ContextSizes,
+    EmbeddingContext,
+    Model,
+    has_gpu,
+    has_openmp,
+)
 from shards.engines.threads import ThreadControl
 from shards.extras import Extras
 from shards.gguf_file import dtype_name, read_metadata
@@ -43,6 +63,8 @@ STEP_TOKENS_MAX = 256
 UBATCH_TOKENS = 128
 EXACT_UBATCH_TOKENS = 63
 KV_TOKENS_MAX = 32768
+EMBED_TOKENS = 512
+EMBED_SEQUENCES = 64
 # Every decoded token reads the mask of all cells up to the last one in use, whoever uses it. For a
 # small model on a CPU 8,192 foreign cells cost as much as half of the computation of one sequence,
 # and three times that of a batch. So few ended sequences are worth keeping. Large models, and
@@ -75,43 +97,71 @@ class LlamaCppEngine(CallerEngine):
         flash = extras.choice("flash", "on", ("on", "off")) == "on" or exact
         ubatch = extras.whole("ubatch_tokens", UBATCH_TOKENS)
         gpu_layers = extras.whole("gpu_layers", _ALL_LAYERS)
+        embed_tokens = extras.whole("embed_tokens", EMBED_TOKENS)
+        pooling = extras.choice("pooling", "", ("", *POOLINGS))
+        embeds = extras.whole("embeddings", 0) > 0
         extras.finish()
         self._control = ThreadControl(options.threads)
         self._control.start()
         self._model = Model(self._path, gpu_layers, progress)
         if not self._model.decodes:
             raise ModelError(f"model file {self._path}: is not a decoder-only language model")
+        self._spare = 1 if exact and options.adapters else 0
         sizes = self._sizes(options, EXACT_UBATCH_TOKENS if exact else ubatch, flash=flash)
+        self._ubatch_tokens = sizes.ubatch_tokens
         self._context = Context(self._model, sizes)
         self._limits = self._limit(sizes)
         super().__init__(self._limits)
         self._sampler = Sampler(self._model.vocab_size)
         self._batch = Batch(sizes.step_tokens_max, sizes.sequences_max)
+        self._adapters: dict[str, Adapter | None] = {"": None}
+        for name, path in options.adapters:
+            self._adapters[name] = self._model.adapter(name, adapter_file(name, path))
+        self._embed_tokens = min(embed_tokens, self._model.length_trained) if embeds else 0
+        self._embedder = self._make_embedder(sizes, pooling) if embeds else None
         self._info = self._describe(options)
 
     def _sizes(self, options: EngineOptions, ubatch: int, *, flash: bool) -> ContextSizes:
-        if options.sequences_max > SEQUENCES_LIMIT:
-            raise ModelError(f"llamacpp: --sequences-max is at most {SEQUENCES_LIMIT}")
+        """Room for what is asked for, and for the token and the sequence that fill up ubatches."""
+        most = SEQUENCES_LIMIT - self._spare
+        if options.sequences_max > most:
+            raise ModelError(f"llamacpp: --sequences-max is at most {most}")
         step_tokens = options.step_tokens_max or STEP_TOKENS_MAX
         kv_tokens = options.kv_tokens or kv_tokens_default(
             self._metadata, self._model.length_trained, _memory_bytes()
         )
         return ContextSizes(
-            kv_tokens=kv_tokens,
-            sequences_max=options.sequences_max or SEQUENCES_MAX,
-            step_tokens_max=step_tokens,
+            kv_tokens=kv_tokens + self._spare,
+            sequences_max=(options.sequences_max or SEQUENCES_MAX) + self._spare,
+            step_tokens_max=step_tokens + self._spare,
             ubatch_tokens=max(1, min(ubatch, step_tokens)),
             threads=self._control.threads,
             flash=flash,
         )
 
+    def _make_embedder(self, sizes: ContextSizes, pooling: str) -> EmbeddingContext:
+        tokens = self._embed_tokens
+        if tokens < 1:
+            raise ModelError("llamacpp: engine option embed_tokens must be at least 1")
+        small = ContextSizes(
+            kv_tokens=tokens,
+            sequences_max=min(tokens, EMBED_SEQUENCES),
+            step_tokens_max=tokens,
+            ubatch_tokens=tokens,
+            threads=sizes.threads,
+            flash=sizes.flash,
+        )
+        kind = POOLINGS[pooling] if pooling else pooling_of(self._path, self._metadata)
+        return EmbeddingContext(self._model, small, kind)
+
     def _limit(self, sizes: ContextSizes) -> Limits:
+        kv_tokens = self._context.kv_tokens - self._spare
         return Limits(
-            kv_tokens=self._context.kv_tokens,
+            kv_tokens=kv_tokens,
             page_tokens=1,
-            sequences_max=sizes.sequences_max,
-            step_tokens_max=sizes.step_tokens_max,
-            length_max=min(self._model.length_trained, self._context.kv_tokens),
+            sequences_max=sizes.sequences_max - self._spare,
+            step_tokens_max=sizes.step_tokens_max - self._spare,
+            length_max=min(self._model.length_trained, kv_tokens),
             vocab_size=self._model.vocab_size,
         )
 
@@ -119,6 +169,10 @@ class LlamaCppEngine(CallerEngine):
         features = ["logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p"]
         if self._model.shares_prefix:
             features.append("prefix_sharing")
+        if options.adapters:
+            features.append("lora")
+        if self._embedder is not None:
+            features.append("embeddings")
         limits = self._limits
         return EngineInfo(
             engine="llamacpp",
@@ -138,6 +192,8 @@ class LlamaCppEngine(CallerEngine):
             weight_bytes=self._model.weight_bytes,
             warnings=_warnings(),
             donor_tokens_max=DONOR_TOKENS_SMALL if self._small() else 0,
+            adapters=tuple(name for name, _ in options.adapters),
+            embed_tokens_max=self._embed_tokens,
         )
 
     def _small(self) -> bool:
@@ -164,6 +220,8 @@ class LlamaCppEngine(CallerEngine):
     def close(self) -> None:
         """Frees the cache, then the weights."""
         self._control.close()
+        if self._embedder is not None:
+            self._embedder.close()
         self._context.close()
         self._model.close()
 
@@ -173,14 +231,54 @@ class LlamaCppEngine(CallerEngine):
     def _share(self, donor: Resident, resident: Resident, length: int) -> None:
         self._context.share(donor.slot, resident.slot, length)
 
+    def embed(self, inputs: Sequence[Sequence[int]]) -> Vectors:
+        """See ``Engine``. Always with the model itself: no adapter is used."""
+        if self._embedder is None:
+            return super().embed(inputs)
+        vectors: Vectors = self._embedder.embed(inputs, self._control.threads).tolist()
+        return vectors
+
     def _compute(self, work: Work, rows: Sequence[Resident]) -> Drawn:
-        self._fill(work)
         self._context.set_threads(self._control.threads)
-        logits = self._context.decode(self._batch, len(rows))
+        parts = self._parts(work)
+        if len(parts) == 1:
+            logits = self._decode(work, len(rows))
+        else:
+            # Each decode overwrites the logits of the one before, and rows keep the plan's order.
+            logits = np.empty((len(rows), self._limits.vocab_size), np.float32)
+            places = {row.sequence: place for place, row in enumerate(rows)}
+            for part in parts:
+                own = [places[one.sequence] for one, _ in part if one.sequence in places]
+                logits[own] = self._decode(part, len(own))
         return self._sampler.draw(logits, rows) if rows else Drawn([])
 
-    def _fill(self, work: Work) -> None:
-        """Lays the work out in the batch, and marks the tokens whose logits are wanted."""
+    def _parts(self, work: Work) -> list[Work]:
+        """The work by adapter; the one in use comes first, which saves a switch."""
+        if len(self._adapters) == 1:
+            return [work]
+        parts: dict[str, list[tuple[Resident, int]]] = {}
+        for pair in work:
+            parts.setdefault(pair[0].adapter, []).append(pair)
+        used = self._context.adapter
+        return [parts[name] for name in sorted(parts, key=lambda n: self._adapters[n] is not used)]
+
+    def _decode(self, work: Work, rows: int) -> NDArray[np.float32]:
+        """Computes work of one adapter; returns the logits of its rows, in its order."""
+        adapter = self._adapters[work[0][0].adapter]
+        self._context.use(adapter)
+        padded = self._fill(work, pad=adapter is not None and self._spare > 0)
+        logits = self._context.decode(self._batch, rows)
+        if padded:
+            self._context.drop(self._limits.sequences_max)
+        return logits
+
+    def _fill(self, work: Work, *, pad: bool) -> bool:
+        """Lays the work out in the batch, and marks the tokens whose logits are wanted.
+
+        The product of one token with a matrix of floats, which adapters are made of, is rounded in
+        another way than that of several. With ``pad`` no token is alone in its ubatch: then one of
+        a spare sequence keeps it company. Says whether that was needed.
+        """
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -197,7 +295,38 @@ class LlamaCppEngine(CallerEngine):
                 slots += [resident.slot] * count
             if start + count == len(resident.tokens):
                 wanted.append(len(tokens) - 1)
+        padded = pad and len(tokens) % self._ubatch_tokens == 1
+        if padded:
+            tokens.append(0)
+            positions.append(0)
+            slots.append(self._limits.sequences_max)
         self._batch.fill(tokens, positions, slots, wanted)
+        return padded
+
+
+def adapter_file(name: str, path: Path) -> Path:
+    """The file of a LoRA adapter: the one that is named, or the only one in a folder."""
+    if not path.exists():
+        raise ModelError(f"adapter {name}: {path} does not exist")
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    raise ModelError(
+        f"adapter {name}: folder {path} holds {len(files)} GGUF files, and one is needed;"
+        " convert_lora_to_gguf.py of llama.cpp makes it of an adapter for transformers"
+    )
+
+
+def pooling_of(path: Path, metadata: dict[str, Any]) -> int:
+    """How the model makes one vector of its tokens' states; see ``llama_pooling_type``."""
+    kind = int(metadata.get(f"{metadata['general.architecture']}.pooling_type", 0))
+    if kind in POOLINGS.values():
+        return kind
+    if kind > 0:
+        raise ModelError(f"model file {path}: is made to rank, not to embed")
+    return POOLINGS["last"]
 
 
 def kv_tokens_default(metadata: dict[str, Any], length_trained: int, memory_bytes: int) -> int:

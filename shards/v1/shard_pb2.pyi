@@ -23,7 +23,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("engine", "engine_version", "device", "model_id", "dtype", "scheduling", "rank", "world", "kv_tokens", "page_tokens", "sequences_max", "step_tokens_max", "length_max", "features", "load_seconds", "weight_bytes", "instance_id", "tokenizer_sha256", "eos_token_ids", "vocab_size", "warnings", "donor_tokens_max")
+    __slots__ = ("engine", "engine_version", "device", "model_id", "dtype", "scheduling", "rank", "world", "kv_tokens", "page_tokens", "sequences_max", "step_tokens_max", "length_max", "features", "load_seconds", "weight_bytes", "instance_id", "tokenizer_sha256", "eos_token_ids", "vocab_size", "warnings", "donor_tokens_max", "adapters", "embed_tokens_max")
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     ENGINE_VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,8 @@ class DescribeResponse(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     DONOR_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    EMBED_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     engine: str
     engine_version: str
     device: str
@@ -68,7 +70,9 @@ class DescribeResponse(_message.Message):
     vocab_size: int
     warnings: _containers.RepeatedScalarFieldContainer[str]
     donor_tokens_max: int
-    def __init__(self, engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., device: _Optional[str] = ..., model_id: _Optional[str] = ..., dtype: _Optional[str] = ..., scheduling: _Optional[_Union[SchedulingKind, str]] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., page_tokens: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., length_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., load_seconds: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., instance_id: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., donor_tokens_max: _Optional[int] = ...) -> None: ...
+    adapters: _containers.RepeatedScalarFieldContainer[str]
+    embed_tokens_max: int
+    def __init__(self, engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., device: _Optional[str] = ..., model_id: _Optional[str] = ..., dtype: _Optional[str] = ..., scheduling: _Optional[_Union[SchedulingKind, str]] = ..., rank: _Optional[int] = ..., world: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., page_tokens: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., length_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., load_seconds: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., instance_id: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., donor_tokens_max: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., embed_tokens_max: _Optional[int] = ...) -> None: ...
 
 class GetTokenizerRequest(_message.Message):
     __slots__ = ()
@@ -99,20 +103,22 @@ class Plan(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., plan_id: _Optional[int] = ..., drops: _Optional[_Iterable[int]] = ..., admits: _Optional[_Iterable[_Union[Admit, _Mapping]]] = ..., work_sequences: _Optional[_Iterable[int]] = ..., work_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Admit(_message.Message):
-    __slots__ = ("sequence", "tokens", "prompt_len", "share_from", "share_len", "sampling")
+    __slots__ = ("sequence", "tokens", "prompt_len", "share_from", "share_len", "sampling", "adapter")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
     SHARE_FROM_FIELD_NUMBER: _ClassVar[int]
     SHARE_LEN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     prompt_len: int
     share_from: int
     share_len: int
     sampling: Sampling
-    def __init__(self, sequence: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., share_from: _Optional[int] = ..., share_len: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+    adapter: str
+    def __init__(self, sequence: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., share_from: _Optional[int] = ..., share_len: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "seed", "bias_tokens", "bias_values", "min_tokens", "stop_tokens", "logprobs", "top_logprobs")
@@ -187,3 +193,27 @@ class Failure(_message.Message):
     sequence: int
     message: str
     def __init__(self, sequence: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class EmbedRequest(_message.Message):
+    __slots__ = ("inputs",)
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    inputs: _containers.RepeatedCompositeFieldContainer[EmbedInput]
+    def __init__(self, inputs: _Optional[_Iterable[_Union[EmbedInput, _Mapping]]] = ...) -> None: ...
+
+class EmbedInput(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class EmbedResponse(_message.Message):
+    __slots__ = ("embeddings",)
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    embeddings: _containers.RepeatedCompositeFieldContainer[Embedding]
+    def __init__(self, embeddings: _Optional[_Iterable[_Union[Embedding, _Mapping]]] = ...) -> None: ...
+
+class Embedding(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...

@@ -49,6 +49,11 @@ class ShardStub(object):
                 request_serializer=shards_dot_v1_dot_shard__pb2.Plan.SerializeToString,
                 response_deserializer=shards_dot_v1_dot_shard__pb2.Outcome.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/shards.v1.Shard/Embed',
+                request_serializer=shards_dot_v1_dot_shard__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=shards_dot_v1_dot_shard__pb2.EmbedResponse.FromString,
+                _registered_method=True)
 
 
 class ShardServicer(object):
@@ -78,6 +83,15 @@ class ShardServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Turns inputs into vectors, beside the log: it changes nothing that a plan can see. The engine
+        computes one batch of inputs, of at most embed_tokens_max tokens, between two plans. Needs the
+        feature "embeddings"; RESOURCE_EXHAUSTED says that too many calls wait.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ShardServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +109,11 @@ def add_ShardServicer_to_server(servicer, server):
                     servicer.Run,
                     request_deserializer=shards_dot_v1_dot_shard__pb2.Plan.FromString,
                     response_serializer=shards_dot_v1_dot_shard__pb2.Outcome.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=shards_dot_v1_dot_shard__pb2.EmbedRequest.FromString,
+                    response_serializer=shards_dot_v1_dot_shard__pb2.EmbedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +197,33 @@ class Shard(object):
             '/shards.v1.Shard/Run',
             shards_dot_v1_dot_shard__pb2.Plan.SerializeToString,
             shards_dot_v1_dot_shard__pb2.Outcome.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shards.v1.Shard/Embed',
+            shards_dot_v1_dot_shard__pb2.EmbedRequest.SerializeToString,
+            shards_dot_v1_dot_shard__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

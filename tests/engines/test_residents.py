@@ -144,3 +144,19 @@ def test_a_shared_prefix_must_be_the_same_tokens() -> None:
     residents.compute(donor, 4)
     with pytest.raises(PlanError, match="tokens differ"):
         residents.check(Plan(admits=[Admit(2, [1, 9, 3, 4], 4, SamplingParams(), 1, 3)]))
+
+
+@pytest.mark.parametrize("fellow", [False, True])
+def test_a_shared_prefix_must_be_of_the_same_adapter(fellow: bool) -> None:
+    """Whether the donor is there already, or is admitted by the same plan as a copy itself."""
+    residents = Residents(LIMITS)
+    tokens = [1, 2, 3, 4]
+    donor = residents.admit(Admit(1, tokens, 4, SamplingParams(), adapter="verse"))
+    residents.compute(donor, 4)
+    admits = [Admit(2, tokens, 4, SamplingParams(), 1, 3, "verse")]
+    residents.check(Plan(admits=admits))
+    source = 2 if fellow else 1
+    for other in ("", "prose"):
+        wrong = Admit(3, tokens, 4, SamplingParams(), source, 3, other)
+        with pytest.raises(PlanError, match="different adapters"):
+            residents.check(Plan(admits=[*admits, wrong]))

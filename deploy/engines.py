@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deploy.hardware import Hardware, detect
 from deploy.interpreters import installed_apart
-from deploy.models import ModelNotFound
+from deploy.models import HUB_ID, ModelNotFound
 from deploy.options import UserError
 
 GGUF, SAFETENSORS = "gguf", "safetensors"
@@ -248,7 +248,7 @@ def pick(
 def format_of(model: str | None, file: str | None = None) -> str:
     """The format of a model, by what is on the disk, or the name of its repository on the hub.
 
-    Raises ``ModelNotFound`` for a folder that holds no model.
+    Raises ``ModelNotFound`` for a folder that holds no model, and for a path where nothing is.
     """
     if not model or (file or "").lower().endswith(".gguf"):
         return GGUF  # the embedded model is one
@@ -259,6 +259,8 @@ def format_of(model: str | None, file: str | None = None) -> str:
         if next(path.glob("*.gguf"), None) is not None:
             return GGUF
         raise ModelNotFound(f"folder {path} holds neither config.json nor a GGUF file")
+    if not path.exists() and (model.startswith((".", "~")) or not HUB_ID.fullmatch(model)):
+        raise ModelNotFound(f"model file {model} does not exist")
     # Repositories of GGUF files are called so; nothing but a download could say it better.
     named = path.suffix == ".gguf" or "gguf" in path.name.lower() or file is not None
     return GGUF if named else SAFETENSORS

@@ -38,9 +38,9 @@ _MODEL_OPTIONS = (
         help="The same as TGI has it: ID or NAME=PATH, joined by commas.",
     ),
     option(
-        WORKER, "--engine", type=click.Choice((AUTO, *NAMES)), default="llamacpp",
-        show_default=True,
-        help="What computes. 'scripted' needs no model: it makes up text, for tests.",
+        WORKER, "--engine", type=click.Choice((AUTO, *NAMES)), default=AUTO, show_default=True,
+        help="What computes; auto takes the best installed one for the model and the machine. "
+        "'scripted' needs no model: it makes up text, for tests.",
     ),
     option(
         WORKER, "--engine-option", metavar="KEY=VALUE", multiple=True,

@@ -180,6 +180,9 @@ def test_the_format_is_read_off_the_disk_and_off_names(tmp_path: Path) -> None:
     assert format_of("Qwen/Qwen3-0.6B", "Q8_0") == GGUF
     with pytest.raises(ModelNotFound, match=r"neither config\.json nor a GGUF file"):
         format_of(str(empty))
+    for nothing in ("./none", str(tmp_path / "none.gguf"), "~/no/such"):
+        with pytest.raises(ModelNotFound, match="does not exist"):
+            format_of(nothing)
 
 
 def test_choosing_here_takes_what_is_here(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_ranks_that_lose_their_engine_come_back_together(tmp_path: Path) -> None
     [
         ((*RANKS, "--engine-option", "bogus=1"), "bogus"),
         (
-            ("--num-shard", "2"),
+            ("--engine", "llamacpp", "--num-shard", "2"),
             "llamacpp: cannot be one of several ranks: start it with --num-shard 1",
         ),
         (("--group", "scripted", "--group", "scripted,engine-option=bogus=1"), "scripted-2 worker"),

@@ -41,6 +41,17 @@ def test_help_shows_every_option_with_its_variable() -> None:
     assert "Examples:" in shown
 
 
+def test_the_command_knows_the_engines_names_without_importing_any() -> None:
+    """Nor what takes long to import: help and mistakes are answered at once."""
+    code = "import sys, deploy.cli; print(*sys.modules)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
+    ).stdout.split()
+    assert "shards.engines" in shown
+    slow = {"numpy", "torch", "jax", "vllm", "llama_cpp", "grpc", "fastapi", "huggingface_hub"}
+    assert not slow & set(shown)
+
+
 def test_version() -> None:
     assert roundhouse("--version").stdout.startswith("roundhouse ")
 

@@ -4,6 +4,7 @@ The API faces translate their bodies into an ``Ask`` and their answers from ``Ch
 knows nothing else of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from router.core.events import Reason
@@ -41,10 +42,11 @@ class Params:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One generation. ``model`` None means the default model.
+    """One generation. ``model`` None means the default model; a name may be an adapter's, too.
 
     ``prompt`` is text or token ids; ``truncate`` keeps its last tokens only. ``deadline_s`` is how
-    long the whole answer may take, or None.
+    long the whole answer may take, or None. ``adapter`` is the LoRA adapter to compute with; "" is
+    the one that ``model`` names, if any.
     """
 
     prompt: str | tuple[int, ...]
@@ -54,6 +56,25 @@ class Ask:
     truncate: int | None = None
     priority: int = 1
     deadline_s: float | None = None
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedAsk:
+    """Inputs to embed, each text or token ids; the other fields as in ``Ask``."""
+
+    inputs: tuple[str | tuple[int, ...], ...]
+    model: str | None = None
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A vector of length 1 for each input, and the tokens of all inputs together."""
+
+    vectors: list[Sequence[float]]
+    prompt_tokens: int
+    model: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ its requests then wait in the queue for one to return.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -18,6 +18,10 @@ from shards.v1.shard_pb2 import DescribeResponse, SchedulingKind
 
 DEFAULT_NAMES = frozenset({"", "tgi", "dummy"})
 """Model names that clients of TGI and of OpenAI send when they do not care."""
+
+
+EmbedCall = Callable[[Sequence[Sequence[int]]], Awaitable[list[Sequence[float]]]]
+"""Turns token ids into vectors on one group; see ``Link.embed``."""
 
 
 class MismatchError(Exception):
@@ -50,11 +54,15 @@ class GroupCard:
     weight_bytes: int = 0
     warnings: tuple[str, ...] = ()
     ready: bool = True
+    adapters: tuple[str, ...] = ()
+    embed_tokens_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """One model. ``features`` are those that at least one of its groups has.
+    """One model. ``features`` and ``adapters`` are those that at least one of its groups has.
+
+    ``embed_tokens_max`` is how long an input to embed can be on each of the groups that embed.
 
     ``eos_token_ids`` are all that any of its groups names: not every copy of a model names all.
     """
@@ -67,6 +75,8 @@ class ModelCard:
     vocab_size: int
     features: tuple[str, ...]
     groups: tuple[GroupCard, ...]
+    adapters: tuple[str, ...] = ()
+    embed_tokens_max: int = 0
 
 
 def card_of(spec: GroupSpec, described: Sequence[DescribeResponse]) -> GroupCard:
@@ -86,10 +96,19 @@ def card_of(spec: GroupSpec, described: Sequence[DescribeResponse]) -> GroupCard
         values = list(dict.fromkeys(getattr(one, name) for one in ranks))
         if len(values) > 1:
             raise MismatchError(f"the ranks differ in {name}: {', '.join(map(str, values))}")
-    features = [set(one.features) for one in ranks]
+    adapters = tuple(first.adapters)
+    if any(set(one.adapters) != set(adapters) for one in ranks):
+        raise MismatchError("the ranks differ in their adapters")
+    model = spec.model or first.model_id
+    if model in adapters:
+        raise MismatchError(f"an adapter is called {model}, as the model is: give it another name")
+    features = set.intersection(*(set(one.features) for one in ranks))
+    if len(ranks) > 1:
+        # An embedding is no part of the log, without which the ranks do nothing together.
+        features -= {"embeddings"}
     return GroupCard(
         name=spec.name,
-        model=spec.model or first.model_id,
+        model=model,
         engine=first.engine,
         engine_version=first.engine_version,
         device=first.device,
@@ -97,7 +116,7 @@ def card_of(spec: GroupSpec, described: Sequence[DescribeResponse]) -> GroupCard
         scheduling=SchedulingKind.Name(first.scheduling).removeprefix("SCHEDULING_KIND_").lower(),
         world=len(ranks),
         limits=_limits(ranks),
-        features=tuple(sorted(set.intersection(*features))),
+        features=tuple(sorted(features)),
         eos_token_ids=tuple(first.eos_token_ids),
         vocab_size=first.vocab_size,
         tokenizer_sha256=first.tokenizer_sha256,
@@ -105,6 +124,8 @@ def card_of(spec: GroupSpec, described: Sequence[DescribeResponse]) -> GroupCard
         load_seconds=max(one.load_seconds for one in ranks),
         weight_bytes=sum(one.weight_bytes for one in ranks),
         warnings=tuple(dict.fromkeys(text for one in ranks for text in one.warnings)),
+        adapters=adapters,
+        embed_tokens_max=first.embed_tokens_max if "embeddings" in features else 0,
     )
 
 
@@ -145,17 +166,19 @@ class Fleet:
         self._differences: dict[frozenset[str], str] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._models: dict[str, ModelCard] = {}
+        self._embed_calls: dict[str, EmbedCall] = {}
         self._ready = asyncio.Event()
 
     # --- for users
 
     def model(self, name: str | None) -> ModelCard:
-        """Finds a model; None, "", "tgi" and "dummy" mean the default one, that of the first group.
+        """Finds a model by its name or by that of one of its adapters.
 
-        Raises ``RequestError``: UNAVAILABLE if its workers have never come up, MODEL_NOT_FOUND if
-        nobody serves a model of that name.
+        None, "", "tgi" and "dummy" mean the default one, that of the first group. Raises
+        ``RequestError``: UNAVAILABLE if its workers have never come up, MODEL_NOT_FOUND if nobody
+        serves a model of that name.
         """
-        card = self._models.get(name or "")
+        card = self._models.get(name or "") or self._parent(name)
         if card is not None:
             return card
         if not self._models:
@@ -168,10 +191,27 @@ class Fleet:
             raise RequestError(
                 Fault.UNAVAILABLE, f"no worker of model {name!r} has come up yet; try again later"
             )
-        known = ", ".join(self._models)
+        adapters = (adapter for model in self.models() for adapter in model.adapters)
+        known = ", ".join(dict.fromkeys((*self._models, *adapters)))
         raise RequestError(
             Fault.MODEL_NOT_FOUND, f"model {name!r} is not served here; there is: {known}", "model"
         )
+
+    def adapter(self, name: str | None) -> str:
+        """The adapter that the name of a model stands for; "" if it means a model itself."""
+        return name if name and name not in self._models and self._parent(name) else ""
+
+    def _parent(self, name: str | None) -> ModelCard | None:
+        """The first model with an adapter of that name."""
+        return next((card for card in self._models.values() if name in card.adapters), None)
+
+    def embed_calls(self, model: str) -> dict[str, EmbedCall]:
+        """The groups of a model that are up and can embed, and how each is asked to."""
+        return {
+            name: call
+            for name, call in self._embed_calls.items()
+            if self._cards[name].model == model
+        }
 
     def models(self) -> tuple[ModelCard, ...]:
         """Every model that has ever come up, the default one first."""
@@ -248,8 +288,10 @@ class Fleet:
             if other.name != card.name and other.model == card.model
         ]
 
-    def up(self, card: GroupCard, tokenizer: Tokenizer) -> None:
-        """A group has come up."""
+    def up(self, card: GroupCard, tokenizer: Tokenizer, embed: EmbedCall | None = None) -> None:
+        """A group has come up. ``embed`` asks it to embed, if it can."""
+        if embed is not None and "embeddings" in card.features:
+            self._embed_calls[card.name] = embed
         self._tokenizers[card.tokenizer_sha256] = tokenizer
         self._cards[card.name] = card
         self._rebuild()
@@ -257,6 +299,7 @@ class Fleet:
 
     def down(self, name: str) -> None:
         """A group has gone down. What it said of itself stays known."""
+        self._embed_calls.pop(name, None)
         self._cards[name] = replace(self._cards[name], ready=False)
         self._rebuild()
 
@@ -283,6 +326,10 @@ class Fleet:
             vocab_size=first.vocab_size,
             features=tuple(sorted({feature for card in cards for feature in card.features})),
             groups=tuple(cards),
+            adapters=tuple(dict.fromkeys(name for card in cards for name in card.adapters)),
+            embed_tokens_max=min(
+                (card.embed_tokens_max for card in cards if card.embed_tokens_max), default=0
+            ),
         )
 
     def _total_tokens(self, limits: Limits) -> int:

@@ -124,8 +124,10 @@ class Group:
         name, epoch = card.name, self._epochs()
         life = self._life = Life(name, epoch, links, self._stepped)
         began_s = monotonic()
-        self._fleet.up(card, tokenizer)
-        self._inbox.post(GroupUp(name, epoch, card.model, card.engine, card.limits, card.features))
+        self._fleet.up(card, tokenizer, links[0].embed)
+        self._inbox.post(
+            GroupUp(name, epoch, card.model, card.engine, card.limits, card.features, card.adapters)
+        )
         log.info("group %s is up: %s on %s, epoch %d", name, card.engine, card.device, epoch)
         for warning in card.warnings:
             log.warning("group %s: %s", name, warning)

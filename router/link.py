@@ -8,7 +8,7 @@ with one line that says why.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import cast
 
@@ -16,9 +16,13 @@ import grpc
 import grpc.aio
 
 from router.core.effects import RunPlan
+from router.errors import Fault, RequestError
 from shards.v1.shard_pb2 import (
     DescribeRequest,
     DescribeResponse,
+    EmbedInput,
+    EmbedRequest,
+    EmbedResponse,
     GetTokenizerRequest,
     Outcome,
     Plan,
@@ -29,10 +33,17 @@ from shards.v1.shard_pb2 import (
 DESCRIBE_DEADLINE_S = 5.0
 OPEN_DEADLINE_S = 10.0
 TOKENIZER_DEADLINE_S = 120.0
+EMBED_DEADLINE_S = 300.0
 TOKENIZER_BYTES_MAX = 256 * 2**20
 MESSAGE_BYTES_MAX = 64 * 2**20
 """A plan may admit many long prompts at once: 64 of 128,000 tokens take 25 MB."""
 
+_EMBED_FAULTS = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Fault.OVERLOADED,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Fault.DEADLINE,
+    grpc.StatusCode.UNIMPLEMENTED: Fault.UNSUPPORTED,
+    grpc.StatusCode.INVALID_ARGUMENT: Fault.VALIDATION,
+}
 _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -94,6 +105,7 @@ def encode(plan: RunPlan) -> bytes:
             prompt_len=admit.prompt_len,
             share_from=admit.share_from,
             share_len=admit.share_len,
+            adapter=admit.adapter,
         )
         if admit.sampling is not None:
             message.sampling.CopyFrom(cast(Sampling, admit.sampling))
@@ -143,6 +155,26 @@ class Link:
         except grpc.aio.AioRpcError as error:
             raise self._down(error) from None
         return {name: bytes(data) for name, data in files.items()}
+
+    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[Sequence[float]]:
+        """Has inputs turned into vectors, beside the stream of plans. Cancelled, it cancels that.
+
+        Raises ``RequestError`` for what the worker refuses, ``LinkDownError`` if it is lost.
+        """
+        ask = self._channel.unary_unary(
+            "/shards.v1.Shard/Embed",
+            request_serializer=EmbedRequest.SerializeToString,
+            response_deserializer=EmbedResponse.FromString,
+        )
+        request = EmbedRequest(inputs=[EmbedInput(tokens=tokens) for tokens in inputs])
+        try:
+            answer: EmbedResponse = await ask(request, timeout=EMBED_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            fault = _EMBED_FAULTS.get(error.code())
+            if fault is None:
+                raise self._down(error) from None
+            raise RequestError(fault, error.details() or error.code().name) from None
+        return [one.values for one in answer.embeddings]
 
     async def open(self) -> None:
         """Opens the stream of plans and waits until the worker has emptied its engine for it."""

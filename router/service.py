@@ -13,11 +13,12 @@ from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
-from router.ask import Ask, Chunk, Finish, Params, TokenOut
+from router.ask import Ask, Chunk, EmbedAsk, Embedded, Finish, Params, TokenOut
 from router.config import Settings
 from router.core.effects import Close
 from router.core.events import Reason, Submitted
 from router.driver import Batch, Channel, Driver
+from router.embedding import Embedder
 from router.errors import FAULT_OF_REASON, Fault, RequestError
 from router.fleet import Fleet, ModelCard
 from router.text.stop import StopMatcher
@@ -30,6 +31,7 @@ from router.validation import (
     needs_of,
     sampling_of,
     tokens_allowed,
+    with_adapter,
 )
 
 INLINE_CHARS = 2048
@@ -47,6 +49,7 @@ class Service:
         self._fleet = fleet
         self._driver = driver
         self._settings = settings
+        self._embedder = Embedder(fleet, settings, lambda: driver.accepting)
         # A token without log probabilities looks the same each time: one object will do.
         self._outs: WeakKeyDictionary[Tokenizer, Outs] = WeakKeyDictionary()
 
@@ -59,6 +62,7 @@ class Service:
         began = perf_counter()
         try:
             card = self._fleet.model(ask.model)
+            ask = with_adapter(ask, self._fleet.adapter(ask.model))
             check_ask(ask, card, self._settings)
             prompt = await self._prompt(card, ask)
             work = self._work(card, ask, prompt)
@@ -68,6 +72,14 @@ class Service:
             self._driver.metrics.refused(error.fault)
             raise
         return Generation(self._driver, channel, work)
+
+    async def embed(self, ask: EmbedAsk) -> Embedded:
+        """Turns inputs into vectors. Raises RequestError, as ``Embedder.embed`` says."""
+        try:
+            return await self._embedder.embed(ask)
+        except RequestError as error:
+            self._driver.metrics.refused(error.fault)
+            raise
 
     async def render_chat(
         self,
@@ -160,6 +172,7 @@ class Service:
             priority=ask.priority,
             deadline_ms=self._deadline_ms(ask),
             sampling=sampling_of(params, seed, stop_tokens),
+            adapter=ask.adapter,
         )
         outs = self._outs.setdefault(card.tokenizer, {})
         return Work(card, submitted, params, seed, outs)

@@ -8,6 +8,7 @@ parameters differ from ours (``max_new_tokens`` for ``max_tokens``, ``inputs`` f
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from router.ask import Ask, Params
 from router.config import Settings
@@ -64,6 +65,7 @@ def check_ask(ask: Ask, card: ModelCard, settings: Settings) -> None:
     if not isinstance(ask.prompt, str):
         check_vocabulary(ask.prompt, card.vocab_size, "prompt")
     _check_terms(ask, card)
+    _check_adapter(ask, card)
     _check_features(params, card)
 
 
@@ -132,6 +134,28 @@ def _check_terms(ask: Ask, card: ModelCard) -> None:
         raise invalid(
             f"the deadline must be a positive number of seconds. Given: {ask.deadline_s}",
             "deadline_s",
+        )
+
+
+def with_adapter(ask: Ask, named: str) -> Ask:
+    """The ask with the adapter that its model's name stands for, if that is one.
+
+    Raises RequestError, VALIDATION, if it asks for another one.
+    """
+    if not named or ask.adapter == named:
+        return ask
+    if ask.adapter:
+        text = f"the model is the adapter {named}, but `adapter_id` is {ask.adapter[:100]!r}"
+        raise invalid(text, "adapter")
+    return replace(ask, adapter=named)
+
+
+def _check_adapter(ask: Ask, card: ModelCard) -> None:
+    if ask.adapter and ask.adapter not in card.adapters:
+        known = ", ".join(card.adapters) or "none"
+        raise invalid(
+            f"`adapter_id` {ask.adapter[:100]!r} is not loaded; adapters of {card.id}: {known}",
+            "adapter",
         )
 
 

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from router.ask import Ask, Finish, Params, TokenOut
+from router.ask import Ask, EmbedAsk, Embedded, Finish, Params, TokenOut
 from router.core.events import Reason
 from router.errors import Fault, RequestError
 from router.fleet import GroupCard, ModelCard
@@ -78,6 +78,7 @@ def generate_ask(request: pb.GenerateRequest, deadline_s: float | None) -> Ask:
         model=request.model or None,
         priority=request.priority if request.HasField("priority") else PRIORITY,
         deadline_s=deadline_s,
+        adapter=request.adapter,
     )
 
 
@@ -90,17 +91,35 @@ def chat_messages(request: pb.ChatRequest) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in request.messages]
 
 
-def chat_ask(
-    request: pb.ChatRequest, prompt: str, model: ModelCard, deadline_s: float | None
-) -> Ask:
+def chat_ask(request: pb.ChatRequest, prompt: str, deadline_s: float | None) -> Ask:
     """Returns the ask of a Chat call, from what the template made of its messages."""
     return Ask(
         prompt=prompt,
         params=params_of(request.parameters),
-        model=model.id,
+        model=request.model or None,
         add_special_tokens=False,
         priority=request.priority if request.HasField("priority") else PRIORITY,
         deadline_s=deadline_s,
+        adapter=request.adapter,
+    )
+
+
+def embed_ask(request: pb.EmbedRequest, deadline_s: float | None) -> EmbedAsk:
+    """Returns the ask of an Embed call. Raises RequestError if an input is neither."""
+    inputs: list[str | tuple[int, ...]] = []
+    for number, one in enumerate(request.inputs):
+        kind = one.WhichOneof("input")
+        if kind is None:
+            raise RequestError(Fault.VALIDATION, "set text or token_ids", f"inputs[{number}]")
+        inputs.append(one.text if kind == "text" else tuple(one.token_ids.ids))
+    return EmbedAsk(tuple(inputs), request.model or None, deadline_s)
+
+
+def embeddings_of(embedded: Embedded) -> pb.EmbedResponse:
+    """Returns the answer to Embed."""
+    return pb.EmbedResponse(
+        embeddings=[pb.Embedding(values=vector) for vector in embedded.vectors],
+        prompt_tokens=embedded.prompt_tokens,
     )
 
 
@@ -152,6 +171,7 @@ def model_of(card: ModelCard) -> pb.Model:
         max_total_tokens=card.max_total_tokens,
         max_input_tokens=card.max_input_tokens,
         groups=[_group_of(group) for group in card.groups],
+        adapters=card.adapters,
     )
 
 
@@ -164,4 +184,5 @@ def _group_of(card: GroupCard) -> pb.Group:
         dtype=card.dtype,
         world=card.world,
         ready=card.ready,
+        adapters=card.adapters,
     )

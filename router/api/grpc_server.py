@@ -51,8 +51,15 @@ class Inference:
             model = self._fleet.model(known.model or None)
             messages = convert.chat_messages(known)
             prompt = await self._service.render_chat(model, messages, add_generation_prompt=True)
-            ask = convert.chat_ask(known, prompt, model, time_left_s(context))
+            ask = convert.chat_ask(known, prompt, time_left_s(context))
             await self._run(ask, known.parameters, context)
+
+    async def embed(self, request: pb.EmbedRequest | None, context: Context) -> pb.EmbedResponse:
+        """Turns inputs into vectors."""
+        async with self._call(request, context) as known:
+            ask = convert.embed_ask(known, time_left_s(context))
+            return convert.embeddings_of(await self._service.embed(ask))
+        raise AssertionError("either returned or aborted")
 
     async def tokenize(
         self, request: pb.TokenizeRequest | None, context: Context
@@ -188,6 +195,7 @@ def _inference_handlers(inference: Inference) -> dict[str, Handler]:
     return {
         "Generate": _handler(STREAM, inference.generate, pb.GenerateRequest, pb.GenerateResponse),
         "Chat": _handler(STREAM, inference.chat, pb.ChatRequest, pb.GenerateResponse),
+        "Embed": _handler(UNARY, inference.embed, pb.EmbedRequest, pb.EmbedResponse),
         "Tokenize": _handler(UNARY, inference.tokenize, pb.TokenizeRequest, pb.TokenizeResponse),
         "Detokenize": _handler(
             UNARY, inference.detokenize, pb.DetokenizeRequest, pb.DetokenizeResponse

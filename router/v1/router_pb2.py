@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16router/v1/router.proto\x12\trouter.v1\"\xd8\x04\n\nParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x12\n\x05top_p\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x16\n\ttypical_p\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x04\x88\x01\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x05\x88\x01\x01\x12\x38\n\nlogit_bias\x18\x0c \x03(\x0b\x32$.router.v1.Parameters.LogitBiasEntry\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\x12\n\nignore_eos\x18\x0f \x01(\x08\x12\x14\n\x0cinclude_stop\x18\x10 \x01(\x08\x12\x10\n\x08logprobs\x18\x11 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x12 \x01(\r\x12\x15\n\rstream_tokens\x18\x13 \x01(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\xb2\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.router.v1.TokenIdsH\x00\x12)\n\nparameters\x18\x04 \x01(\x0b\x32\x15.router.v1.Parameters\x12\x15\n\x08priority\x18\x05 \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05inputB\x0b\n\t_priority\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x95\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08messages\x18\x02 \x03(\x0b\x32\x16.router.v1.ChatMessage\x12)\n\nparameters\x18\x03 \x01(\x0b\x32\x15.router.v1.Parameters\x12\x15\n\x08priority\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_priority\"\x96\x01\n\x10GenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12,\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x16.router.v1.TopLogprobs\x12!\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x11.router.v1.Finish\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"\xa3\x01\n\x06\x46inish\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.router.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x01(\tB\x07\n\x05_seed\"J\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08\"=\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0b\n\x03\x65nd\x18\x04 \x01(\r\"4\n\x10TokenizeResponse\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.router.v1.Token\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.router.v1.Model\"i\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x18\n\x10max_total_tokens\x18\x02 \x01(\r\x12\x18\n\x10max_input_tokens\x18\x03 \x01(\r\x12 \n\x06groups\x18\x04 \x03(\x0b\x32\x10.router.v1.Group\"z\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\r\n\x05world\x18\x06 \x01(\r\x12\r\n\x05ready\x18\x07 \x01(\x08*\x85\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x1b\n\x17\x46INISH_REASON_EOS_TOKEN\x10\x02\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x03\x32\xec\x02\n\tInference\x12\x45\n\x08Generate\x12\x1a.router.v1.GenerateRequest\x1a\x1b.router.v1.GenerateResponse0\x01\x12=\n\x04\x43hat\x12\x16.router.v1.ChatRequest\x1a\x1b.router.v1.GenerateResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.router.v1.TokenizeRequest\x1a\x1b.router.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.router.v1.DetokenizeRequest\x1a\x1d.router.v1.DetokenizeResponse\x12I\n\nListModels\x12\x1c.router.v1.ListModelsRequest\x1a\x1d.router.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16router/v1/router.proto\x12\trouter.v1\"\xd8\x04\n\nParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x12\n\x05top_p\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x16\n\ttypical_p\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x04\x88\x01\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x05\x88\x01\x01\x12\x38\n\nlogit_bias\x18\x0c \x03(\x0b\x32$.router.v1.Parameters.LogitBiasEntry\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\x12\n\nignore_eos\x18\x0f \x01(\x08\x12\x14\n\x0cinclude_stop\x18\x10 \x01(\x08\x12\x10\n\x08logprobs\x18\x11 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x12 \x01(\r\x12\x15\n\rstream_tokens\x18\x13 \x01(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\xc3\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.router.v1.TokenIdsH\x00\x12)\n\nparameters\x18\x04 \x01(\x0b\x32\x15.router.v1.Parameters\x12\x15\n\x08priority\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\tB\x07\n\x05inputB\x0b\n\t_priority\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xa6\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08messages\x18\x02 \x03(\x0b\x32\x16.router.v1.ChatMessage\x12)\n\nparameters\x18\x03 \x01(\x0b\x32\x15.router.v1.Parameters\x12\x15\n\x08priority\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\tB\x0b\n\t_priority\"\x96\x01\n\x10GenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12,\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x16.router.v1.TopLogprobs\x12!\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x11.router.v1.Finish\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"\xa3\x01\n\x06\x46inish\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.router.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x01(\tB\x07\n\x05_seed\"D\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06inputs\x18\x02 \x03(\x0b\x32\x15.router.v1.EmbedInput\"O\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.router.v1.TokenIdsH\x00\x42\x07\n\x05input\"P\n\rEmbedResponse\x12(\n\nembeddings\x18\x01 \x03(\x0b\x32\x14.router.v1.Embedding\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\"J\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08\"=\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0b\n\x03\x65nd\x18\x04 \x01(\r\"4\n\x10TokenizeResponse\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.router.v1.Token\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.router.v1.Model\"{\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x18\n\x10max_total_tokens\x18\x02 \x01(\r\x12\x18\n\x10max_input_tokens\x18\x03 \x01(\r\x12 \n\x06groups\x18\x04 \x03(\x0b\x32\x10.router.v1.Group\x12\x10\n\x08\x61\x64\x61pters\x18\x05 \x03(\t\"\x8c\x01\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\r\n\x05world\x18\x06 \x01(\r\x12\r\n\x05ready\x18\x07 \x01(\x08\x12\x10\n\x08\x61\x64\x61pters\x18\x08 \x03(\t*\x85\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x1b\n\x17\x46INISH_REASON_EOS_TOKEN\x10\x02\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x03\x32\xa8\x03\n\tInference\x12\x45\n\x08Generate\x12\x1a.router.v1.GenerateRequest\x1a\x1b.router.v1.GenerateResponse0\x01\x12=\n\x04\x43hat\x12\x16.router.v1.ChatRequest\x1a\x1b.router.v1.GenerateResponse0\x01\x12:\n\x05\x45mbed\x12\x17.router.v1.EmbedRequest\x1a\x18.router.v1.EmbedResponse\x12\x43\n\x08Tokenize\x12\x1a.router.v1.TokenizeRequest\x1a\x1b.router.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.router.v1.DetokenizeRequest\x1a\x1d.router.v1.DetokenizeResponse\x12I\n\nListModels\x12\x1c.router.v1.ListModelsRequest\x1a\x1d.router.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,44 +33,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PARAMETERS_LOGITBIASENTRY']._loaded_options = None
   _globals['_PARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2037
-  _globals['_FINISHREASON']._serialized_end=2170
+  _globals['_FINISHREASON']._serialized_start=2370
+  _globals['_FINISHREASON']._serialized_end=2503
   _globals['_PARAMETERS']._serialized_start=38
   _globals['_PARAMETERS']._serialized_end=638
   _globals['_PARAMETERS_LOGITBIASENTRY']._serialized_start=503
   _globals['_PARAMETERS_LOGITBIASENTRY']._serialized_end=551
   _globals['_GENERATEREQUEST']._serialized_start=641
-  _globals['_GENERATEREQUEST']._serialized_end=819
-  _globals['_TOKENIDS']._serialized_start=821
-  _globals['_TOKENIDS']._serialized_end=844
-  _globals['_CHATMESSAGE']._serialized_start=846
-  _globals['_CHATMESSAGE']._serialized_end=890
-  _globals['_CHATREQUEST']._serialized_start=893
-  _globals['_CHATREQUEST']._serialized_end=1042
-  _globals['_GENERATERESPONSE']._serialized_start=1045
-  _globals['_GENERATERESPONSE']._serialized_end=1195
-  _globals['_TOPLOGPROBS']._serialized_start=1197
-  _globals['_TOPLOGPROBS']._serialized_end=1247
-  _globals['_FINISH']._serialized_start=1250
-  _globals['_FINISH']._serialized_end=1413
-  _globals['_TOKENIZEREQUEST']._serialized_start=1415
-  _globals['_TOKENIZEREQUEST']._serialized_end=1489
-  _globals['_TOKEN']._serialized_start=1491
-  _globals['_TOKEN']._serialized_end=1552
-  _globals['_TOKENIZERESPONSE']._serialized_start=1554
-  _globals['_TOKENIZERESPONSE']._serialized_end=1606
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1608
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1690
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1692
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1726
-  _globals['_LISTMODELSREQUEST']._serialized_start=1728
-  _globals['_LISTMODELSREQUEST']._serialized_end=1747
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1749
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1803
-  _globals['_MODEL']._serialized_start=1805
-  _globals['_MODEL']._serialized_end=1910
-  _globals['_GROUP']._serialized_start=1912
-  _globals['_GROUP']._serialized_end=2034
-  _globals['_INFERENCE']._serialized_start=2173
-  _globals['_INFERENCE']._serialized_end=2537
+  _globals['_GENERATEREQUEST']._serialized_end=836
+  _globals['_TOKENIDS']._serialized_start=838
+  _globals['_TOKENIDS']._serialized_end=861
+  _globals['_CHATMESSAGE']._serialized_start=863
+  _globals['_CHATMESSAGE']._serialized_end=907
+  _globals['_CHATREQUEST']._serialized_start=910
+  _globals['_CHATREQUEST']._serialized_end=1076
+  _globals['_GENERATERESPONSE']._serialized_start=1079
+  _globals['_GENERATERESPONSE']._serialized_end=1229
+  _globals['_TOPLOGPROBS']._serialized_start=1231
+  _globals['_TOPLOGPROBS']._serialized_end=1281
+  _globals['_FINISH']._serialized_start=1284
+  _globals['_FINISH']._serialized_end=1447
+  _globals['_EMBEDREQUEST']._serialized_start=1449
+  _globals['_EMBEDREQUEST']._serialized_end=1517
+  _globals['_EMBEDINPUT']._serialized_start=1519
+  _globals['_EMBEDINPUT']._serialized_end=1598
+  _globals['_EMBEDRESPONSE']._serialized_start=1600
+  _globals['_EMBEDRESPONSE']._serialized_end=1680
+  _globals['_EMBEDDING']._serialized_start=1682
+  _globals['_EMBEDDING']._serialized_end=1709
+  _globals['_TOKENIZEREQUEST']._serialized_start=1711
+  _globals['_TOKENIZEREQUEST']._serialized_end=1785
+  _globals['_TOKEN']._serialized_start=1787
+  _globals['_TOKEN']._serialized_end=1848
+  _globals['_TOKENIZERESPONSE']._serialized_start=1850
+  _globals['_TOKENIZERESPONSE']._serialized_end=1902
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1904
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1986
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1988
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2022
+  _globals['_LISTMODELSREQUEST']._serialized_start=2024
+  _globals['_LISTMODELSREQUEST']._serialized_end=2043
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2045
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2099
+  _globals['_MODEL']._serialized_start=2101
+  _globals['_MODEL']._serialized_end=2224
+  _globals['_GROUP']._serialized_start=2227
+  _globals['_GROUP']._serialized_end=2367
+  _globals['_INFERENCE']._serialized_start=2506
+  _globals['_INFERENCE']._serialized_end=2930
 # @@protoc_insertion_point(module_scope)

@@ -46,6 +46,11 @@ class InferenceStub(object):
                 request_serializer=router_dot_v1_dot_router__pb2.ChatRequest.SerializeToString,
                 response_deserializer=router_dot_v1_dot_router__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/router.v1.Inference/Embed',
+                request_serializer=router_dot_v1_dot_router__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=router_dot_v1_dot_router__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/router.v1.Inference/Tokenize',
                 request_serializer=router_dot_v1_dot_router__pb2.TokenizeRequest.SerializeToString,
@@ -78,6 +83,13 @@ class InferenceServicer(object):
 
     def Chat(self, request, context):
         """Answers a conversation, using the model's own chat template.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Turns inputs into vectors of unit length, one for each. The call's deadline and cancellation hold.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,6 +128,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=router_dot_v1_dot_router__pb2.ChatRequest.FromString,
                     response_serializer=router_dot_v1_dot_router__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=router_dot_v1_dot_router__pb2.EmbedRequest.FromString,
+                    response_serializer=router_dot_v1_dot_router__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -189,6 +206,33 @@ class Inference(object):
             '/router.v1.Inference/Chat',
             router_dot_v1_dot_router__pb2.ChatRequest.SerializeToString,
             router_dot_v1_dot_router__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/router.v1.Inference/Embed',
+            router_dot_v1_dot_router__pb2.EmbedRequest.SerializeToString,
+            router_dot_v1_dot_router__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -150,6 +150,9 @@ class FakeFleet:
     def groups_up(self) -> dict[str, bool]:
         return {"g0": self.up and self.known}
 
+    def adapter(self, name: str | None) -> str:
+        return ""
+
     def model(self, name: str | None) -> ModelCard:
         if not self.known:
             raise RequestError(Fault.UNAVAILABLE, "no worker has come up yet")

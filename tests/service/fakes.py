@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,11 +11,11 @@ import grpc.aio
 
 from router.core.effects import Admit, RunPlan
 from router.core.events import Event
-from shards.engines.base import Engine, EngineOptions, Outcome, Plan
-from shards.engines.scripted import ScriptedEngine
+from shards.engines.base import Engine, EngineOptions, Outcome, Plan, Vectors
 from shards.engines.scripted_text import Script
 from shards.v1 import shard_pb2, shard_pb2_grpc
 from shards.worker import Worker
+from tests.engines.skilled import SkilledEngine
 
 E = TypeVar("E", bound=Event)
 PATIENCE_S = 20.0
@@ -29,11 +29,11 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.001)
 
 
-class GatedEngine(ScriptedEngine):
+class GatedEngine(SkilledEngine):
     """A scripted engine that stops before a step while its gate is shut, as a wedged one would."""
 
     def __init__(self, options: EngineOptions, gate: threading.Event) -> None:
-        super().__init__(options, lambda _: None)
+        super().__init__(options)
         self.gate = gate
         self.begun = 0
 
@@ -41,6 +41,11 @@ class GatedEngine(ScriptedEngine):
         self.begun += 1
         self.gate.wait(PATIENCE_S)
         return super().step(plan)
+
+    def embed(self, inputs: Sequence[Sequence[int]]) -> Vectors:
+        self.begun += 1
+        self.gate.wait(PATIENCE_S)
+        return super().embed(inputs)
 
 
 class Bench:
@@ -64,13 +69,20 @@ class Bench:
         model: str = "m",
         load_after: threading.Event | None = None,
         limits: dict[str, int] | None = None,
+        adapters: Sequence[str] = (),
         **extra: str,
     ) -> str:
         """Starts a worker and returns its address. Its gate is open."""
         gate = self.gates[name] = threading.Event()
         gate.set()
         options = EngineOptions(
-            None, model, rank=rank, world=world, extra=tuple(extra.items()), **(limits or {})
+            None,
+            model,
+            rank=rank,
+            world=world,
+            adapters=tuple((name, self.folder / name) for name in adapters),
+            extra=tuple(extra.items()),
+            **(limits or {}),
         )
 
         def make() -> Engine:
@@ -82,6 +94,9 @@ class Bench:
         worker = self._running[name] = Worker(make, self.address(name))
         await worker.start()
         return worker.address
+
+    def worker(self, name: str) -> Worker:
+        return self._running[name]
 
     async def kill(self, name: str) -> None:
         """Ends a worker without letting it say anything."""

@@ -58,7 +58,7 @@ class House:
 
 @asynccontextmanager
 async def house_in(
-    folder: Path, worker: dict[str, str] | None = None, **settings: Any
+    folder: Path, worker: dict[str, Any] | None = None, **settings: Any
 ) -> AsyncIterator[House]:
     async with asyncio.timeout(3 * PATIENCE_S), bench_in(folder) as bench:
         address = await bench.start("w", **(worker or {}))

@@ -184,7 +184,7 @@ async def test_best_of_returns_the_likeliest_and_lists_the_others() -> None:
         ({"decoder_input_details": True}, "decoder_input_details"),
         ({"watermark": True}, "watermark"),
         ({"grammar": {"type": "regex", "value": "a"}}, "grammar"),
-        ({"adapter_id": "lora"}, "adapter_id"),
+        ({"adapter_id": 7}, "adapter_id"),
         (7, "parameters"),
     ],
 )

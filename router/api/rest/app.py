@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from router.api.rest import models_openai, models_tgi
 from router.api.rest.context import Context
+from router.api.rest.embeddings import embedding_routes
 from router.api.rest.errors import Dialect, HttpError, error_response
 from router.api.rest.openai import openai_routes
 from router.api.rest.openapi import docs_page, install_openapi
@@ -46,6 +47,7 @@ def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Setti
     context = Context(service, fleet, metrics, settings, ApiKeys(settings.api_key))
     app.include_router(tgi_routes(context))
     app.include_router(openai_routes(context))
+    app.include_router(embedding_routes(context))
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(settings.cors_allow_origin) or ["*"],
@@ -63,6 +65,7 @@ def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Setti
             models_tgi.StreamResponse,
             models_openai.ChatRequest,
             models_openai.CompletionRequest,
+            models_openai.EmbeddingRequest,
             models_openai.ChatCompletionChunk,
             models_openai.Completion,
         ),

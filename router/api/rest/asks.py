@@ -58,7 +58,12 @@ def native_asks(
         logprobs=reports and "logprobs" in model.features,
         top_logprobs=given.top_n_tokens or 0,
     )
-    ask = Ask(prompt=body.inputs, params=params, truncate=given.truncate)
+    ask = Ask(
+        prompt=body.inputs,
+        params=params,
+        truncate=given.truncate,
+        adapter=given.adapter_id or "",
+    )
     return [ask] * (given.best_of or 1)
 
 
@@ -81,7 +86,7 @@ def _check_native(
             text = "`decoder_input_details` == true is not supported when streaming tokens"
             raise invalid(text, "decoder_input_details")
         raise unsupported("decoder_input_details")
-    for field in ("watermark", "grammar", "adapter_id"):
+    for field in ("watermark", "grammar"):
         if getattr(given, field):
             raise unsupported(field)
     for field, value in (

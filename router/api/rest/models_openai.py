@@ -26,7 +26,8 @@ class SamplingFields(Body):
     """What both routes share: how to draw tokens, when to end, what to report."""
 
     model: str | None = Field(
-        default=None, description="Null, `tgi` and `dummy` mean the default model."
+        default=None,
+        description="A model, or a LoRA adapter of one. Null, `tgi` and `dummy` mean the default.",
     )
     temperature: float | None = Field(default=None, description="0 is greedy. Default 1.")
     top_p: float | None = Field(default=None, description="In (0, 1]. 1 is off.")
@@ -144,6 +145,45 @@ class CompletionRequest(SamplingFields):
     response_format: Any = Field(
         default=None, description='Only {"type": "text"} is supported yet.'
     )
+
+
+class EmbeddingRequest(Body):
+    """Inputs to turn into vectors."""
+
+    model: str | None = Field(
+        default=None, description="Null, `tgi` and `dummy` mean the default model."
+    )
+    input: str | list[str] | list[int] | list[list[int]] = Field(
+        description="Text, token ids, or a list of either; at most 256."
+    )
+    encoding_format: Literal["float", "base64"] | None = Field(
+        default=None, description="`base64` is of little-endian 32-bit floats. Default float."
+    )
+    dimensions: Any = Field(default=None, description="Not supported: refused.")
+
+
+class EmbeddingEntry(BaseModel):
+    """The vector of one input."""
+
+    object: Literal["embedding"] = Field(description="Always embedding.")
+    index: int = Field(description="The input's number, from 0.")
+    embedding: list[float] | str = Field(description="A vector of length 1, or its base64.")
+
+
+class EmbeddingUsage(BaseModel):
+    """Token counts."""
+
+    prompt_tokens: int = Field(description="Tokens of all inputs.")
+    total_tokens: int = Field(description="The same.")
+
+
+class EmbeddingList(BaseModel):
+    """One vector for each input."""
+
+    object: Literal["list"] = Field(description="Always list.")
+    data: list[EmbeddingEntry] = Field(description="In the order of the inputs.")
+    model: str = Field(description="The model that made them.")
+    usage: EmbeddingUsage = Field(description="Token counts.")
 
 
 class PromptDetails(BaseModel):
@@ -271,6 +311,7 @@ class ModelEntry(BaseModel):
     object: Literal["model"] = Field(description="Always model.")
     created: int = Field(description="Start of this router, in seconds since 1970.")
     owned_by: str = Field(description="Its name again, as TGI does.")
+    parent: str | None = Field(default=None, description="The model that an adapter changes.")
 
 
 class ModelList(BaseModel):

@@ -70,8 +70,8 @@ class GenerateParameters(Body):
     grammar: Any = Field(
         default=None, description="Not supported yet: anything but null is refused."
     )
-    adapter_id: Any = Field(
-        default=None, description="Not supported yet: anything but null is refused."
+    adapter_id: str | None = Field(
+        default=None, description="LoRA adapter to compute with; an unknown one is refused."
     )
 
 

@@ -66,17 +66,20 @@ class OpenAIRoutes:
         refuse_unsupported(body)
         params = chat_params(body, context.settings)
         model = context.fleet.model(model_name(body.model))
+        adapter = context.fleet.adapter(model_name(body.model))
         ask = Ask(
             prompt=await render(context.service, model, body),
             params=params,
             model=model.id,
             add_special_tokens=False,
             priority=priority(body),
+            adapter=adapter,
         )
         asks = fan_out(ask, body.n or 1)
         characters = sum(len(message.content or "") for message in body.messages)
         kind = CHAT_CHUNK if body.stream else CHAT
-        job = Job(body, model, shapes.Head("chatcmpl", kind, model.id), asks, characters)
+        head = shapes.Head("chatcmpl", kind, adapter or model.id)
+        job = Job(body, model, head, asks, characters)
         if body.stream:
             events = [shapes.ChatEvents(job.head, i, params.logprobs) for i in range(len(asks))]
             return self._stream(job, events)
@@ -92,9 +95,11 @@ class OpenAIRoutes:
         refuse_unsupported(body)
         asks = completion_asks(body, context.settings)
         model = context.fleet.model(model_name(body.model))
+        adapter = context.fleet.adapter(model_name(body.model))
         echoes = [await self._echo(ask) if body.echo else "" for ask in asks]
         characters = sum(len(ask.prompt) for ask in asks[:: body.n or 1])
-        job = Job(body, model, shapes.Head("cmpl", COMPLETION, model.id), asks, characters)
+        head = shapes.Head("cmpl", COMPLETION, adapter or model.id)
+        job = Job(body, model, head, asks, characters)
         if body.stream:
             events = [
                 shapes.CompletionEvents(job.head, index, echo, body.logprobs)
@@ -151,19 +156,25 @@ class OpenAIRoutes:
                     return chunk.finish
         raise AssertionError("an answer ends with a finish or an error")
 
-    def _entry(self, model: ModelCard) -> shapes.Json:
-        entry = {"id": model.id, "object": "model", "created": self._started}
-        return {**entry, "owned_by": model.id}
+    def _entry(self, model: ModelCard, adapter: str = "") -> shapes.Json:
+        entry = {"id": adapter or model.id, "object": "model", "created": self._started}
+        parent = {"parent": model.id} if adapter else {}
+        return {**entry, "owned_by": model.id, **parent}
 
     async def models(self) -> Response:
-        """Lists the models, the default one first."""
-        data = [self._entry(model) for model in self._context.fleet.models()]
+        """Lists the models, the default one first, and behind each its adapters."""
+        data = [
+            self._entry(model, name)
+            for model in self._context.fleet.models()
+            for name in ("", *model.adapters)
+        ]
         return json_response({"object": "list", "data": data})
 
     async def model(self, model_id: str) -> Response:
-        """Returns one model, by its name."""
+        """Returns one model or adapter, by its name."""
+        fleet = self._context.fleet
         try:
-            return json_response(self._entry(self._context.fleet.model(model_id)))
+            return json_response(self._entry(fleet.model(model_id), fleet.adapter(model_id)))
         except RequestError as error:
             return error_response(_with_model_field(error), Dialect.OPENAI)
 

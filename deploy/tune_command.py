@@ -177,7 +177,7 @@ def _run(subject: "Subject", search: Search, minutes: float, output: Path) -> No
     )
     try:
         asyncio.run(_until_signalled(tuner.run()))
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except asyncio.CancelledError:
         if tuner.results:
             click.echo("\n".join(table(tuner.results, None)))
         click.echo(f"tune: interrupted; what was measured is kept in {memory}", err=True)
@@ -194,9 +194,13 @@ def _run(subject: "Subject", search: Search, minutes: float, output: Path) -> No
 
 
 async def _until_signalled(measuring: Coroutine[Any, Any, object]) -> None:
-    """Runs until it is done, or SIGTERM cancels it; asyncio itself does the same for SIGINT."""
-    task = asyncio.ensure_future(measuring)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    """Runs until it is done, or a first SIGINT or SIGTERM cancels it.
+
+    Later ones change nothing: the server that runs is being ended, which takes seconds at most.
+    """
+    task, loop = asyncio.ensure_future(measuring), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, lambda: task.cancelling() or task.cancel())
     await task
 
 

@@ -20,7 +20,10 @@ TEXT = (
     " boats that carried grain, salt and letters from the towns along the coast to the villages in"
     " the hills; every autumn the water rose, and people moved their animals to higher ground"
 )
-ROOM_S = 10.0
+# How long a server that is up may take to accept a connection, and to answer what needs no model.
+CONNECT_S = 10.0
+ANSWER_S = 60.0
+# Longest line of an answer, in bytes.
 LIMIT = 1 << 20
 
 
@@ -119,10 +122,13 @@ async def _run(clients: list[asyncio.Task[None]], seconds: float) -> None:
 async def vocabulary(address: Address) -> list[int]:
     """The ids of the tokens of some words, in the model's own vocabulary."""
     body = json.dumps({"inputs": TEXT})
-    async with asyncio.timeout(ROOM_S * 6):
-        answer = b"".join([piece async for piece in post(address, "/tokenize", body)])
+    answer = b""
     try:
+        async with asyncio.timeout(ANSWER_S):
+            answer = b"".join([piece async for piece in post(address, "/tokenize", body)])
         pool = sorted({int(token["id"]) for token in json.loads(answer)})
+    except TimeoutError as error:
+        raise LoadError(f"the server's /tokenize took over {ANSWER_S:.0f} s") from error
     except (ValueError, TypeError, KeyError) as error:
         raise LoadError(f"the server's /tokenize answered {answer[:100]!r}") from error
     if not pool:
@@ -173,7 +179,7 @@ async def _answer(address: Address, body: str, tally: Tally) -> None:
 async def post(address: Address, path: str, body: str) -> AsyncIterator[bytes]:
     """The body of an answer, piece by piece as it comes. Raises ``LoadError``."""
     try:
-        async with asyncio.timeout(ROOM_S):
+        async with asyncio.timeout(CONNECT_S):
             reader, writer = await asyncio.open_connection(address.host, address.port, limit=LIMIT)
     except (OSError, TimeoutError) as error:
         raise LoadError(f"the server cannot be reached: {error or 'no answer'}") from error

@@ -19,7 +19,7 @@ from deploy.environment import last_line
 from deploy.tune_load import Address
 
 # How long a server may take to leave; nobody waits for an answer by then.
-LEAVE_S = 10.0
+LEAVE_S = 5.0
 ERROR = "roundhouse: error: "
 
 

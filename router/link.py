@@ -174,6 +174,12 @@ class Link:
             if fault is None:
                 raise self._down(error) from None
             raise RequestError(fault, error.details() or error.code().name) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not the caller was cancelled, but the call: this link was closed under it.
+            raise LinkDownError(f"{self.address}: its connection was closed") from None
         return [one.values for one in answer.embeddings]
 
     async def open(self) -> None:

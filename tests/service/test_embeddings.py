@@ -117,6 +117,12 @@ async def test_a_faulty_input_is_named(house: House, given: Any, message: str) -
     assert house.bench.engines["w"].batches == []
 
 
+async def test_an_unknown_encoding_is_refused(house: House) -> None:
+    answer = await embed(house, "x", encoding_format="int8")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "encoding_format"
+
+
 async def test_over_grpc(house: House) -> None:
     async with grpc.aio.insecure_channel(house.grpc) as channel:
         stub = InferenceStub(channel)
@@ -267,6 +273,21 @@ async def test_a_worker_that_dies_is_replaced_by_another(tmp_path: Path) -> None
         with pytest.raises(RequestError) as caught:
             await pair.embed((1,))
         assert caught.value.fault is Fault.UNAVAILABLE
+
+
+async def test_a_group_that_is_given_up_is_not_taken_for_a_client_that_leaves(
+    house: House,
+) -> None:
+    engine, (group,) = house.bench.engines["w"], house.router._groups
+    house.bench.gates["w"].clear()
+    held = asyncio.create_task(embed(house, [1]))
+    await until(lambda: engine.begun == 1)
+    assert group._life is not None
+    group._life.abandon("given up")
+    answer = await held
+    house.bench.gates["w"].set()
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "worker_lost"
 
 
 @pytest.mark.parametrize("made", [[], [[float("nan")]], [[float("inf")]], [[1.0], [1.0]]])

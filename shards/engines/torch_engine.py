@@ -21,7 +21,15 @@ import numpy as np
 import torch
 import transformers
 
-from shards.engines.base import Engine, EngineInfo, EngineOptions, ModelError, Progress, Scheduling
+from shards.engines.base import (
+    Engine,
+    EngineInfo,
+    EngineLost,
+    EngineOptions,
+    ModelError,
+    Progress,
+    Scheduling,
+)
 from shards.engines.paged import PagedEngine
 from shards.engines.threads import ThreadControl, usable_cores
 from shards.engines.torch_devices import (
@@ -94,8 +102,11 @@ class TorchEngine(PagedEngine):
         weight_bytes = count_bytes(model)
         if fused:
             fuse(model)
-        with self._ranks.watched():
-            return PagedModel(model, self._checkpoint.where, device, self._dtype), weight_bytes
+        try:
+            with self._ranks.watched():
+                return PagedModel(model, self._checkpoint.where, device, self._dtype), weight_bytes
+        except EngineLost as error:
+            raise ModelError(f"torch: {error}") from error
 
     def _limit(self, options: EngineOptions, page: int) -> Limits:
         trained = length_trained(self._checkpoint.config)
@@ -189,15 +200,13 @@ class TorchEngine(PagedEngine):
     # A step -------------------------------------------------------------------------------------
 
     def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawn:
-        """Draws on the device if nothing but the likeliest tokens is wanted."""
+        """Draws on an accelerator if nothing but the likeliest tokens is wanted."""
         logits = self._logits(layout)
         if not rows:
             return Drawn([])
-        if all(row.plain for row in rows):
-            best = logits.argmax(dim=-1, keepdim=True)
-            sound = torch.isfinite(logits.gather(-1, best))
-            tokens: list[int] = torch.where(sound, best, -1)[:, 0].tolist()
-            if min(tokens) >= 0:
+        if self._device.kind != "cpu" and all(row.plain for row in rows):
+            tokens = likeliest(logits)
+            if tokens is not None:
                 return Drawn(tokens)
         return self._sampler.draw(_to_host(logits), rows)
 
@@ -218,6 +227,17 @@ class TorchEngine(PagedEngine):
                 tensor(layout.positions.astype(np.int64)),
                 tensor(layout.draws.astype(np.int64)),
             )
+
+
+def likeliest(logits: Any) -> list[int] | None:
+    """The likeliest token of each row, smaller ids first; None if a row has none.
+
+    A row that is not finite is the sampler's to report, as NaN counts as its largest value.
+    """
+    best = logits.argmax(dim=-1, keepdim=True)
+    sound = torch.isfinite(logits.gather(-1, best))
+    tokens: list[int] = torch.where(sound, best, -1)[:, 0].tolist()
+    return None if min(tokens) < 0 else tokens
 
 
 def _to_host(logits: Any) -> Floats:

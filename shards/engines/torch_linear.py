@@ -16,6 +16,19 @@ from torch.nn import functional
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+class Kept:
+    """Outputs that were computed but not asked for yet, and the input that they belong to.
+
+    Not attributes of the module, because setting those goes through a dozen checks.
+    """
+
+    __slots__ = ("input", "outputs")
+
+    def __init__(self) -> None:
+        self.input: Any = None
+        self.outputs: list[Any] = []
+
+
 class Lead(nn.Module):  # type: ignore[misc]
     """The first of some layers; computes the outputs of all, and keeps those of the others."""
 
@@ -28,24 +41,23 @@ class Lead(nn.Module):  # type: ignore[misc]
         if linears[0].bias is not None:
             bias = torch.cat([one.bias.data for one in linears])
             self.bias = nn.Parameter(bias, requires_grad=False)
-        # The outputs that were not asked for yet, by place, and the input that they belong to.
-        self.kept: dict[int, Any] = {}
-        self.input: Any = None
+        self.kept = Kept()
 
     def forward(self, x: Any) -> Any:
         """[..., in] to [..., out of the first]."""
-        first, *others = functional.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
-        self.kept = dict(enumerate(others, start=1))
-        self.input = x
+        out = functional.linear(x, self.weight, self.bias)
+        first, *others = out.split_with_sizes(self.sizes, -1)
+        self.kept.input, self.kept.outputs = x, others
         return first
 
     def take(self, place: int, x: Any) -> Any:
         """The output of another layer for the same input; computed again for any other input."""
-        found = self.kept.pop(place, None) if x is self.input else None
-        if not self.kept:
-            self.input = None  # nothing is held longer than it is needed
-        if found is not None:
-            return found
+        kept = self.kept
+        if x is kept.input:
+            out = kept.outputs[place - 1]
+            if place == len(kept.outputs):
+                kept.input, kept.outputs = None, []  # nothing is held longer than it is needed
+            return out
         rows = slice(sum(self.sizes[:place]), sum(self.sizes[: place + 1]))
         bias = None if self.bias is None else self.bias[rows]
         return functional.linear(x, self.weight[rows], bias)

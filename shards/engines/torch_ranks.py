@@ -8,11 +8,18 @@ all of them draw the same token.
 
 Sums are exact copies on all ranks: gloo and nccl reduce each part of a tensor at one place and
 send the result around.
+
+A rank that is gone fails the collective under way, which ends the engine in good order. Where
+nothing is under way, or where the device waits without end, the connections that the ranks hold
+beside it (``vllm_peers``, which is not vLLM's alone) tell, and end the process.
 """
 
+import os
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -27,11 +34,15 @@ from shards.engines.base import EngineLost, EngineOptions, ModelError, Progress
 from shards.engines.torch_attention import NAME
 from shards.engines.torch_devices import BACKENDS, Device
 from shards.engines.torch_weights import Checkpoint
+from shards.engines.vllm_peers import Peers, PeersError
 
 # How long ranks wait for each other to start and to load.
 MEETING_S = 600.0
+# The worker's exit code for a lost engine, and how long it has to leave in good order.
+EXIT_LOST = 3
+LEAVE_S = 1.5
 _COLUMN, _ROW, _GATHERED = "colwise", "rowwise", "colwise_gather_output"
-# Styles that leave a module as it is, whole on every rank.
+# Styles that leave a module as it is, whole on every rank; so are embeddings, whatever their style.
 _WHOLE = ("replicated_with_grad_allreduce",)
 
 
@@ -41,6 +52,7 @@ class Ranks:
     def __init__(self, options: EngineOptions, device: Device, peer_timeout_s: float) -> None:
         self.rank, self.world = options.rank, options.world
         self._group: Any = None
+        self._peers: Peers | None = None
         self._lost = False
         if self.world == 1:
             return
@@ -54,20 +66,20 @@ class Ranks:
         if dist.is_initialized():
             raise ModelError("torch: a process can be a rank of one group only")
         try:
+            self._peers = Peers(self.rank, self.world, options.rendezvous)
+            self._peers.watch(_end)
+            host = options.rendezvous.rpartition(":")[0]
             dist.init_process_group(
                 backend,
-                init_method=f"tcp://{options.rendezvous}",
+                init_method=f"tcp://{host}:{self._peers.store_port}",
                 rank=self.rank,
                 world_size=self.world,
                 timeout=timedelta(seconds=MEETING_S),
                 device_id=device.torch if device.kind == "cuda" else None,
             )
             self._group = dist.new_group(timeout=timedelta(seconds=peer_timeout_s))
-        except (RuntimeError, ValueError) as error:
-            raise ModelError(
-                f"torch: rank {self.rank} of {self.world} did not meet the others at"
-                f" {options.rendezvous}: {_line(error)}"
-            ) from error
+        except (PeersError, RuntimeError, ValueError) as error:
+            raise ModelError(f"torch: the ranks did not meet: {_line(error)}") from error
 
     def least(self, value: int, device: Device) -> int:
         """The smallest value that any rank gives; also waits until all have loaded."""
@@ -116,9 +128,20 @@ class Ranks:
 
     def close(self) -> None:
         """Leaves the group, unless it is lost: then there is nobody to part from in good order."""
+        if self._peers is not None:
+            self._peers.close()
         if self._group is not None and not self._lost:
             dist.destroy_process_group()
             self._group = None
+
+
+def _end(reason: str) -> None:
+    """Ends this process, after a while in which the engine thread may find the loss by itself."""
+    time.sleep(LEAVE_S)
+    with suppress(OSError):
+        sys.stderr.write(f"torch: {reason}\n")
+        sys.stderr.flush()
+    os._exit(EXIT_LOST)
 
 
 def _line(error: BaseException) -> str:
@@ -186,7 +209,7 @@ class Cuts:
         self._ranks = ranks
         for name, module in model.named_modules():
             style = next((s for pattern, s in plan.items() if pattern.fullmatch(name)), None)
-            if style is None or style in _WHOLE:
+            if style is None or style in _WHOLE or isinstance(module, nn.Embedding):
                 continue
             if style not in (_COLUMN, _ROW, _GATHERED) or not isinstance(module, nn.Linear):
                 raise ModelError(

@@ -95,6 +95,15 @@ def test_a_killed_rank_takes_the_group_down_and_a_new_one_goes_on(tmp_path: Path
         assert made.generate(asked, 6) == before
 
 
+def test_an_idle_group_ends_with_its_first_loss(tmp_path: Path) -> None:
+    with group(tmp_path / "group", tiny_llama_folder(), 2, *SIZES) as made:
+        made.step(**first_plan(1, 5, 6, 7))
+        made.ranks[0].process.send_signal(signal.SIGKILL)
+        survivor = made.ranks[1].process
+        assert seconds_until(lambda: survivor.poll() is not None, GONE_S) < GONE_S
+        assert survivor.returncode == 3
+
+
 def test_a_stopped_rank_is_given_up(tmp_path: Path) -> None:
     """A peer that neither answers nor closes its connections is found by the time limit."""
     limit = ("--engine-option", "peer_timeout_s=2")

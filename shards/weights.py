@@ -29,6 +29,7 @@ Index = tuple[slice, ...]
 """One slice with step 1 for each of the first dimensions; those that are missing are whole."""
 
 _FLOAT32 = np.dtype(np.float32)
+_WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # Longer headers are taken for damage, as the format's own library does.
 _HEADER_MAX = 100_000_000
@@ -120,7 +121,9 @@ class _SafetensorsWeights(Weights):
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
-    """The files that the index names, or the only one."""
+    """The file of the usual name, or those that the index names, or the only one."""
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
     index = folder / _INDEX
     if not index.is_file():
         files = sorted(folder.glob("*.safetensors"))

@@ -82,7 +82,7 @@ class JaxEngine(PagedEngine):
         self._group = group = join(options)
         on_tpu, on_cpu = group.platform == "tpu", group.platform == "cpu"
         pages = extras.whole("page_tokens", TPU_PAGE_TOKENS if on_tpu else PAGE_TOKENS)
-        fits = on_tpu and _kernel_fits(config, self._dtype)
+        fits = on_tpu and kernel_fits(config, self._dtype)
         way = extras.choice("attention", "kernel" if fits else "plain", ("kernel", "plain"))
         self._argmax = extras.choice("argmax", "host" if on_cpu else "device", ("host", "device"))
         extras.finish()
@@ -252,7 +252,7 @@ def _dtype(options: EngineOptions, config: LlamaConfig) -> str:
     return options.dtype or stored
 
 
-def _kernel_fits(config: LlamaConfig, dtype: Any) -> bool:
+def kernel_fits(config: LlamaConfig, dtype: Any) -> bool:
     """Whether the kernel can cut this rank's KV heads into the tiles of a TPU."""
     tiles, rest = divmod(2 * config.kv_heads * dtype.itemsize, 4)
     return rest == 0 and (tiles in (1, 2, 4) or tiles % 8 == 0)

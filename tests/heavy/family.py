@@ -78,9 +78,11 @@ def member_folder(name: str, target: Path) -> Path:
         for vector, length in vectors.items()
     }
     save_tensors(target / "more.safetensors", more, dtype="float32")
-    with (target / "model.safetensors").open("rb") as file:
+    # A file of the usual name would be taken for all there is.
+    first = (target / "model.safetensors").rename(target / "first.safetensors")
+    with first.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    places = {name: "model.safetensors" for name in header if name != "__metadata__"}
+    places = {name: first.name for name in header if name != "__metadata__"}
     places |= dict.fromkeys(more, "more.safetensors")
     index = {"metadata": {}, "weight_map": places}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -3,7 +3,7 @@
 Engines without torch in their environment are compared with these files. To write them anew, where
 torch and transformers are installed:
 
-    python -m tests.heavy.reference
+    python -m tests.heavy.reference            # or one: python -m tests.heavy.reference family
 
 For each prompt they have its tokens, the tokens drawn greedily (the end of a text is a token like
 any other), at each of them the margin between the two largest logits, and the first one's logprob.
@@ -86,25 +86,30 @@ def write(name: str, entries: list[dict[str, Any]]) -> None:
     (HERE / f"{name}.json").write_text(text)
 
 
-def main() -> int:
-    """Writes both files."""
-    from tokenizers import Tokenizer
-
-    from tests.heavy.models import smollm2_folder
-
-    family = []
+def family() -> list[dict[str, Any]]:
+    """What each member of the family answers."""
+    found = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in MEMBERS:
             folder = member_folder(name, Path(scratch) / name)
             entries = answers(folder, [family_prompt()], FAMILY_COUNT)
-            family += [{"name": name, **entry} for entry in entries]
-    write("family", family)
+            found += [{"name": name, **entry} for entry in entries]
+    return found
+
+
+def smollm2() -> list[dict[str, Any]]:
+    """What SmolLM2 answers."""
+    from tokenizers import Tokenizer
+
+    from tests.heavy.models import smollm2_folder
+
     folder = smollm2_folder()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     asked = [tokenizer.encode(text, add_special_tokens=False).ids for text in prompts()]
-    write("smollm2", answers(folder, asked, COUNT))
-    return 0
+    return answers(folder, asked, COUNT)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    for file, make in (("family", family), ("smollm2", smollm2)):
+        if file in (sys.argv[1:] or ("family", "smollm2")):
+            write(file, make())

@@ -1,10 +1,10 @@
 """The plain attention, and our layout in the kernel's arguments, against the package's reference.
 
-The reference is the pure-JAX function that comes with the TPU kernel. The kernel itself runs in
-Pallas' interpreter for TPUs.
+The reference is the pure-JAX function that comes with the TPU kernel.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,18 +12,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
+from jax._src.mesh import AbstractDevice
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
     ragged_paged_attention,
     ref_ragged_paged_attention,
 )
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import get_min_heads_per_blk
 
+from shards.engines import jax_config
 from shards.engines.jax_attention import Attention, kernel, plain, write
 from shards.engines.jax_buckets import Bucket, choose, pack
+from shards.engines.jax_engine import kernel_fits
 from shards.kv import TRASH, StepLayout
 
 PAGE = 16
 PAGES = 96
+BASE = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 2,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
 # Sequences as (tokens known before the step, tokens of the step), and how many of the first pages
 # they all share.
 CASES: dict[str, tuple[list[tuple[int, int]], int]] = {
@@ -93,7 +107,7 @@ def reference(tokens: int) -> Callable[..., Any]:
     return padded
 
 
-@pytest.mark.parametrize("window", [0, 24, 300])
+@pytest.mark.parametrize("window", [0, 24])
 @pytest.mark.parametrize("case", list(CASES))
 def test_the_plain_way_is_as_the_reference(case: str, window: int) -> None:
     layout = layout_of(*CASES[case], np.random.default_rng(3))
@@ -128,23 +142,53 @@ def test_cells_that_are_not_written_yet_do_not_matter(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["rows of many lengths", "rows behind blocks"])
-@pytest.mark.parametrize("window", [0, 24])
-def test_the_kernel_takes_our_layout(case: str, window: int) -> None:
+def test_heads_are_filled_up_for_the_kernel(case: str) -> None:
     """Heads of 64 in a cache for the kernel's 128, as a model with such heads has them on a TPU."""
     layout = layout_of(*CASES[case], np.random.default_rng(5))
     bucket = fit(layout)
     step = fields(layout, bucket)
-    attention = Attention(0.3, window, kernel=True, compute=jnp.float32)
+    attention = Attention(0.3, 24, kernel=True, compute=jnp.float32)
     queries, narrow = made(4, 2, 64, bucket.tokens)
     wide = jnp.pad(narrow, ((0, 0), (0, 0), (0, 0), (0, 64)))
-    blocks = {"num_kv_pages_per_block": 4, "num_queries_per_block": 8}
-    interpreted = partial(ragged_paged_attention, **blocks)
-    with pltpu.force_tpu_interpret_mode():
-        found = kernel(queries, wide, step, attention, interpreted)
     expected = kernel(queries, narrow, step, attention, reference(bucket.tokens))
-    count = len(layout.tokens)
-    np.testing.assert_allclose(found[:count], expected[:count], atol=2e-5)
-    assert not np.asarray(found[count:]).any()
+    found = kernel(queries, wide, step, attention, reference(bucket.tokens))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert not np.asarray(found[len(layout.tokens) :]).any()
+
+
+@pytest.mark.parametrize("window", [0, 24])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_kernel_is_lowered_for_a_tpu_with_our_layout(dtype: Any, window: int) -> None:
+    """No TPU is needed for that; the interpreter of this release cannot run this kernel."""
+    bucket = Bucket(64, 16, 24, mixed=True)
+    step = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, _, shape in bucket.spans()}
+    attention = Attention(0.3, window, kernel=True, compute=dtype)
+    # What it would look up by the name of the device.
+    sizes = {"num_kv_pages_per_block": 4, "num_queries_per_block": 16}
+    function = partial(ragged_paged_attention, **sizes)
+    queries = jax.ShapeDtypeStruct((bucket.tokens, 8, 64), dtype)
+    cache = jax.ShapeDtypeStruct((PAGES, PAGE, 4, 128), dtype)
+    device = AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    attend = jax.jit(partial(kernel, attention=attention, function=function))
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = attend.trace(queries, cache, step).lower(lowering_platforms=("tpu",))
+    assert "tpu_custom_call" in lowered.as_text()
+
+
+def test_heads_that_the_kernel_refuses_are_known() -> None:
+    fits = 0
+    for kv_heads in range(1, 33):
+        config = replace(jax_config.read(BASE), heads=2 * kv_heads, kv_heads=kv_heads)
+        for dtype in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+            try:
+                get_min_heads_per_blk(2 * kv_heads, 2 * kv_heads, dtype, dtype)
+                takes = True
+            except ValueError:
+                takes = False
+            assert kernel_fits(config, dtype) == takes
+            fits += takes
+    assert 10 < fits < 50
 
 
 def test_padding_writes_to_the_trash_page_alone() -> None:

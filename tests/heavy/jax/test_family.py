@@ -15,7 +15,7 @@ from shards.kv import TRASH
 from tests.engines.contract import admit, decode
 from tests.heavy import reference
 from tests.heavy.family import MEMBERS, member_folder
-from tests.heavy.jax.test_attention import CASES, layout_of
+from tests.heavy.jax.test_attention import BASE, CASES, layout_of
 from tests.heavy.jax.test_smollm2 import agreed
 from tests.heavy.models import tiny_llama_folder
 
@@ -42,19 +42,6 @@ def test_a_member_of_the_family_is_as_the_reference(tmp_path: Path, name: str) -
         engine.close()
     assert first.logprobs[1].logprob == pytest.approx(entry["logprob"], abs=1e-3)
     assert agreed(found, entry) > len(found) // 2
-
-
-BASE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "num_hidden_layers": 2,
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "vocab_size": 100,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
 
 
 @pytest.mark.parametrize(

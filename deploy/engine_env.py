@@ -140,11 +140,20 @@ def install(
 
 def prepare(venv: Environment, base_python: str) -> None:
     """An environment of that Python, with nothing said about what is in it."""
-    left = venv.stamped().get("python", base_python)
     venv.stamp.unlink(missing_ok=True)
-    if left != base_python:
+    if made_with(venv.folder) not in ("", base_python):
         discard(venv.folder)
     venv.create()
+
+
+def made_with(folder: Path) -> str:
+    """The version of the Python that a virtual environment was made with; "" if there is none."""
+    try:
+        lines = (folder / "pyvenv.cfg").read_text().splitlines()
+    except OSError:
+        return ""
+    pairs = (line.partition("=") for line in lines)
+    return next((value.strip() for key, _, value in pairs if key.strip() == "version"), "")
 
 
 def fill(venv: Environment, todo: Recipe, *, tests: bool) -> None:

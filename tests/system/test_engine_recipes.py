@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from deploy.declared import Declared, declared, name_of
-from deploy.engine_env import check_python, recipe
+from deploy.engine_env import check_python, made_with, prepare, recipe
 from deploy.engines import ENGINES, python_range
-from deploy.environment import SetupError
+from deploy.environment import Environment, SetupError
 from deploy.hardware import Hardware
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +72,22 @@ def test_pythons_are_named_as_people_do() -> None:
     check_python(ENGINES["vllm"], "python", "3.13.9")
     with pytest.raises(SetupError, match=r"needs Python 3\.11 to 3\.13, and python is 3\.14\.0"):
         check_python(ENGINES["vllm"], "python", "3.14.0")
+
+
+def test_what_another_python_has_begun_is_begun_anew(tmp_path: Path) -> None:
+    python, folder = tmp_path / "python", tmp_path / "env"
+    python.write_text('#!/bin/sh\nmkdir -p "$3" && echo "version = 3.11.7" > "$3/pyvenv.cfg"\n')
+    python.chmod(0o755)
+    venv = Environment(folder, tmp_path, str(python))
+    prepare(venv, "3.11.7")
+    assert made_with(folder) == "3.11.7"
+    (folder / "left").touch()
+    venv.write_stamp(["torch"], "digest")
+    prepare(venv, "3.11.7")
+    assert (folder / "left").exists()
+    assert not venv.stamp.exists()
+    prepare(venv, "3.12.1")
+    assert not (folder / "left").exists()
 
 
 def test_what_is_installed_declares_the_same_as_the_checkout(tmp_path: Path) -> None:

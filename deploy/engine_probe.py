@@ -143,7 +143,7 @@ def lacking(facts: Facts, hardware: Hardware) -> str:
 def unseen(facts: Facts, hardware: Hardware, answer: Answer) -> str:
     """The accelerator that is here and that the installed build cannot use."""
     here = [kind for kind in hardware.kinds if kind in facts.devices and kind != "cpu"]
-    if not here or not answer.devices or any(one != "cpu" for one in answer.devices):
+    if not here or not all(one.startswith("cpu") for one in answer.devices or ("unknown",)):
         return ""
     return f"this build computes on the CPU alone and leaves {device_name(here[0])} idle"
 

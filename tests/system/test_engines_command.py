@@ -230,6 +230,7 @@ def test_what_hinders_most_is_said_first() -> None:
         (Answer("2.13", ("cpu",)), CPU, READY, ""),
         (Answer("2.13", ("cuda:0 H100", "cpu")), NVIDIA, READY, ""),
         (Answer("2.13", ("cpu",)), NVIDIA, READY, "leaves an NVIDIA GPU idle"),
+        (Answer("2.13", ("cpu:0",)), NVIDIA, READY, "leaves an NVIDIA GPU idle"),
         (Answer("2.13", ("cpu",), roundhouse="0.0.1"), CPU, READY, "has Roundhouse 0.0.1"),
         (Answer(error="OSError: libtorch.so"), CPU, BROKEN, "OSError: libtorch.so"),
         (Answer("2.13", ("cpu",), worker=False), CPU, BROKEN, "lacks Roundhouse's worker"),

@@ -1,8 +1,11 @@
 """AWS Neuron (Inferentia, Trainium): models compiled ahead of time, with a static cache of slots.
 
 A step is at most one call of a context-encoding graph per bucket, and then one call of a
-token-generation graph for all slots; sampling is ours, on the host. ``neuron_graphs`` knows the
-two libraries; ``docs/engines/neuron.md`` says what has been checked, and how.
+token-generation graph for all slots. ``neuron_graphs`` knows the two libraries;
+``docs/engines/neuron.md`` says what has been checked, and how.
+
+Sampling is ours, on the host, unless the model was compiled to draw on the device. Then there are
+no logits, and none of the features that need them; what the device would ignore fails by name.
 
 - A prompt is computed whole, in the step in which its last token is scheduled: context encoding
   starts at position 0, so chunks are bookkeeping.
@@ -28,18 +31,26 @@ from shards.engines.base import (
     EngineOptions,
     ModelError,
     Progress,
+    SamplingParams,
     Scheduling,
 )
 from shards.engines.caller import CallerEngine, Work
-from shards.engines.neuron_graphs import Graphs, load_nxdi, load_optimum
+from shards.engines.neuron_graphs import Found, Graphs, Shapes, load_nxdi, load_optimum
 from shards.engines.self_model import Folder, installed_version, open_folder
 from shards.extras import Extras
 from shards.hf_folder import read_config, tokenizer_files
 from shards.residents import Limits, Resident
-from shards.sampling import Drawn, Floats, Sampler
+from shards.sampling import Drawn, Sampler
 
 NEURON_CONFIG = "neuron_config.json"
 _DISTRIBUTIONS = {"optimum": "optimum-neuron", "nxdi": "neuronx-distributed-inference"}
+_NARROW = (
+    "this model draws on the device, among the {} likeliest tokens, without seeds, penalties, bias"
+    " or log probabilities; compile it without on_device_sampling to have them"
+)
+Words = tuple[float, float, float]
+# The likeliest token, whatever the temperature.
+_GREEDY: Words = (1.0, 1.0, 1.0)
 _FEATURES = ("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p")
 
 
@@ -68,7 +79,7 @@ class NeuronEngine(CallerEngine):
         self._sampler = Sampler(limits.vocab_size)
         # Tokens of each slot that are in the cache; others are known, and counted, only.
         self._cached = np.zeros(shapes.slots, np.int32)
-        self._info = _describe(options, folder, limits, shapes.dtype, library)
+        self._info = _describe(options, folder, limits, graphs.shapes, library)
 
     def describe(self) -> EngineInfo:
         """See ``Engine``."""
@@ -89,12 +100,23 @@ class NeuronEngine(CallerEngine):
     def _compute(self, work: Work, rows: Sequence[Resident]) -> Drawn:
         if not rows:
             return Drawn([])
+        among = self._graphs.shapes.draws_among
+        if among:
+            tokens = np.empty(len(rows), np.int64)
+            self._fill(rows, tokens, [_on_device(row.sampling, among) for row in rows])
+            unable = {index: _unable(row.sampling, among) for index, row in enumerate(rows)}
+            failures = {index: why for index, why in unable.items() if why}
+            return Drawn(tokens.tolist(), failures=failures)
         logits = np.empty((len(rows), self._folder.vocab_size), np.float32)
-        self._encode(rows, logits)
-        self._generate(rows, logits)
+        self._fill(rows, logits, [_GREEDY] * len(rows))
         return self._sampler.draw(logits, rows)
 
-    def _encode(self, rows: Sequence[Resident], logits: Floats) -> None:
+    def _fill(self, rows: Sequence[Resident], found: Found, words: Sequence[Words]) -> None:
+        """Computes what is left of each row; ``found`` is what is behind its last token."""
+        self._encode(rows, found, words)
+        self._generate(rows, found, words)
+
+    def _encode(self, rows: Sequence[Resident], found: Found, words: Sequence[Words]) -> None:
         """Computes the prompts that are not in the cache, those of one bucket together."""
         buckets = self._graphs.shapes.context
         groups: dict[int, list[int]] = {}
@@ -110,33 +132,56 @@ class NeuronEngine(CallerEngine):
             for line, index in enumerate(indices):
                 tokens[line, : lengths[line]] = rows[index].tokens[: lengths[line]]
             slots = [rows[index].slot for index in indices]
-            logits[indices] = self._graphs.encode(tokens, lengths, slots)
+            sampling = np.array([words[index] for index in indices], np.float32)
+            found[indices] = self._graphs.encode(tokens, lengths, slots, sampling)
             self._cached[slots] = lengths
 
-    def _generate(self, rows: Sequence[Resident], logits: Floats) -> None:
+    def _generate(self, rows: Sequence[Resident], found: Found, words: Sequence[Words]) -> None:
         """Computes what is left behind the cache: one token of a sequence that decodes."""
         while behind := [
             index for index, row in enumerate(rows) if self._cached[row.slot] < len(row.tokens)
         ]:
             tokens = np.zeros(len(self._cached), np.int32)
+            sampling = np.ones((len(tokens), 3), np.float32)
             slots = [rows[index].slot for index in behind]
             for index, slot in zip(behind, slots, strict=True):
                 tokens[slot] = rows[index].tokens[self._cached[slot]]
+                sampling[slot] = words[index]
             width = self._graphs.shapes.generation.width(int(self._cached.max()) + 1)
-            found = self._graphs.generate(tokens, self._cached.copy(), width)
-            logits[behind] = found[slots]
+            answer = self._graphs.generate(tokens, self._cached.copy(), width, sampling)
+            found[behind] = answer[slots]
             self._cached[slots] += 1
 
 
+def _on_device(sampling: SamplingParams, among: int) -> Words:
+    """Top_k, top_p and temperature in the device's words."""
+    if sampling.temperature == 0.0:
+        return _GREEDY
+    top_k = min(sampling.top_k or among, among)
+    return top_k, sampling.top_p or 1.0, sampling.temperature
+
+
+def _unable(sampling: SamplingParams, among: int) -> str:
+    """What the device would ignore, in one line; or nothing."""
+    if sampling.temperature == 0.0:
+        return ""
+    if sampling.min_p > 0.0:
+        return "neuron does not support min_p in a model that draws on the device"
+    if sampling.top_k > among:
+        return f"neuron draws among {among} tokens in this model: top_k is {sampling.top_k}"
+    return ""
+
+
 def _describe(
-    options: EngineOptions, folder: Folder, limits: Limits, dtype: str, library: str
+    options: EngineOptions, folder: Folder, limits: Limits, shapes: Shapes, library: str
 ) -> EngineInfo:
+    warnings = [_NARROW.format(shapes.draws_among)] if shapes.draws_among else []
     return EngineInfo(
         engine="neuron",
         engine_version=installed_version(_DISTRIBUTIONS[library]),
         device="neuron",
         model_id=options.model_id,
-        dtype=dtype,
+        dtype=shapes.dtype,
         scheduling=Scheduling.CALLER,
         kv_tokens=limits.kv_tokens,
         page_tokens=limits.page_tokens,
@@ -145,7 +190,8 @@ def _describe(
         length_max=limits.length_max,
         vocab_size=limits.vocab_size,
         eos_token_ids=folder.eos_token_ids,
-        features=_FEATURES,
+        features=() if shapes.draws_among else _FEATURES,
+        warnings=tuple(warnings),
     )
 
 

@@ -4,7 +4,8 @@ A graph has one shape. There are graphs of two kinds: *context encoding* takes t
 one sequence, right-padded to a bucket, and *token generation* takes one token of every slot, and
 reads as much of the cache as its bucket says. Each slot is one line of a static KV cache.
 
-- ``optimum``: ``optimum-neuron``, with one bucket of each kind. Its wrapper pads by itself.
+- ``optimum``: ``optimum-neuron``, with one bucket of each kind. Its wrapper pads by itself. It can
+  draw on the device, among a few of the likeliest tokens, and then gives tokens and no logits.
 - ``nxdi``: NxD Inference, with as many buckets as it was compiled for. Its wrapper takes the first
   bucket that is *larger* than its input is wide, or the last if the input fits exactly, so an input
   must be one narrower than its bucket.
@@ -23,6 +24,8 @@ from shards.engines.self_model import load_package, one_line
 from shards.sampling import Floats
 
 Ints = NDArray[np.int32]
+Found = NDArray[Any]
+"""Float32 logits [rows, vocabulary], or drawn tokens [rows] of models that draw on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +51,25 @@ class Buckets:
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """What the model was compiled for. ``length`` is a slot's, in tokens."""
+    """What the model was compiled for. ``length`` is a slot's, in tokens.
+
+    If ``draws_among`` is not 0, the device draws, among so many of the likeliest tokens.
+    """
 
     slots: int
     length: int
     context: Buckets
     generation: Buckets
     dtype: str
+    draws_among: int = 0
 
 
 class Graphs(ABC):
-    """The compiled model. Arrays are int32; logits come back as float32 [rows, vocabulary]."""
+    """The compiled model. Arrays are int32.
+
+    ``sampling`` is float32 [rows, 3]: top_k, top_p and temperature of each row, without effect
+    where the device does not draw.
+    """
 
     shapes: Shapes
 
@@ -68,27 +79,28 @@ class Graphs(ABC):
         self._vocab_size = vocab_size
 
     @abstractmethod
-    def encode(self, tokens: Ints, lengths: Sequence[int], slots: Sequence[int]) -> Floats:
+    def encode(
+        self, tokens: Ints, lengths: Sequence[int], slots: Sequence[int], sampling: Floats
+    ) -> Found:
         """Computes whole prompts, [rows, width of a bucket], and fills their slots.
 
-        Returns the logits behind the last token of each.
+        Returns what is found behind the last token of each.
         """
 
     @abstractmethod
-    def generate(self, tokens: Ints, positions: Ints, width: int) -> Floats:
+    def generate(self, tokens: Ints, positions: Ints, width: int, sampling: Floats) -> Found:
         """Computes one token of every slot, [slots] each, at its position.
 
-        Its key and value are written there whether or not anybody wants the logits. ``width`` is
-        one of a bucket's, and above every position.
+        Its key and value are written there whether or not anybody wants what is found behind it.
+        ``width`` is one of a bucket's, and above every position.
         """
 
-    def _call(self, rows: int, **arrays: NDArray[Any]) -> Any:
+    def _call(self, **arrays: NDArray[Any]) -> Any:
         """Calls the model with tensors of the arrays."""
         torch = self._torch
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        # top_k, top_p and temperature of sampling on the device, which is off.
         with torch.no_grad():
-            return self._model.forward(**tensors, sampling_params=torch.ones((rows, 3)))
+            return self._model.forward(**tensors)
 
     def _logits(self, found: Any) -> Floats:
         """Logits [rows, 1, vocabulary as compiled] as an array without the padding."""
@@ -110,8 +122,6 @@ class OptimumGraphs(Graphs):
     def __init__(self, model: Any, vocab_size: int) -> None:
         super().__init__(model, vocab_size)
         config = model.neuron_config
-        if config.on_device_sampling:
-            raise ModelError(_ON_DEVICE)
         # The wrapper would fill up a smaller batch with writes into slots that it does not own.
         if not config.continuous_batching or config.max_batch_size != config.batch_size:
             raise ModelError(
@@ -124,27 +134,36 @@ class OptimumGraphs(Graphs):
             context=Buckets((config.max_context_length,), strict=False),
             generation=Buckets((config.sequence_length,), strict=False),
             dtype=_dtype(config),
+            draws_among=_draws_among(config, vocab_size),
         )
 
-    def encode(self, tokens: Ints, lengths: Sequence[int], slots: Sequence[int]) -> Floats:
+    def encode(
+        self, tokens: Ints, lengths: Sequence[int], slots: Sequence[int], sampling: Floats
+    ) -> Found:
         """See ``Graphs``."""
         found = self._call(
-            len(slots),
             input_ids=tokens,
             position_ids=_positions(lengths, tokens.shape[1]),
             seq_ids=np.array(slots, np.int32),
+            sampling_params=sampling,
         )
-        return self._logits(found)
+        return self._found(found)
 
-    def generate(self, tokens: Ints, positions: Ints, width: int) -> Floats:
+    def generate(self, tokens: Ints, positions: Ints, width: int, sampling: Floats) -> Found:
         """See ``Graphs``."""
         found = self._call(
-            len(tokens),
             input_ids=tokens[:, None],
             position_ids=positions[:, None],
             seq_ids=np.arange(len(tokens), dtype=np.int32),
+            sampling_params=sampling,
         )
-        return self._logits(found)
+        return self._found(found)
+
+    def _found(self, found: Any) -> Found:
+        if not self.shapes.draws_among:
+            return self._logits(found)
+        tokens: Found = found.to(device="cpu", dtype=self._torch.int64).numpy()
+        return tokens.reshape(-1)
 
 
 class NxdiGraphs(Graphs):
@@ -154,7 +173,10 @@ class NxdiGraphs(Graphs):
         super().__init__(model, vocab_size)
         config = model.neuron_config
         if config.on_device_sampling_config is not None:
-            raise ModelError(_ON_DEVICE)
+            raise ModelError(
+                "neuron: the model was compiled with sampling on the device: compile it with"
+                " on_device_sampling_config=None"
+            )
         if config.is_block_kv_layout or config.async_mode:
             raise ModelError("neuron: models with is_block_kv_layout or async_mode are not served")
         if not config.is_continuous_batching or config.ctx_batch_size != 1:
@@ -172,35 +194,38 @@ class NxdiGraphs(Graphs):
             dtype=_dtype(config),
         )
 
-    def encode(self, tokens: Ints, lengths: Sequence[int], slots: Sequence[int]) -> Floats:
+    def encode(
+        self, tokens: Ints, lengths: Sequence[int], slots: Sequence[int], sampling: Floats
+    ) -> Found:
         """See ``Graphs``."""
         places = np.arange(tokens.shape[1], dtype=np.int32)[None, :]
         found = self._call(
-            len(slots),
             input_ids=tokens,
             attention_mask=(places < np.array(lengths)[:, None]).astype(np.int32),
             position_ids=_positions(lengths, tokens.shape[1]),
             seq_ids=np.array(slots, np.int32),
+            sampling_params=sampling,
         )
         return self._logits(found.logits)
 
-    def generate(self, tokens: Ints, positions: Ints, width: int) -> Floats:
+    def generate(self, tokens: Ints, positions: Ints, width: int, sampling: Floats) -> Found:
         """See ``Graphs``. The mask covers what is in the cache; its width picks the graph."""
         places = np.arange(width, dtype=np.int32)[None, :]
         found = self._call(
-            len(tokens),
             input_ids=tokens[:, None],
             attention_mask=(places < positions[:, None]).astype(np.int32),
             position_ids=positions[:, None],
             seq_ids=np.arange(len(tokens), dtype=np.int32),
+            sampling_params=sampling,
         )
         return self._logits(found.logits)
 
 
-_ON_DEVICE = (
-    "neuron: the model was compiled with sampling on the device, which gives no logits: export it"
-    " without on_device_sampling"
-)
+def _draws_among(config: Any, vocab_size: int) -> int:
+    """Among how many of the likeliest tokens the device draws; a limit below 1 is none."""
+    if not config.on_device_sampling:
+        return 0
+    return min(config.max_topk, vocab_size) if config.max_topk > 0 else vocab_size
 
 
 def _buckets(given: Sequence[int] | None, largest: int) -> Buckets:

@@ -18,7 +18,14 @@ import pytest
 
 from deploy.engines import ENGINES
 from shards.engines import load as load_engine
-from shards.engines.base import Engine, EngineOptions, ModelError, Plan, Scheduling
+from shards.engines.base import (
+    Engine,
+    EngineOptions,
+    ModelError,
+    Plan,
+    SamplingParams,
+    Scheduling,
+)
 from shards.engines.neuron import NeuronEngine
 from shards.engines.neuron_graphs import Buckets, Graphs, NxdiGraphs, OptimumGraphs
 from shards.engines.self_model import open_folder
@@ -78,7 +85,7 @@ class TestContract(EngineContract):
 
 
 def test_every_argument_and_field_is_in_the_recorded_signatures() -> None:
-    called = call_keywords("neuron_graphs", "_call") | {"sampling_params"}
+    called = call_keywords("neuron_graphs", "_call")
     forward = recorded("nxdi", "functions", "NeuronBaseForCausalLM.forward")["positional"]
     assert called <= set(forward)
     simple = recorded("optimum", "functions", "NxDModelForCausalLM.forward")["positional"]
@@ -209,6 +216,47 @@ def test_describes_what_is_true() -> None:
     assert set(info.features) == set(ENGINES["neuron"].features)
 
 
+def test_a_model_that_draws_on_the_device_says_what_it_cannot(prompts: list[list[int]]) -> None:
+    host, _ = make("optimum")
+    engine, model = make("optimum", on_device_sampling=True)
+    info = engine.describe()
+    assert info.features == ()
+    assert "among the 64 likeliest tokens" in info.warnings[0]
+    # Greedy is the same wherever it is drawn.
+    for n, prompt in enumerate(prompts, start=1):
+        assert generate(engine, n, prompt, 6) == generate(host, n, prompt, 6)
+    model.sampled.clear()
+    warm = SamplingParams(temperature=0.5, top_k=9, top_p=0.75)
+    free = SamplingParams(temperature=2.0)
+    plan = Plan(
+        admits=[admit(8, [1, 2], warm), admit(9, [1, 2], free)], work=[(1, 1), (8, 2), (9, 2)]
+    )
+    engine.step(plan)
+    prompt_words, decode_words = model.sampled
+    assert prompt_words.tolist() == [[9, 0.75, 0.5], [64, 1.0, 2.0]]
+    assert decode_words.tolist() == [[1, 1, 1]] * SLOTS
+    slots = {one.sequence: one.slot for one in engine._residents.by_sequence.values()}
+    engine.step(Plan(work=[(8, 1), (1, 1), (9, 1)]))
+    words = model.sampled[-1]
+    assert words[slots[8]].tolist() == [9, 0.75, 0.5]
+    assert words[slots[1]].tolist() == [1, 1, 1]
+
+
+def test_what_the_device_would_ignore_fails_that_sequence_alone() -> None:
+    engine, _ = make("optimum", on_device_sampling=True)
+    cases = {
+        1: SamplingParams(temperature=1.0, min_p=0.1),
+        2: SamplingParams(temperature=1.0, top_k=65),
+    }
+    admits = [admit(n, [n, 5], sampling) for n, sampling in cases.items()]
+    plan = Plan(admits=[*admits, admit(3, [3, 5])], work=[(1, 2), (2, 2), (3, 2)])
+    outcome = engine.step(plan)
+    assert outcome.sequences == [3]
+    assert "does not support min_p" in outcome.failures[1]
+    assert "draws among 64 tokens in this model: top_k is 65" in outcome.failures[2]
+    assert engine.step(Plan(work=[(1, 1), (2, 1), (3, 1)])).sequences == [3]
+
+
 # Loading ------------------------------------------------------------------------------------------
 
 
@@ -312,7 +360,6 @@ def test_what_it_does_not_do_is_refused(compiled: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
     [
-        ("optimum", {"on_device_sampling": True}, "sampling on the device"),
         ("optimum", {"continuous_batching": False}, "continuous batching"),
         ("optimum", {"max_batch_size": 99}, "continuous batching"),
         ("nxdi", {"on_device_sampling_config": {}}, "sampling on the device"),

@@ -41,7 +41,7 @@ def torch_module() -> ModuleType:
     made = ModuleType("torch")
     made.float32 = np.float32  # type: ignore[attr-defined]
     made.from_numpy = Tensor  # type: ignore[attr-defined]
-    made.ones = lambda shape: Tensor(np.ones(shape, np.float32))  # type: ignore[attr-defined]
+    made.int64 = np.int64  # type: ignore[attr-defined]
     made.no_grad = nullcontext  # type: ignore[attr-defined]
     return made
 
@@ -82,6 +82,7 @@ class OptimumModel:
             "max_context_length": context,
             "continuous_batching": True,
             "on_device_sampling": False,
+            "max_topk": 64,
             "torch_dtype": "torch.bfloat16",
             **given,
         }
@@ -90,12 +91,14 @@ class OptimumModel:
         self.neuron_config = SimpleNamespace(**entries)
         self.slots = Slots(slots, length)
         self.calls: list[tuple[str, int]] = []
+        self.sampled: list[np.ndarray] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         given = bind("optimum", "NxDModelForCausalLM.forward", args, kwargs)
         tokens, positions = given["input_ids"].array, given["position_ids"].array
         lines = given["seq_ids"].array
-        assert given["sampling_params"].array.shape == (len(lines), 3)
+        sampling = given["sampling_params"].array
+        assert sampling.shape == (len(lines), 3)
         if tokens.shape[-1] > 1 and not positions.min():
             pad = ((0, 0), (0, self.neuron_config.max_context_length - tokens.shape[1]))
             tokens = np.pad(tokens, pad)
@@ -105,10 +108,22 @@ class OptimumModel:
                 self.slots.prompt(tokens[row], positions[row], slot)
                 for row, slot in enumerate(lines)
             ]
-            return Tensor(np.stack(found)[:, None])
+            return self._answer(np.stack(found), sampling)
         self.calls.append(("generation", self.neuron_config.sequence_length))
         assert lines.tolist() == list(range(self.neuron_config.batch_size))
-        return Tensor(self.slots.token(tokens[:, 0], positions[:, 0])[:, None])
+        return self._answer(self.slots.token(tokens[:, 0], positions[:, 0]), sampling)
+
+    def _answer(self, found: np.ndarray, sampling: np.ndarray) -> Tensor:
+        if not self.neuron_config.on_device_sampling:
+            return Tensor(found[:, None])
+        self.sampled.append(sampling)
+        top_k, top_p, temperature = sampling.T
+        assert ((top_k == -1) | ((top_k > 0) & (top_k <= self.neuron_config.max_topk))).all()
+        assert ((top_p > 0) & (top_p <= 1)).all()
+        assert (temperature > 0).all()
+        # The second likeliest where more than one may be drawn: it is plain who has drawn.
+        order = np.argsort(-found[:, :VOCAB], axis=1)
+        return Tensor(np.where(top_k == 1, order[:, 0], order[:, 1]))
 
 
 class NxdiModel:

@@ -104,6 +104,7 @@ def choose(sequences_max: int, step_tokens_max: int, pages: int, least: int = 1)
     mixed = [
         Bucket(count, min(sequences_max, count), pages, mixed=True)
         for count in _steps(MIXED, step_tokens_max)
+        if count > 1
     ]
     return Buckets(tuple(decodes), tuple(mixed))
 

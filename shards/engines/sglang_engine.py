@@ -73,7 +73,7 @@ class SglangBackend(Backend):
         self._memory_share = extras.number("memory_share", 0.0)
         self._prefix_cache = extras.choice("prefix_cache", "on", ("on", "off")) == "on"
         self.lease_tokens = extras.whole("lease_tokens", LEASE_TOKENS) or LEASE_TOKENS
-        self.answer_s = extras.number("answer_s", ANSWER_S)
+        self.answer_s = extras.number("answer_s", ANSWER_S) or ANSWER_S
         extras.finish()
         self._engine: Any = None
 

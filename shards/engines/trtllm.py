@@ -84,7 +84,7 @@ class TrtllmBackend(Backend):
         self._memory_share = extras.number("memory_share", MEMORY_SHARE)
         self._logprobs = extras.whole("logprobs", 0) > 0
         self.lease_tokens = extras.whole("lease_tokens", LEASE_TOKENS) or LEASE_TOKENS
-        self.answer_s = extras.number("answer_s", ANSWER_S)
+        self.answer_s = extras.number("answer_s", ANSWER_S) or ANSWER_S
         extras.finish()
         self._llm: Any = None
         self._llmapi: Any = None

@@ -5,7 +5,10 @@ import json
 import pytest
 
 from deploy.console import Console, Urls
+from deploy.groups import LocalGroup
+from deploy.models import Model
 from deploy.supervisor import Died, Loading, Ready, Said
+from deploy.workers import WorkerOptions
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,28 @@ def test_a_crash_loop_says_that_it_is_one(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err.splitlines() == [
         "worker 0: killed by SIGSEGV; starting it again in 0.1 s",
         "worker 0: killed by SIGSEGV (death 4 in a row); starting it again in 2 s",
+    ]
+
+
+def test_a_lost_rank_says_that_all_start_again(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(as_json=False).tell(Died("torch worker 1", "killed by SIGKILL", 1, 0.1, ranks=2))
+    assert capsys.readouterr().err == (
+        "torch worker 1: killed by SIGKILL; starting all 2 ranks of its group again in 0.1 s\n"
+    )
+
+
+def test_what_is_served_is_said_with_how_it_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model(None, "m", "m-Q8_0.gguf, one of 2 files")
+    one = LocalGroup("llamacpp", model, WorkerOptions("llamacpp"))
+    two = LocalGroup("big", Model(None, "m"), WorkerOptions("torch", world=2))
+    console = Console(as_json=False)
+    console.serving([one])
+    console.serving([one, two])
+    assert capsys.readouterr().err.splitlines() == [
+        "serving m (m-Q8_0.gguf, one of 2 files)",
+        "serving m by 2 groups",
+        "serving m: group llamacpp: 1 x llamacpp, m-Q8_0.gguf, one of 2 files",
+        "serving m: group big: 2 x torch",
     ]
 
 

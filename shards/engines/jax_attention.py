@@ -54,11 +54,29 @@ def write(cache: Array, keys: Array, values: Array, cells: Array) -> Array:
     """The cache with the keys and values [tokens, kv_heads, head_dim] in their cells."""
     tokens, _, dim = keys.shape
     pages, page_tokens, both, cache_dim = cache.shape
-    pairs = jnp.stack((keys, values), axis=2).astype(cache.dtype)
+    pairs = _stored(jnp.stack((keys, values), axis=2), cache.dtype)
     pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, 0), (0, cache_dim - dim)))
     flat = cache.reshape(pages * page_tokens, both, cache_dim)
     flat = flat.at[cells].set(pairs.reshape(tokens, both, cache_dim), mode="promise_in_bounds")
     return flat.reshape(cache.shape)
+
+
+def _stored(values: Array, dtype: Any) -> Array:
+    """Keys or values as they are in the cache: uint16 has the bits of bfloat16.
+
+    XLA's CPU client has no scatter of bfloat16: it would convert the whole cache to float32 and
+    back, for each layer and step.
+    """
+    if dtype == jnp.uint16:
+        return lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
+    return values.astype(dtype)
+
+
+def _loaded(stored: Array, dtype: Any) -> Array:
+    """The inverse of ``_stored``."""
+    if stored.dtype == jnp.uint16:
+        stored = lax.bitcast_convert_type(stored.astype(jnp.uint32) << 16, jnp.float32)
+    return stored.astype(dtype)
 
 
 # The kernel ------------------------------------------------------------------------------------
@@ -207,7 +225,7 @@ def _block(
 def _load(cache: Array, pages: Array, attention: Attention) -> tuple[Array, Array]:
     """Keys and values of pages [..., count]: [..., count * page_tokens, groups, head_dim]."""
     _, page_tokens, both, dim = cache.shape
-    found = cache.at[pages].get(mode="promise_in_bounds").astype(attention.compute)
+    found = _loaded(cache.at[pages].get(mode="promise_in_bounds"), attention.compute)
     tokens = pages.shape[-1] * page_tokens
     found = found.reshape(*pages.shape[:-1], tokens, both // 2, 2, dim)
     return found[..., 0, :], found[..., 1, :]

@@ -151,7 +151,8 @@ class JaxEngine(PagedEngine):
         pages = limits.kv_tokens // limits.page_tokens + 1
         shape = (pages, limits.page_tokens, 2 * whole.kv_heads, self._head_dim(whole))
         sharding = self._group.sharding(None, None, AXIS, None)
-        return jnp.zeros(shape, self._dtype, device=sharding)
+        bits = self._group.platform == "cpu" and self._dtype == jnp.bfloat16
+        return jnp.zeros(shape, jnp.uint16 if bits else self._dtype, device=sharding)
 
     def _attention(self, config: LlamaConfig) -> Any:
         """By the window of the layer. CPUs multiply float32 faster, in small pieces above all."""

@@ -191,6 +191,25 @@ def test_heads_that_the_kernel_refuses_are_known() -> None:
     assert 10 < fits < 50
 
 
+def test_bfloat16_is_kept_as_its_bits_and_comes_back() -> None:
+    layout = layout_of(*CASES["rows that share"], np.random.default_rng(3))
+    bucket = fit(layout)
+    step = fields(layout, bucket)
+    attention = Attention(0.3, 0, kernel=False, compute=jnp.float32)
+    queries, cache = made(6, 2, 32, bucket.tokens)
+    rounded = cache.astype(jnp.bfloat16).astype(jnp.float32)
+    bits = write(
+        jnp.zeros(cache.shape, jnp.uint16),
+        rounded[:, :, 0::2].reshape(-1, 2, 32),
+        rounded[:, :, 1::2].reshape(-1, 2, 32),
+        jnp.arange(PAGES * PAGE),
+    )
+    function = jax.jit(partial(plain, bucket=bucket, attention=attention))
+    count = len(layout.tokens)
+    expected = function(queries, rounded, step)[:count]
+    np.testing.assert_allclose(function(queries, bits, step)[:count], expected, atol=1e-6)
+
+
 def test_padding_writes_to_the_trash_page_alone() -> None:
     layout = layout_of(*CASES["several blocks"], np.random.default_rng(3))
     bucket = fit(layout)

@@ -106,6 +106,8 @@ class TorchEngine(PagedEngine):
         weight_bytes = count_bytes(model)
         if fused:
             fuse(model)
+        # The probe computes together, and its collectives do not wait as long as a slow disk takes.
+        self._ranks.least(0, self._device)
         try:
             with self._ranks.watched():
                 return PagedModel(model, self._checkpoint.where, device, self._dtype), weight_bytes

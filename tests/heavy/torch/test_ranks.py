@@ -15,6 +15,8 @@ from tests.heavy.torch.group import Group, group, seconds_until
 from tests.heavy.torch.made import make
 
 SIZES = ("--kv-tokens", "1024", "--sequences-max", "8", "--step-tokens-max", "256")
+# A machine that tests run on may be so busy that a rank is seconds behind.
+PATIENT = (*SIZES, "--engine-option", "peer_timeout_s=40")
 # From the death of a rank until no process of its group is left.
 GONE_S = 5.0
 
@@ -28,7 +30,7 @@ def test_two_ranks_draw_what_one_draws(tmp_path: Path) -> None:
     model, asked = tiny_llama_folder(), prompts(250, 6)
     with group(tmp_path / "one", model, 1, *SIZES) as one:
         alone = one.generate(asked, 24)
-    with group(tmp_path / "two", model, 2, *SIZES) as two:
+    with group(tmp_path / "two", model, 2, *PATIENT) as two:
         assert [rank.info.rank for rank in two.ranks] == [0, 1]
         assert two.ranks[0].info.weight_bytes < one.ranks[0].info.weight_bytes
         assert two.generate(asked, 24) == alone
@@ -37,7 +39,7 @@ def test_two_ranks_draw_what_one_draws(tmp_path: Path) -> None:
 def test_three_ranks_hold_a_third_of_smollm2(tmp_path: Path) -> None:
     """Nine heads and three KV heads; the head is cut from the embedding that it is tied to."""
     model, asked = smollm2_folder(), prompts(49000, 3)
-    with group(tmp_path / "three", model, 3, "--dtype", "float32", *SIZES) as three:
+    with group(tmp_path / "three", model, 3, "--dtype", "float32", *PATIENT) as three:
         together = three.generate(asked, 12)
     engine = make(model, dtype="float32")
     margins = margins_along(engine, asked, together)
@@ -79,7 +81,7 @@ def first_plan(number: int, *tokens: int) -> dict[str, object]:
 
 def test_a_killed_rank_takes_the_group_down_and_a_new_one_goes_on(tmp_path: Path) -> None:
     model, asked = tiny_llama_folder(), prompts(250, 2)
-    with group(tmp_path / "first", model, 2, *SIZES) as made:
+    with group(tmp_path / "first", model, 2, *PATIENT) as made:
         before = made.generate(asked, 6)
         made.ranks[1].process.send_signal(signal.SIGKILL)
         made.send(work_sequences=[1, 2], work_tokens=[1, 1])
@@ -91,12 +93,12 @@ def test_a_killed_rank_takes_the_group_down_and_a_new_one_goes_on(tmp_path: Path
             next(survivor.outcomes)
         assert caught.value.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE)
         assert "rank 0 of 2" in survivor.error()
-    with group(tmp_path / "second", model, 2, *SIZES) as made:
+    with group(tmp_path / "second", model, 2, *PATIENT) as made:
         assert made.generate(asked, 6) == before
 
 
 def test_an_idle_group_ends_with_its_first_loss(tmp_path: Path) -> None:
-    with group(tmp_path / "group", tiny_llama_folder(), 2, *SIZES) as made:
+    with group(tmp_path / "group", tiny_llama_folder(), 2, *PATIENT) as made:
         made.step(**first_plan(1, 5, 6, 7))
         made.ranks[0].process.send_signal(signal.SIGKILL)
         survivor = made.ranks[1].process
@@ -106,13 +108,13 @@ def test_an_idle_group_ends_with_its_first_loss(tmp_path: Path) -> None:
 
 def test_a_stopped_rank_is_given_up(tmp_path: Path) -> None:
     """A peer that neither answers nor closes its connections is found by the time limit."""
-    limit = ("--engine-option", "peer_timeout_s=2")
+    limit = ("--engine-option", "peer_timeout_s=4")
     with group(tmp_path / "group", tiny_llama_folder(), 2, *SIZES, *limit) as made:
         made.step(**first_plan(1, 5, 6, 7))
         made.ranks[1].process.send_signal(signal.SIGSTOP)
         made.send(work_sequences=[1], work_tokens=[1])
         survivor = made.ranks[0]
-        assert seconds_until(lambda: survivor.process.poll() is not None, 10.0) < 10.0
+        assert seconds_until(lambda: survivor.process.poll() is not None, 4.0 + GONE_S) > 3.0
         assert "another rank" in survivor.error()
         made.ranks[1].process.kill()
 
@@ -123,7 +125,7 @@ def send_apart(made: Group, zero: dict[str, object], one: dict[str, object]) -> 
 
 
 def test_a_rank_that_hears_another_log_is_caught(tmp_path: Path) -> None:
-    with group(tmp_path / "group", tiny_llama_folder(), 2, *SIZES) as made:
+    with group(tmp_path / "group", tiny_llama_folder(), 2, *PATIENT) as made:
         made.step(**first_plan(1, 5, 6, 7))
         send_apart(made, first_plan(2, 9, 10, 11), first_plan(2, 9, 10, 12))
         zero, one = made.hear()

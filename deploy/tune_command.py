@@ -22,6 +22,9 @@ from deploy.tune_search import Candidate, Result, Search, Setting, Shape, base, 
 if TYPE_CHECKING:
     from deploy.tune import Subject
 
+# From this share of the cores on, other programs are worth a warning: the load of the last minute.
+BUSY_SHARE = 0.5
+
 
 @click.command()
 @click.argument("model", required=False)
@@ -86,6 +89,10 @@ def tune(model: str | None, **options: Any) -> None:
         return space(engine, hardware.cores, shape, on_cpu=on_cpu) if engine in chosen else ()
 
     click.echo(f"tune: {subject.name}, {shape}", err=True)
+    load = os.getloadavg()[0]
+    if load > BUSY_SHARE * hardware.cores:
+        busy = f"tune: this machine is busy (load {load:.1f} on {hardware.cores} cores); "
+        click.echo(busy + "what else runs takes its share of every number", err=True)
     _run(subject, Search(bases, settings), options["minutes"], output)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from time import monotonic
 
-from benchmarks import report
+from benchmarks import report, vllm_scenarios
 from benchmarks.bare import bare
 from benchmarks.baseline import tune
 from benchmarks.engine_scenarios import contended, decode, shared_prefix
@@ -35,14 +35,19 @@ SCENARIOS: dict[str, Callable[[bool], list[Row]]] = {
 }
 # A scenario starts when other programs leave the machine alone, or after waiting so long.
 CALM_CORES, CALM_WAIT_S = 0.2, 30.0
-EXTRA: dict[str, Callable[[bool], list[Row]]] = {"tune": tune}
+EXTRA: dict[str, Callable[[bool], list[Row]]] = {
+    "tune": tune,
+    "vllm_c8": partial(vllm_scenarios.decode, 8),
+    "vllm_c32": partial(vllm_scenarios.decode, 32),
+    "vllm_prefix": vllm_scenarios.shared_prefix,
+}
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measures Roundhouse; without a name, all but 'tune'.",
+        description="Measures Roundhouse; without a name, all but 'tune' and 'vllm_...'.",
         epilog="Progress goes to stderr. The last line of stdout is one JSON object.",
     )
     names = [*SCENARIOS, *EXTRA]

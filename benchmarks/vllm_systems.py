@@ -15,6 +15,9 @@ from tests.heavy.models import smollm2_folder
 FIRST_START_S = 600.0
 CONTEXT = 2048
 SEQUENCES = 64
+# What both compute in, and whether both do without compilation, which takes minutes the first time.
+DTYPE = os.environ.get("BENCH_VLLM_DTYPE", "bfloat16")
+EAGER = os.environ.get("BENCH_VLLM_EAGER", "") == "1"
 # GiB of KV cache, for vllm serve; it would take 90 % of the machine's memory.
 CACHE_GIB = "2"
 
@@ -40,6 +43,7 @@ def cores() -> str:
 def roundhouse_vllm(*options: str) -> Iterator[System]:
     """``roundhouse serve`` with this engine."""
     engine = ["--engine", "vllm", "--worker-python", str(vllm_python())]
+    engine += ["--dtype", DTYPE, *(["--engine-option", "eager=1"] if EAGER else [])]
     with roundhouse(str(smollm2_folder()), *engine, *options) as system:
         yield system
 
@@ -71,7 +75,8 @@ def vllm_serve(threads: str = "") -> Iterator[System]:
     port = free_port()
     command = [str(vllm_python()), "-m", "vllm.entrypoints.cli.main", "serve"]
     command += [str(smollm2_folder()), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "bfloat16", "--max-model-len", str(CONTEXT)]
+    command += ["--dtype", DTYPE, "--max-model-len", str(CONTEXT)]
+    command += ["--enforce-eager"] if EAGER else []
     command += ["--max-num-seqs", str(SEQUENCES), "--served-model-name", "smollm2"]
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": CACHE_GIB, "VLLM_NO_USAGE_STATS": "1"}
     env |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}

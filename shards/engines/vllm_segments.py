@@ -26,6 +26,12 @@ def sweep(folder: Path = SHARED_MEMORY) -> None:
                 path.unlink()
 
 
+def is_segment_of(name: str, port: int) -> bool:
+    """Whether shared memory of that name belongs to the group whose store is at the port."""
+    segment = _SEGMENT.match(name)
+    return segment is not None and int(segment[1]) == port
+
+
 def _is_free(port: int) -> bool:
     """Whether nobody listens at the port, on any address."""
     for family, address in ((socket.AF_INET, ""), (socket.AF_INET6, "::")):

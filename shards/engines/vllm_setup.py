@@ -28,6 +28,9 @@ CPU_KV_TOKENS_MAX = 32768
 CPU_KV_MEMORY_SHARE, CPU_WEIGHTS_SHARE = 0.25, 0.5
 CPU_SEQUENCES_MAX, SEQUENCES_MAX = 64, 256
 CPU_STEP_TOKENS_MAX, STEP_TOKENS_MAX = 512, 2048
+# How long compute threads spin for the next operation before they sleep. The default of GNU's
+# OpenMP, milliseconds, takes cores from the router, and everybody waits if a program has one.
+SPIN_COUNT = 2000
 # The ranks that vLLM has kernels for.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MESSAGE_MAX = 300
@@ -87,6 +90,8 @@ def environment(options: EngineOptions) -> None:
     for key, value in _UNLESS_SET.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads(options)))
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     kind, _, index = options.device.partition(":")
     if kind == "cuda" and index and options.world == 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -134,13 +139,8 @@ def check(options: EngineOptions) -> Path:
 
 def make(folder: Path, options: EngineOptions, progress: Progress) -> "LLMEngine":
     """Loads the model. Raises ``ModelError`` with one line."""
-    with warnings.catch_warnings():
-        # vLLM, PyTorch and transformers warn about their own use of each other.
-        warnings.simplefilter("ignore")
-        return _make(folder, options, progress)
-
-
-def _make(folder: Path, options: EngineOptions, progress: Progress) -> "LLMEngine":
+    # They warn about their own use of each other, on the worker's standard error.
+    warnings.filterwarnings("ignore", module=r"(vllm|torch|transformers)(\.|$)")
     import torch
     from vllm import LLMEngine, __version__
 
@@ -159,6 +159,8 @@ def _make(folder: Path, options: EngineOptions, progress: Progress) -> "LLMEngin
         span = _WEIGHED - _CONFIGURED
         report_to(lambda fraction: progress(_CONFIGURED + span * fraction))
         engine: LLMEngine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"model folder {folder}: {one_line(error)}") from error
     finally:

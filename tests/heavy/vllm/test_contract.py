@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from shards.engines.base import (
     Admit,
     Engine,
     EngineOptions,
-    ModelError,
     Plan,
     PlanError,
     SamplingParams,
@@ -21,7 +19,8 @@ from shards.engines.base import (
 )
 from shards.engines.vllm_engine import VllmEngine
 from shards.sampling import Drawn, Row, Sampler
-from tests.engines.contract import EngineContract, admit, decode, generate
+from tests.engines.contract import EngineContract
+from tests.engines.driving import admit, decode, generate
 from tests.heavy.models import TINY_VOCAB, tiny_llama_folder
 from tests.heavy.vllm.adapters import write_adapter
 
@@ -269,72 +268,3 @@ def _generate(engine: Engine, names: dict[int, str], prompt: list[int]) -> dict[
 
 def _with_adapter(number: int, prompt: list[int], name: str) -> Admit:
     return replace(admit(number, prompt), adapter=name)
-
-
-# What cannot be loaded ----------------------------------------------------------------------------
-
-
-def test_a_faulty_folder_is_named_in_one_line(tmp_path: Path) -> None:
-    whole = tiny_llama_folder()
-    cases = {
-        "missing": "does not exist",
-        "empty": "has no config.json",
-        "text": "is not JSON",
-        "unknown": "",
-        "no weights": "Cannot find any model weights",
-        "cut": "",
-    }
-    for name, reason in cases.items():
-        folder = tmp_path / name
-        if name != "missing":
-            folder.mkdir()
-        if name in ("unknown", "no weights", "cut"):
-            for file in whole.iterdir():
-                (folder / file.name).write_bytes(file.read_bytes())
-        if name == "text":
-            (folder / "config.json").write_text("no object")
-            (folder / "tokenizer.json").write_text("{}")
-        if name == "unknown":
-            config = (folder / "config.json").read_text()
-            config = config.replace("LlamaForCausalLM", "NobodyForCausalLM")
-            (folder / "config.json").write_text(config.replace('"llama"', '"nobody"'))
-        if name == "no weights":
-            (folder / "model.safetensors").unlink()
-        if name == "cut":
-            weights = (folder / "model.safetensors").read_bytes()
-            (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-        with pytest.raises(ModelError, match=reason) as caught:
-            load("vllm", EngineOptions(folder, "x", extra=EAGER), lambda _fraction: None)
-        assert str(folder) in str(caught.value)
-        assert "\n" not in str(caught.value)
-        assert len(str(caught.value)) < 500
-
-
-def test_loading_reports_progress() -> None:
-    seen: list[float] = []
-    options = EngineOptions(
-        tiny_llama_folder(), "tiny", kv_tokens=64, sequences_max=1, threads=1, extra=EAGER
-    )
-    engine = load("vllm", options, seen.append)
-    assert engine.describe().kv_tokens == 64
-    engine.close()
-    assert seen == sorted(seen)
-    assert len(seen) > 5
-    assert seen[-1] == 1.0
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"extra": (("speed", "1"),)}, "unknown engine option speed"),
-        ({"extra": (("memory_fraction", "1.5"),)}, "at most 1"),
-        ({"world": 2, "rank": 1}, "--rendezvous"),
-        ({"model": None}, "--model FOLDER is missing"),
-        ({"adapters": (("red", Path("/nowhere")),)}, "adapter red: model file /nowhere"),
-    ],
-)
-def test_a_mistake_is_one_line(options: dict[str, object], reason: str) -> None:
-    given = {"model": tiny_llama_folder(), "model_id": "x", **options}
-    with pytest.raises(ModelError, match=reason) as caught:
-        load("vllm", EngineOptions(**given), lambda _fraction: None)
-    assert "\n" not in str(caught.value)

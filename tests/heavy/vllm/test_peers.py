@@ -62,7 +62,7 @@ def test_who_leaves_in_order_alarms_nobody() -> None:
 CHILD = """
 import sys, time
 from shards.engines.vllm_peers import Peers
-Peers(int(sys.argv[1]), 2, sys.argv[2])
+peers = Peers(int(sys.argv[1]), 2, sys.argv[2])
 print("met", flush=True)
 time.sleep(60)
 """

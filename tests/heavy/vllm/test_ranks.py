@@ -1,8 +1,8 @@
 """Tensor parallelism in real processes: two ranks, two groups on one host, and the loss of one."""
 
 import signal
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -14,7 +14,7 @@ from shards.engines.base import EngineOptions, Plan, SamplingParams
 from shards.engines.vllm_segments import SHARED_MEMORY
 from shards.v1 import shard_pb2 as pb
 from shards.v1 import shard_pb2_grpc
-from tests.engines.contract import admit
+from tests.engines.driving import admit
 from tests.heavy.models import tiny_llama_folder
 from tests.heavy.vllm.worker_processes import Group, Rank, group
 
@@ -121,11 +121,11 @@ def test_two_groups_with_two_ranks_each_draw_what_one_rank_draws(
             info = shard_pb2_grpc.ShardStub(channel).Describe(pb.DescribeRequest(), timeout=10)
         assert (info.rank, info.world) == (1, 2)
         check(one.run(plans()), alone)
-    assert len(segments()) == 4
 
 
-def segments() -> list[Path]:
-    return [path for path in SHARED_MEMORY.iterdir() if "-cpushm" in path.name]
+def segments() -> list[str]:
+    """Names of shared memory on this host that groups of vLLM's CPU ranks made."""
+    return [path.name for path in SHARED_MEMORY.iterdir() if "-cpushm" in path.name]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -133,25 +133,23 @@ def test_a_lost_rank_ends_its_group_and_the_next_one_comes_up(
     tmp_path: Path, alone: dict[int, list[int]], victim: int
 ) -> None:
     with group(tmp_path, "a", tiny_llama_folder(), 2) as one:
-        running = [_open(rank) for rank in one.ranks]
+        first = plans()[0]
+        outcomes = one.run([first])
+        assert [len(told) for told in outcomes] == [1, 1]
+        survivor = one.ranks[1 - victim]
         one.ranks[victim].process.send_signal(signal.SIGKILL)
-        began = time.monotonic()
-        assert one.ranks[1 - victim].process.wait(5.0) == 3
-        assert time.monotonic() - began < 5.0
-        lines = list(one.ranks[1 - victim].lines.queue)
-        assert any(f"rank {victim} is gone" in line for line in lines)
-        for channel in running:
-            channel.close()
+        # A step that waits for the dead rank, if the survivor takes it on in time.
+        _send(survivor, first)
+        assert survivor.process.wait(5.0) == 3
+        assert any(f"rank {victim} is gone" in line for line in survivor.heard())
     with group(tmp_path, "b", tiny_llama_folder(), 2) as again:
         check(again.run(plans()), alone)
         # What the killed ranks left was removed; what is there belongs to those that live.
-        ports = {path.name.partition("-")[0] for path in segments()}
-        assert len(ports) == 1
+        assert len({name.partition("-")[0] for name in segments()}) <= 1
 
 
-def _open(rank: Rank) -> grpc.Channel:
-    """A stream whose plans are under way."""
-    channel = grpc.insecure_channel(rank.address)
-    answers = shard_pb2_grpc.ShardStub(channel).Run(iter(plans()[:1]), timeout=60)
-    assert next(answers).plan_id == 1
-    return channel
+def _send(rank: Rank, plan: pb.Plan) -> None:
+    with grpc.insecure_channel(rank.address) as channel:
+        answers = shard_pb2_grpc.ShardStub(channel).Run(iter([plan]), timeout=5.0)
+        with suppress(grpc.RpcError):
+            next(answers)

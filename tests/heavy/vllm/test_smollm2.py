@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from shards.engines import load
 from shards.engines.base import Engine, EngineOptions, Plan, SamplingParams
-from tests.engines.contract import admit
+from tests.engines.driving import admit
 from tests.heavy.models import smollm2_folder
 
 # vLLM, PyTorch and transformers warn about themselves.

@@ -54,6 +54,11 @@ class Rank:
             if event == "ready":
                 return
 
+    def heard(self) -> list[str]:
+        """The lines that it has said since it was ready; it has ended."""
+        self._reader.join(PATIENCE_S)
+        return list(self.lines.queue)
+
     def end(self) -> None:
         """Ends it, whatever it does."""
         self.process.kill()

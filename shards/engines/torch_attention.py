@@ -123,6 +123,11 @@ def attend_dense(query: Any, key: Any, value: Any, mask: Any, shape: Shape, sink
         sinks = None if sinks is None else sinks.view(shape.kv_heads, -1, 1, 1)
         out = attend_plainly(grouped, key[:, None], value[:, None], mask, shape, sinks)
         return out.reshape(shape.heads, -1, shape.value_dim)
+    group = shape.heads // shape.kv_heads
+    if group > 1 and mask is not None and query.device.type != "cpu":
+        # With a mask, CUDA's kernels that do not write all scores down want equally many heads.
+        key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
+        group = 1
     return scaled_dot_product_attention(
         query[None],
         key[None],
@@ -130,7 +135,7 @@ def attend_dense(query: Any, key: Any, value: Any, mask: Any, shape: Shape, sink
         attn_mask=mask,
         is_causal=mask is None,
         scale=shape.scale,
-        enable_gqa=shape.heads != shape.kv_heads,
+        enable_gqa=group > 1,
     )[0]
 
 

@@ -45,10 +45,10 @@ class Device:
         """``cpu``, ``cuda``, ``xpu``, ``hpu`` or ``mps``."""
         return str(self.torch.type)
 
-    def synchronize(self) -> None:
-        """Waits for everything that was asked of the device."""
+    def use(self) -> None:
+        """Makes it the one that this thread means when it names none."""
         if self.kind != "cpu":
-            torch.accelerator.synchronize(self.torch)
+            torch.accelerator.set_device_index(self.torch.index)
 
 
 def choose_device(wanted: str, rank: int, world: int) -> Device:

@@ -80,6 +80,7 @@ class TorchEngine(PagedEngine):
         if page < 1 or page & (page - 1):
             raise ModelError(f"torch: engine option page_tokens={page} is not a power of two")
         self._device = choose_device(options.device, options.rank, options.world)
+        self._device.use()
         self._checkpoint = Checkpoint(options.model)
         self._dtype = choose_dtype(options.dtype, self._checkpoint.stored_dtype, self._device)
         self._control = ThreadControl(_threads(options, self._device))
@@ -142,7 +143,7 @@ class TorchEngine(PagedEngine):
             self._model,
             Packing(self._model.kinds, page, self._dtype),
             limits.sequences_max,
-            limits.length_max // page,
+            -(-limits.length_max // page),
             CudaCapture(self._device.torch),
         )
 

@@ -9,9 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTION = "roundhouse-llm"
 # What a worker imports of the project's dependencies; the rest is the router's and the command's.
+# It runs without uvloop too, and slower.
 WORKER_NEEDS = (
     *("grpcio", "grpcio-health-checking", "grpcio-reflection", "protobuf"),
-    *("numpy", "tokenizers"),
+    *("numpy", "tokenizers", "uvloop"),
 )
 
 

@@ -1,14 +1,17 @@
 """What goes into an engine's environment, by hardware, Python and what the project declares."""
 
+import ast
+import sys
 from pathlib import Path
 
 import pytest
 
-from deploy.declared import Declared, declared, name_of
+from deploy.declared import WORKER_NEEDS, Declared, declared, name_of
 from deploy.engine_env import check_python, made_with, prepare, recipe
 from deploy.engines import ENGINES, python_range
 from deploy.environment import Environment, SetupError
 from deploy.hardware import Hardware
+from tests import tidy
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Hardware("a processor", 2, 1 << 30)
@@ -88,6 +91,20 @@ def test_what_another_python_has_begun_is_begun_anew(tmp_path: Path) -> None:
     assert not venv.stamp.exists()
     prepare(venv, "3.12.1")
     assert not (folder / "left").exists()
+
+
+def test_a_worker_gets_what_its_own_modules_import() -> None:
+    """Engines' modules aside, and gguf, which some read weights with: their extras name those."""
+    names = {"grpc": "grpcio", "grpc_health": "grpcio-health-checking"}
+    names |= {"grpc_reflection": "grpcio-reflection", "google": "protobuf"}
+    imported = {
+        name.partition(".")[0]
+        for path in [*(ROOT / "shards").glob("*.py"), *(ROOT / "shards" / "v1").glob("*.py")]
+        for _, name in tidy.imports(ast.parse(path.read_text()))
+    }
+    outside = imported - set(sys.stdlib_module_names) - {"shards", "gguf"}
+    assert {"grpc", "numpy"} <= outside
+    assert {names.get(name, name) for name in outside} <= set(WORKER_NEEDS)
 
 
 def test_what_is_installed_declares_the_same_as_the_checkout(tmp_path: Path) -> None:

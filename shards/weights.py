@@ -301,6 +301,8 @@ def _config_of(arch: str, metadata: Mapping[str, Any], *, untied: bool) -> dict[
     config = {
         "architectures": [_ARCHITECTURES[arch]],
         "model_type": arch,
+        # What quantised numbers become unless somebody wants more.
+        "dtype": "bfloat16",
         "hidden_act": "silu",
         "hidden_size": width,
         "intermediate_size": metadata[f"{arch}.feed_forward_length"],

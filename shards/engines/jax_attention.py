@@ -166,10 +166,10 @@ def _rows(queries: Array, cache: Array, step: Step, first: Array, attention: Att
         keys, values = _load(cache, pages, attention)
         at = index * size + jnp.arange(size)
         seen = _seen(at[None], positions[:, None], attention) & (at < common * page_tokens)[None]
-        values = jnp.where((at < common * page_tokens)[:, None, None], values, 0)
-        scores = _dot("sgrd,kgd->sgrk", queries, keys)
+        values = jnp.where((at < common * page_tokens)[:, None], values, 0)
+        scores = _dot("sgrd,gkd->sgrk", queries, keys)
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
-        return _fold(carry, scores, values, "sgrk,kgd->sgrd")
+        return _fold(carry, scores, values, "sgrk,gkd->sgrd")
 
     def own(index: Array, carry: Carry) -> Carry:
         page = common + index * PIECE
@@ -177,11 +177,11 @@ def _rows(queries: Array, cache: Array, step: Step, first: Array, attention: Att
         keys, values = _load(cache, pages, attention)
         at = page * page_tokens + jnp.arange(size)
         written = at[None] <= positions[:, None]
-        values = jnp.where(written[:, :, None, None], values, 0)
-        scores = _dot("sgrd,skgd->sgrk", queries, keys)
+        values = jnp.where(written[:, None, :, None], values, 0)
+        scores = _dot("sgrd,sgkd->sgrk", queries, keys)
         seen = _seen(at[None], positions[:, None], attention)
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
-        return _fold(carry, scores, values, "sgrk,skgd->sgrd")
+        return _fold(carry, scores, values, "sgrk,sgkd->sgrd")
 
     lowest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max))
     cut = _first_seen(lowest, attention)
@@ -212,23 +212,28 @@ def _block(
         pages = lax.dynamic_slice(step["tables"], (sequence, index * PIECE), (1, PIECE))[0]
         keys, values = _load(cache, pages, attention)
         at = index * size + jnp.arange(size)
-        values = jnp.where((at <= last)[:, None, None], values, 0)
-        scores = _dot("sgrd,kgd->sgrk", queries, keys)
+        values = jnp.where((at <= last)[:, None], values, 0)
+        scores = _dot("sgrd,gkd->sgrk", queries, keys)
         seen = _seen(at[None], positions[:, None], attention)
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
-        return _fold(carry, scores, values, "sgrk,kgd->sgrd")
+        return _fold(carry, scores, values, "sgrk,gkd->sgrd")
 
     begin = _first_seen(start, attention) // size
     return _finish(lax.fori_loop(begin, last // size + 1, piece, _nothing(queries)))
 
 
 def _load(cache: Array, pages: Array, attention: Attention) -> tuple[Array, Array]:
-    """Keys and values of pages [..., count]: [..., count * page_tokens, groups, head_dim]."""
+    """Keys and values of pages [..., count]: [..., groups, count * page_tokens, head_dim].
+
+    Heads come before tokens because products are batched by them: otherwise each product would
+    have its operand put into this order anew.
+    """
     _, page_tokens, both, dim = cache.shape
     found = _loaded(cache.at[pages].get(mode="promise_in_bounds"), attention.compute)
     tokens = pages.shape[-1] * page_tokens
     found = found.reshape(*pages.shape[:-1], tokens, both // 2, 2, dim)
-    return found[..., 0, :], found[..., 1, :]
+    found = jnp.moveaxis(found, -4, -2)
+    return found[..., 0, :, :], found[..., 1, :, :]
 
 
 def _seen(at: Array, positions: Array, attention: Attention) -> Array:

@@ -283,4 +283,8 @@ def _tokenizer_files(options: EngineOptions) -> dict[str, bytes]:
 
 def load(options: EngineOptions, progress: Progress) -> Engine:
     """Makes the engine; see ``shards.engines``."""
-    return JaxEngine(options, progress)
+    try:
+        return JaxEngine(options, progress)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise ModelError(f"jax: {options.model_id} cannot be loaded: {reason}") from error

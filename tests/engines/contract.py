@@ -242,6 +242,9 @@ class EngineContract(SamplingContract):
     ) -> None:
         prompt = prompts[0]
         engine.step(Plan(admits=[admit(1, prompt)], work=[(1, 10)]))
+        page = engine.describe().page_tokens
+        share = -(-16 // page) * page  # whole pages, and more than is computed
+        long = (prompt * (share // len(prompt) + 2))[: share + 1]
         refused = [
             Plan(work=[(9, 1)]),
             Plan(drops=[9]),
@@ -249,8 +252,8 @@ class EngineContract(SamplingContract):
             Plan(work=[(1, len(prompt))]),
             Plan(work=[(1, 0)]),
             Plan(work=[(1, 1), (1, 1)]),
-            Plan(admits=[admit(2, prompt, share_from=1, share_len=shareable(engine, 16))]),
-            Plan(admits=[admit(2, prompt, share_from=9, share_len=shareable(engine, 8))]),
+            Plan(admits=[admit(2, long, share_from=1, share_len=share)]),
+            Plan(admits=[admit(2, long, share_from=9, share_len=share)]),
             Plan(admits=[admit(2, [engine.describe().vocab_size])]),
         ]
         with pytest.raises(PlanError):

@@ -44,9 +44,19 @@ from shards.engines.base import (
     Scheduling,
 )
 from shards.engines.caller import CallerEngine, Work
+from shards.engines.threads import ThreadControl
 from shards.engines.vllm_peers import Peers, PeersError
 from shards.engines.vllm_segments import sweep
-from shards.engines.vllm_setup import check, environment, make, meet, slow_dtype, weight_bytes
+from shards.engines.vllm_setup import (
+    check,
+    environment,
+    make,
+    meet,
+    set_threads,
+    slow_dtype,
+    threads,
+    weight_bytes,
+)
 from shards.hf_folder import eos_token_ids, read_config, tokenizer_files
 from shards.kv import PageTables
 from shards.residents import Limits, Resident
@@ -81,6 +91,7 @@ class VllmEngine(CallerEngine):
         self._files = tokenizer_files(self._folder)
         self._ends = eos_token_ids(self._folder, text_config(self._folder))
         environment(options)
+        self._control = ThreadControl(threads(options))
         self._peers = _join(options) if options.world > 1 else None
         self._engine = make(self._folder, options, progress)
         self._executor = self._engine.model_executor
@@ -93,6 +104,8 @@ class VllmEngine(CallerEngine):
 
         self._steps = Steps(self._tables, self._adapters)
         self._info = self._describe(options)
+        if self._info.device == "cpu":
+            self._control.start()
 
     @property
     def _runner(self) -> Any:
@@ -156,6 +169,8 @@ class VllmEngine(CallerEngine):
         """Frees the device, and leaves the other ranks in order."""
         if self._peers is not None:
             self._peers.close()
+        if self._info.device == "cpu":
+            self._control.close()
         self._engine.engine_core.shutdown()
 
     def _let_go(self, resident: Resident) -> None:
@@ -169,6 +184,7 @@ class VllmEngine(CallerEngine):
         for resident, count in work:
             self._tables.extend(resident.sequence, resident.computed + count)
         self._processor.begin(rows)
+        set_threads(self._control.threads)
         self._executor.execute_model(self._steps.output(work))
         output = self._executor.sample_tokens(None)
         index = output.req_id_to_index

@@ -12,6 +12,7 @@ from platform import machine
 from typing import TYPE_CHECKING, Any
 
 from shards.engines.base import EngineOptions, ModelError, Progress
+from shards.engines.threads import usable_cores
 from shards.engines.vllm_peers import Peers
 from shards.extras import Extras
 from shards.hf_folder import is_hf_folder, read_config, read_json
@@ -89,7 +90,7 @@ def environment(options: EngineOptions) -> None:
     os.environ.update(_ALWAYS)
     for key, value in _UNLESS_SET.items():
         os.environ.setdefault(key, value)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads(options)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads(options) or usable_cores()))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     kind, _, index = options.device.partition(":")
@@ -102,9 +103,24 @@ def environment(options: EngineOptions) -> None:
 
 
 def threads(options: EngineOptions) -> int:
-    """Compute threads of this rank. Ranks that share a host share its cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return options.threads or max(1, (cores or 1) // options.world)
+    """Compute threads of this rank; 0: as many as the machine's other work leaves cores for.
+
+    Ranks that share a host share its cores, and must not wait for one that has fewer.
+    """
+    if options.threads or options.world == 1:
+        return options.threads
+    return max(1, usable_cores() // options.world)
+
+
+def set_threads(count: int) -> None:
+    """Computes the next operations of this thread with so many, on CPUs.
+
+    vLLM puts a function that does nothing in the place of ``torch.set_num_threads``.
+    """
+    import torch
+
+    if torch.get_num_threads() != count:
+        torch._C.set_num_threads(count)  # noqa: SLF001
 
 
 def meet(options: EngineOptions) -> Peers:
@@ -141,7 +157,6 @@ def make(folder: Path, options: EngineOptions, progress: Progress) -> "LLMEngine
     """Loads the model. Raises ``ModelError`` with one line."""
     # They warn about their own use of each other, on the worker's standard error.
     warnings.filterwarnings("ignore", module=r"(vllm|torch|transformers)(\.|$)")
-    import torch
     from vllm import LLMEngine, __version__
 
     if not __version__.startswith(VERSION):
@@ -150,7 +165,7 @@ def make(folder: Path, options: EngineOptions, progress: Progress) -> "LLMEngine
 
     from shards.engines.vllm_loader import report_to
 
-    torch.set_num_threads(threads(options))
+    set_threads(threads(options) or usable_cores())
     progress(_IMPORTED)
     try:
         config = _arguments(folder, options, current_platform.device_type).create_engine_config()

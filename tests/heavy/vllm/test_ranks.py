@@ -1,7 +1,6 @@
 """Tensor parallelism in real processes: two ranks, two groups on one host, and the loss of one."""
 
 import signal
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -94,17 +93,6 @@ def alone() -> dict[int, list[int]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Group, Group]]:
-    """Two groups of two ranks, side by side."""
-    folder = tmp_path_factory.mktemp("groups")
-    with (
-        group(folder, "a", tiny_llama_folder(), 2) as one,
-        group(folder, "b", tiny_llama_folder(), 2) as other,
-    ):
-        yield one, other
-
-
 def check(told: list[list[pb.Outcome]], alone: dict[int, list[int]]) -> None:
     first, second = told
     assert len(first) == len(plans())
@@ -113,14 +101,35 @@ def check(told: list[list[pb.Outcome]], alone: dict[int, list[int]]) -> None:
         assert tokens[:NEW] == alone[sequence][: len(tokens)]
 
 
-def test_two_groups_with_two_ranks_each_draw_what_one_rank_draws(
-    groups: tuple[Group, Group], alone: dict[int, list[int]]
+def test_groups_side_by_side_and_what_becomes_of_them(
+    tmp_path: Path, alone: dict[int, list[int]]
 ) -> None:
-    for one in groups:
-        with grpc.insecure_channel(one.ranks[1].address) as channel:
-            info = shard_pb2_grpc.ShardStub(channel).Describe(pb.DescribeRequest(), timeout=10)
-        assert (info.rank, info.world) == (1, 2)
-        check(one.run(plans()), alone)
+    """One story, because starting ranks takes long: two groups of two, losses, and a new group."""
+    with (
+        group(tmp_path, "a", tiny_llama_folder(), 2) as one,
+        group(tmp_path, "b", tiny_llama_folder(), 2) as other,
+    ):
+        for ranks in (one, other):
+            assert [describe(rank).rank for rank in ranks.ranks] == [0, 1]
+            assert {describe(rank).world for rank in ranks.ranks} == {2}
+            check(ranks.run(plans()), alone)
+        lose(one, 0)
+        # The other group has not noticed.
+        check(other.run(plans()), alone)
+        lose(other, 1)
+    with group(tmp_path, "c", tiny_llama_folder(), 2) as again:
+        check(again.run(plans()), alone)
+        # What the killed ranks left was removed; what is there belongs to those that live.
+        assert len({name.partition("-")[0] for name in segments()}) <= 1
+
+
+def lose(ranks: Group, victim: int) -> None:
+    """Kills one rank: the other ends within 5 s and says why, even inside a step."""
+    survivor = ranks.ranks[1 - victim]
+    ranks.ranks[victim].process.send_signal(signal.SIGKILL)
+    _send(survivor, plans()[0])
+    assert survivor.process.wait(5.0) == 3
+    assert any(f"rank {victim} is gone" in line for line in survivor.heard())
 
 
 def segments() -> list[str]:
@@ -128,24 +137,9 @@ def segments() -> list[str]:
     return [path.name for path in SHARED_MEMORY.iterdir() if "-cpushm" in path.name]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_lost_rank_ends_its_group_and_the_next_one_comes_up(
-    tmp_path: Path, alone: dict[int, list[int]], victim: int
-) -> None:
-    with group(tmp_path, "a", tiny_llama_folder(), 2) as one:
-        first = plans()[0]
-        outcomes = one.run([first])
-        assert [len(told) for told in outcomes] == [1, 1]
-        survivor = one.ranks[1 - victim]
-        one.ranks[victim].process.send_signal(signal.SIGKILL)
-        # A step that waits for the dead rank, if the survivor takes it on in time.
-        _send(survivor, first)
-        assert survivor.process.wait(5.0) == 3
-        assert any(f"rank {victim} is gone" in line for line in survivor.heard())
-    with group(tmp_path, "b", tiny_llama_folder(), 2) as again:
-        check(again.run(plans()), alone)
-        # What the killed ranks left was removed; what is there belongs to those that live.
-        assert len({name.partition("-")[0] for name in segments()}) <= 1
+def describe(rank: Rank) -> pb.DescribeResponse:
+    with grpc.insecure_channel(rank.address) as channel:
+        return shard_pb2_grpc.ShardStub(channel).Describe(pb.DescribeRequest(), timeout=10)
 
 
 def _send(rank: Rank, plan: pb.Plan) -> None:

@@ -5,10 +5,12 @@ Shared by the project's own set-up (``setup_env``) and the environments of engin
 has no stamp is not used.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -113,6 +115,8 @@ class Environment:
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
+                # Compilers that pip has started do not end with it; so the whole group is told.
+                start_new_session=True,
             )
         return Step(title, process, log, time.monotonic())
 
@@ -181,20 +185,31 @@ def finish(step: Step, tty: bool) -> None:
 
 
 def stop(steps: Sequence[Step]) -> None:
-    """Ends what still runs, so that a failure leaves nothing behind."""
+    """Ends what still runs, and all that it has started: a failure leaves nothing behind."""
     for step in steps:
         if step.process.poll() is None:
-            step.process.terminate()
-            try:
+            _signal(step, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 step.process.wait(LEAVE_S)
-            except subprocess.TimeoutExpired:
-                step.process.kill()
-                step.process.wait()
+            _signal(step, signal.SIGKILL)
+            step.process.wait()
+
+
+def _signal(step: Step, number: signal.Signals) -> None:
+    """Sends a signal to a step's process and its children, as far as there are any."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(step.process.pid, number)
 
 
 def run(steps: Sequence[Step]) -> None:
-    """Waits for the steps; on any failure or interrupt, ends those that still run."""
+    """Waits for the steps; on any failure or interrupt, SIGTERM too, ends those that still run."""
+    before = signal.signal(signal.SIGTERM, _interrupted)
     try:
         wait(steps)
     finally:
         stop(steps)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -264,7 +264,10 @@ def test_the_projects_tests_get_what_they_need_on_top(checkout: Checkout) -> Non
     assert "installing" not in checkout.run("install", "jax").stdout
 
 
-def test_an_interrupt_leaves_no_process_and_nothing_that_is_used(checkout: Checkout) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_leaves_no_process_and_nothing_that_is_used(
+    checkout: Checkout, number: signal.Signals
+) -> None:
     # A dependency whose building waits for ever stands for a long download.
     source = checkout.wheels / "slow-1.0"
     source.mkdir()
@@ -291,8 +294,7 @@ def test_an_interrupt_leaves_no_process_and_nothing_that_is_used(checkout: Check
     eventually(lambda: building.exists() and building.read_text() != "", within_s=60)
     busy = checkout.fails("install", "torch")
     assert busy == "another call is installing torch right now"
-    # As a terminal does it: everything in the foreground is told.
-    os.killpg(process.pid, signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "setup: interrupted; the next call goes on" in errors

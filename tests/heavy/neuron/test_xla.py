@@ -18,18 +18,22 @@ from tests.heavy.models import TINY_VOCAB, tiny_llama_folder
 from tests.heavy.neuron.xla_model import NxdiModel, OptimumModel
 
 SLOTS = 12
-LENGTH = 257
-CONTEXT = [32, 64, 256]
-GENERATION = [64, 128, 257]
+LENGTH = 129
+CONTEXT = [16, 32, 128]
+GENERATION = [32, 129]
 KINDS = ("optimum", "nxdi")
 
 
+def tiny() -> Path:
+    return tiny_llama_folder(heads=2, kv_heads=1, layers=1)
+
+
 def options(folder: Path, **given: int) -> EngineOptions:
-    return EngineOptions(folder, "tiny", **{"kv_tokens": 1024, "step_tokens_max": 250, **given})
+    return EngineOptions(folder, "tiny", **{"kv_tokens": 384, "step_tokens_max": 100, **given})
 
 
 def make(kind: str, slots: int = SLOTS) -> tuple[NeuronEngine, OptimumModel | NxdiModel]:
-    folder = tiny_llama_folder()
+    folder = tiny()
     if kind == "optimum":
         model = OptimumModel(folder, slots=slots, length=LENGTH, context=CONTEXT[-1])
         graphs = OptimumGraphs(model, TINY_VOCAB)
@@ -82,7 +86,7 @@ def test_compiles_one_graph_for_each_bucket_and_none_while_serving(kind: str) ->
     for sequence in range(1, 6):
         engine.step(Plan(admits=[admit(sequence, [sequence])], work=[(sequence, 1)]))
     engine.step(Plan(drops=[2, 4]))
-    for length in (2, 5, 31, 32, 33, 60, 63, 64, 65, 200, 248):
+    for length in (2, 5, 15, 16, 17, 30, 31, 32, 33, 97, 98):
         tokens = [n % 250 for n in range(length)]
         plan = Plan(admits=[admit(99, tokens)], work=[(99, length), (1, 1), (5, 1)])
         engine.step(plan)
@@ -92,7 +96,7 @@ def test_compiles_one_graph_for_each_bucket_and_none_while_serving(kind: str) ->
 
 
 def _touch_every_bucket(engine: Engine) -> None:
-    for sequence, length in enumerate((20, 60, 120, 248), start=1):
+    for sequence, length in enumerate((10, 20, 90), start=1):
         generate(engine, sequence, list(range(length)), 2)
         engine.step(Plan(drops=[sequence]))
 
@@ -104,16 +108,16 @@ def test_a_step_is_one_call_per_bucket_and_one_for_all_decodes(
     for sequence in (1, 2, 3):
         engine.step(Plan(admits=[admit(sequence, [7] * 10)], work=[(sequence, 10)]))
     model.calls.clear()
-    lengths = {4: 20, 5: 31, 6: 33, 7: 150}
+    lengths = {4: 10, 5: 15, 6: 20, 7: 40}
     admits = [admit(sequence, [sequence] * length) for sequence, length in lengths.items()]
     outcome = engine.step(Plan(admits=admits, work=[(1, 1), (2, 1), (3, 1), *lengths.items()]))
     assert outcome.sequences == [1, 2, 3, 4, 5, 6, 7]
     if isinstance(model, OptimumModel):
         assert model.calls == ["context", "generation"]
     else:
-        contexts = [("context", 32), ("context", 64), ("context", 256)]
-        # The longest sequence's own next place, 150, is written to in passing.
-        assert model.calls == [*contexts, ("generation", 257)]
+        contexts = [("context", 16), ("context", 32), ("context", 128)]
+        # The longest sequence's own next place, 40, is written to in passing.
+        assert model.calls == [*contexts, ("generation", 129)]
 
 
 def test_a_slot_that_sits_a_step_out_is_not_damaged(
@@ -134,7 +138,7 @@ def test_a_slot_that_sits_a_step_out_is_not_damaged(
 def test_a_sequence_longer_than_the_context_graph_goes_on_after_a_loss(
     prompts: list[list[int]],
 ) -> None:
-    folder = tiny_llama_folder()
+    folder = tiny()
     model = OptimumModel(folder, slots=2, length=128, context=40)
     given = options(folder, kv_tokens=0)
     short = NeuronEngine(

@@ -56,7 +56,7 @@ class Llama:
         """One padded prompt [1, width]: fills its slot, and gives the logits behind its end."""
         width = tokens.shape[1]
         causal = torch.ones(width, width, dtype=torch.bool).tril()[None, None]
-        tokens, positions, slot, causal = self._to_device(tokens, positions, slot, causal)
+        tokens, positions, slot, causal = self._to_device(tokens, positions, slot.long(), causal)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             for cache, new in ((self.keys, key), (self.values, value)):
@@ -72,7 +72,7 @@ class Llama:
 
     def token(self, tokens: Tensor, positions: Tensor, slots: Tensor, width: int) -> Tensor:
         """One token of every slot [slots, 1], reading ``width`` places of the cache."""
-        tokens, positions, slots = self._to_device(tokens, positions, slots)
+        tokens, positions, slots = self._to_device(tokens, positions, slots.long())
         places = torch.arange(width, device=self.device)[None, :]
         seen = (places <= positions)[:, None, None, :]
 

@@ -61,7 +61,8 @@ def engine(made: tuple[NeuronEngine, OptimumModel | NxdiModel]) -> Engine:
 @pytest.fixture
 def prompts() -> list[list[int]]:
     words = "All work and no play makes Jack a dull boy; the early bird catches the worm."
-    return [list(words[n : n + 24 + 4 * n].encode()) for n in range(4)]
+    # Together within one step.
+    return [list(words[n : n + 20 + 2 * n].encode()) for n in range(4)]
 
 
 class TestContract(EngineContract):

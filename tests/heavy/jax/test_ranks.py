@@ -75,7 +75,8 @@ def test_a_killed_rank_takes_the_group_down_and_a_new_one_goes_on(
         made.send(work_sequences=[1, 2], work_tokens=[1, 1])
         survivor = made.ranks[1 - victim].process
         assert seconds_until(lambda: survivor.poll() is not None, GONE_S) < GONE_S
-        assert survivor.returncode == 3
+        # JAX's own service is in rank 0, and aborts the others when it notices the loss before us.
+        assert survivor.returncode in ((3, -signal.SIGABRT) if victim == 0 else (3,))
     with ranks(tmp_path / "second", model, 2) as made:
         assert made.generate(prompts()[:2], 6) == before
 

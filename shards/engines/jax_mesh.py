@@ -6,7 +6,7 @@ there is no public form; the version is pinned for that.
 
 A rank that is gone leaves the others inside a collective that they cannot leave. JAX notices after
 100 s, and on the CPU perhaps at once, by a connection that fails. The ranks watch each other
-(``vllm_peers``, which is not vLLM's alone), and whoever sees one go ends its own process.
+(``peers``), and whoever sees one go ends its own process.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shards.engines.base import EngineOptions, ModelError
+from shards.engines.peers import Peers, PeersError
 from shards.engines.threads import usable_cores
-from shards.engines.vllm_peers import Peers, PeersError
 
 AXIS = "tp"
 KINDS = ("cpu", "gpu", "cuda", "rocm", "tpu")

@@ -11,7 +11,7 @@ send the result around.
 
 A rank that is gone fails the collective under way, which ends the engine in good order. Where
 nothing is under way, or where the device waits without end, the connections that the ranks hold
-beside it (``vllm_peers``, which is not vLLM's alone) tell, and end the process.
+beside it (``peers``) tell, and end the process.
 """
 
 import os
@@ -31,10 +31,10 @@ from torch import nn
 from torch.nn import functional
 
 from shards.engines.base import EngineLost, EngineOptions, ModelError, Progress
+from shards.engines.peers import Peers, PeersError
 from shards.engines.torch_attention import NAME
 from shards.engines.torch_devices import BACKENDS, Device
 from shards.engines.torch_weights import Checkpoint
-from shards.engines.vllm_peers import Peers, PeersError
 
 # How long ranks wait for each other to start and to load.
 MEETING_S = 600.0

@@ -15,7 +15,7 @@ Tokens are drawn as everywhere: vLLM takes the argmax, and ``vllm_sampling`` mak
 our own sampler where a sequence wants more.
 
 With several ranks each process is one rank of vLLM's tensor parallelism (its external launcher),
-and runs the same log. ``vllm_peers`` lets them meet, and ends a process whose peer is gone.
+and runs the same log. ``peers`` lets them meet, and ends a process whose peer is gone.
 
 The layer that is driven is internal to vLLM, so its version is pinned exactly.
 
@@ -44,8 +44,8 @@ from shards.engines.base import (
     Scheduling,
 )
 from shards.engines.caller import CallerEngine, Work
+from shards.engines.peers import Peers, PeersError
 from shards.engines.threads import ThreadControl
-from shards.engines.vllm_peers import Peers, PeersError
 from shards.engines.vllm_segments import sweep
 from shards.engines.vllm_setup import (
     check,

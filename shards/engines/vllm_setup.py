@@ -12,8 +12,8 @@ from platform import machine
 from typing import TYPE_CHECKING, Any
 
 from shards.engines.base import EngineOptions, ModelError, Progress
+from shards.engines.peers import Peers
 from shards.engines.threads import usable_cores
-from shards.engines.vllm_peers import Peers
 from shards.extras import Extras
 from shards.hf_folder import is_hf_folder, read_config, read_json
 

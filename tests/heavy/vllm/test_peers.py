@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.engines.vllm_peers import Peers, PeersError
+from shards.engines.peers import Peers, PeersError
 from shards.engines.vllm_segments import sweep
 from tests.heavy.vllm.worker_processes import free_port
 
@@ -61,7 +61,7 @@ def test_who_leaves_in_order_alarms_nobody() -> None:
 
 CHILD = """
 import sys, time
-from shards.engines.vllm_peers import Peers
+from shards.engines.peers import Peers
 peers = Peers(int(sys.argv[1]), 2, sys.argv[2])
 print("met", flush=True)
 time.sleep(60)

@@ -1,10 +1,10 @@
 """The ranks of one group find each other here, and notice when one of them is gone.
 
-vLLM's ranks meet in collective operations, and a rank that waits for a dead one may wait for ever:
-on one host the CPU build spins on shared memory, where nobody can be missed. So the ranks also hold
-plain TCP connections: rank 0 listens at the group's rendezvous, the others connect to it. The
-connection of a process that ends, however it ends, is closed by its kernel; of a host that is gone,
-by the keep-alive. Whoever sees that ends its own process: the thread that waits cannot be helped.
+Ranks meet in collective operations, and one that waits for a dead one may wait for ever: vLLM's CPU
+build, for one, spins on shared memory, where nobody can be missed. So the ranks also hold plain TCP
+connections: rank 0 listens at the group's rendezvous, the others connect to it. The connection of a
+process that ends, however it ends, is closed by its kernel; of a host that is gone, by the
+keep-alive. Whoever sees that ends its own process: the thread that waits cannot be helped.
 
 The first thing said on it is where the engine's own store is to listen: a port that rank 0 found
 free, new for each life of a group, as the names that are derived from it must be.

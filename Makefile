@@ -1,8 +1,8 @@
 # The verbs of the project; `make help` lists them. CI calls nothing else.
 .DEFAULT_GOAL := help
 .PHONY: help setup run test check proto proto-check lint type fmt sim replay bench clean \
-	test-torch test-jax test-vllm test-neuron test-contracts engines-torch engines-jax engines-vllm \
-	engines-neuron
+	test-torch test-jax test-vllm test-neuron test-serve test-contracts \
+	engines-torch engines-jax engines-vllm engines-neuron
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -48,6 +48,9 @@ test-vllm: engines-vllm ## Tests the vLLM engine in its own environment (3.5 GB)
 
 test-neuron: engines-neuron ## Tests Neuron's slots and buckets on XLA's CPU device (6 GB)
 	@PJRT_DEVICE=CPU $(call ENGINE_TEST,neuron)
+
+test-serve: engines-torch ## Tests two engines at once, and ranks, as users start them
+	@ROUNDHOUSE_HOME=$(ENGINES_HOME) OMP_NUM_THREADS=1 $(PY) -m pytest tests/heavy/serve $(ARGS)
 
 test-contracts: setup ## Compares what adapters use with the packages of engines that cannot run here
 	@$(PY) -m pytest tests/heavy/contracts $(ARGS)

@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def _run_loop(main: Coroutine[None, None, int]) -> int:
-    """On uvloop where there is one: it takes a third less of the processor for each step."""
+    """On uvloop where there is one: each step then costs less of the cores that compute it."""
     try:
         import uvloop
     except ImportError:  # an engine's own environment may lack it

@@ -6,8 +6,30 @@ knows nothing else of them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from router.core.events import Reason
+
+
+class ConstraintKind(Enum):
+    """The dialects in which a constraint can be written; see ``shards.v1.Constraint``."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the generated text must match as a whole.
+
+    ``text`` is a JSON schema as JSON text, a regular expression, or a grammar in llguidance's Lark.
+    ``field`` is the client's parameter that asked for it, which errors name.
+    """
+
+    kind: ConstraintKind
+    text: str
+    field: str = "grammar"
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +38,8 @@ class Params:
 
     ``max_tokens`` None means: as many as fit. ``temperature`` 0 is greedy. ``seed`` None means:
     drawn by the service. ``logprobs`` asks for the raw natural log of each token's probability,
-    ``top_logprobs`` for this many of the likeliest beside it.
+    ``top_logprobs`` for this many of the likeliest beside it; ``prompt_logprobs`` asks for both of
+    the prompt's tokens, too. ``constraint`` is what the answer must match.
     """
 
     max_tokens: int | None = None
@@ -37,6 +60,8 @@ class Params:
     include_stop: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    constraint: Constraint | None = None
     skip_special_tokens: bool = True
 
 
@@ -95,7 +120,8 @@ class TokenOut:
 class Finish:
     """How an answer ended. ``text`` is the whole answer: the concatenation of all chunk texts.
 
-    ``seed`` is None when greedy; ``stop`` is the stop string that appeared, or None.
+    ``seed`` is None when greedy; ``stop`` is the stop string that appeared, or None. ``prompt`` are
+    the prompt's tokens if their log probabilities were asked for; the first one has none.
     """
 
     reason: Reason
@@ -105,6 +131,7 @@ class Finish:
     cached_tokens: int = 0
     seed: int | None = None
     stop: str | None = None
+    prompt: tuple[TokenOut, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ parameters differ from ours (``max_new_tokens`` for ``max_tokens``, ``inputs`` f
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import assert_never
 
-from router.ask import Ask, Params
+from router.ask import Ask, Constraint, ConstraintKind, Params
 from router.config import Settings
 from router.errors import Fault, RequestError
 from router.fleet import ModelCard
@@ -197,6 +198,8 @@ def needs_of(params: Params) -> tuple[str, ...]:
         "logit_bias": bool(params.logit_bias),
         "min_tokens": params.min_tokens > 0,
         "typical_p": params.typical_p < 1.0 and not is_greedy(params),
+        "grammar": params.constraint is not None,
+        "prompt_logprobs": params.prompt_logprobs,
     }
     return tuple(name for name, used in wanted.items() if used)
 
@@ -250,7 +253,24 @@ def sampling_of(params: Params, seed: int | None, stop_tokens: frozenset[int]) -
         stop_tokens=sorted(stop_tokens) if params.min_tokens else (),
         logprobs=params.logprobs or params.top_logprobs > 0,
         top_logprobs=params.top_logprobs,
+        prompt_logprobs=params.prompt_logprobs,
+        constraint=constraint_of(params.constraint),
     )
+
+
+def constraint_of(constraint: Constraint | None) -> shard_pb2.Constraint | None:
+    """The ``shards.v1.Constraint`` of a request, if it has one."""
+    if constraint is None:
+        return None
+    match constraint.kind:
+        case ConstraintKind.JSON_SCHEMA:
+            return shard_pb2.Constraint(json_schema=constraint.text)
+        case ConstraintKind.REGEX:
+            return shard_pb2.Constraint(regex=constraint.text)
+        case ConstraintKind.LARK:
+            return shard_pb2.Constraint(lark=constraint.text)
+        case _:
+            assert_never(constraint.kind)
 
 
 def _share(value: float, greedy: bool) -> float:

@@ -64,6 +64,7 @@ def is_plain(sampling: SamplingParams) -> bool:
         and sampling.presence_penalty == 0.0
         and sampling.min_tokens == 0
         and not sampling.logprobs
+        and sampling.constraint is None
     )
 
 

@@ -11,11 +11,14 @@ from collections.abc import Collection, Iterator, Sequence
 
 from shards.engines.base import (
     Admit,
+    Constraint,
+    ConstraintKind,
     EngineInfo,
     FeatureError,
     Outcome,
     Plan,
     PlanError,
+    PromptLogprobs,
     SamplingParams,
     Scheduling,
     Vectors,
@@ -102,7 +105,15 @@ def _sampling(sequence: int, message: shard_pb2.Sampling) -> SamplingParams:
         stop_tokens=tuple(message.stop_tokens),
         logprobs=message.logprobs,
         top_logprobs=message.top_logprobs,
+        constraint=constraint_from_wire(message.constraint),
+        prompt_logprobs=message.prompt_logprobs,
     )
+
+
+def constraint_from_wire(message: shard_pb2.Constraint) -> Constraint | None:
+    """The constraint in a message, or None if it holds none."""
+    kind = message.WhichOneof("kind")
+    return None if kind is None else Constraint(ConstraintKind(kind), getattr(message, kind))
 
 
 def outcome_to_wire(
@@ -126,7 +137,21 @@ def outcome_to_wire(
                     top_tokens=found.top_tokens,
                     top_values=found.top_values,
                 )
+    for sequence, prompt in outcome.prompt_logprobs.items():
+        message.prompt_logprobs.append(_prompt_to_wire(sequence, prompt))
     return message
+
+
+def _prompt_to_wire(sequence: int, prompt: PromptLogprobs) -> shard_pb2.PromptLogprobs:
+    likeliest = [
+        shard_pb2.Likeliest(
+            tokens=[token for token, _ in pairs], values=[value for _, value in pairs]
+        )
+        for pairs in prompt.likeliest
+    ]
+    return shard_pb2.PromptLogprobs(
+        sequence=sequence, start=prompt.start, logprobs=prompt.logprobs, likeliest=likeliest
+    )
 
 
 class Digest:

@@ -52,6 +52,22 @@ class EngineInfo:
     embed_tokens_max: int = 0
 
 
+class ConstraintKind(Enum):
+    """The dialects in which a constraint can be written; see ``shards.v1.Constraint``."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the generated text must match."""
+
+    kind: ConstraintKind
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to draw the next token; units and meaning as in ``shards.v1.Sampling``.
@@ -73,6 +89,8 @@ class SamplingParams:
     stop_tokens: tuple[int, ...] = ()
     logprobs: bool = False
     top_logprobs: int = 0
+    constraint: Constraint | None = None
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +127,32 @@ class Logprobs:
     top_values: Sequence[float] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Raw natural-log probabilities of prompt tokens from the position ``start``, at least 1, on.
+
+    ``likeliest`` is parallel to ``logprobs``, or empty if no likely tokens were asked for: pairs of
+    token and value, most likely first.
+    """
+
+    start: int
+    logprobs: Sequence[float]
+    likeliest: Sequence[Sequence[tuple[int, float]]] = ()
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a step drew: parallel lists, and the logprobs of the sequences that asked for them.
 
     ``failures`` names sequences that the engine cannot go on with, and why, in one line.
+    ``prompt_logprobs`` has what was computed in this step of the prompts that asked.
     """
 
     sequences: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
 
 
 class PlanError(Exception):

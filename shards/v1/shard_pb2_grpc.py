@@ -54,6 +54,11 @@ class ShardStub(object):
                 request_serializer=shards_dot_v1_dot_shard__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=shards_dot_v1_dot_shard__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.Prepare = channel.unary_unary(
+                '/shards.v1.Shard/Prepare',
+                request_serializer=shards_dot_v1_dot_shard__pb2.PrepareRequest.SerializeToString,
+                response_deserializer=shards_dot_v1_dot_shard__pb2.PrepareResponse.FromString,
+                _registered_method=True)
 
 
 class ShardServicer(object):
@@ -92,6 +97,16 @@ class ShardServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Prepare(self, request, context):
+        """Compiles a constraint and keeps it, so that admitting a sequence with it stalls no step. Changes
+        nothing that a plan can see: a worker that has forgotten it compiles it again. Needs the feature
+        "grammar"; INVALID_ARGUMENT says what cannot be compiled and where; RESOURCE_EXHAUSTED says that
+        too many calls wait.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ShardServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +129,11 @@ def add_ShardServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=shards_dot_v1_dot_shard__pb2.EmbedRequest.FromString,
                     response_serializer=shards_dot_v1_dot_shard__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Prepare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prepare,
+                    request_deserializer=shards_dot_v1_dot_shard__pb2.PrepareRequest.FromString,
+                    response_serializer=shards_dot_v1_dot_shard__pb2.PrepareResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +244,33 @@ class Shard(object):
             '/shards.v1.Shard/Embed',
             shards_dot_v1_dot_shard__pb2.EmbedRequest.SerializeToString,
             shards_dot_v1_dot_shard__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prepare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shards.v1.Shard/Prepare',
+            shards_dot_v1_dot_shard__pb2.PrepareRequest.SerializeToString,
+            shards_dot_v1_dot_shard__pb2.PrepareResponse.FromString,
             options,
             channel_credentials,
             insecure,

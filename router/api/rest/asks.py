@@ -1,14 +1,12 @@
-"""From request bodies to asks: what TGI's and OpenAI's parameters mean in the router's words."""
+"""From request bodies to asks: what OpenAI's parameters mean in the router's words."""
 
 from dataclasses import replace
 from typing import Any
 
 from router.api.rest.models_openai import ChatRequest, CompletionRequest, SamplingFields
-from router.api.rest.models_tgi import GenerateParameters, GenerateRequest
 from router.ask import Ask, Params
 from router.config import Settings
 from router.errors import Fault, RequestError
-from router.fleet import ModelCard
 
 SEEDS = 2**64
 
@@ -30,102 +28,8 @@ def model_name(name: str | None) -> str | None:
     return name
 
 
-def native_asks(
-    body: GenerateRequest, settings: Settings, model: ModelCard, stream: bool
-) -> list[Ask]:
-    """Returns the asks of a TGI request: one, or as many as best_of.
-
-    Raises RequestError in the words of TGI (router/src/validation.rs, `ValidationError`).
-    """
-    given = body.parameters or GenerateParameters(do_sample=True)
-    sampling = given.do_sample or _any_warper(given)
-    _check_native(given, settings, stream, sampling)
-    if not body.inputs:
-        raise invalid("`inputs` cannot be empty", "inputs")
-    reports = stream or given.details or (given.best_of or 1) > 1
-    params = Params(
-        max_tokens=given.max_new_tokens,
-        temperature=(1.0 if given.temperature is None else given.temperature) if sampling else 0.0,
-        top_k=given.top_k or 0,
-        top_p=1.0 if given.top_p is None else given.top_p,
-        typical_p=1.0 if given.typical_p is None else given.typical_p,
-        repetition_penalty=1.0 if given.repetition_penalty is None else given.repetition_penalty,
-        frequency_penalty=given.frequency_penalty or 0.0,
-        seed=given.seed if sampling else None,
-        stop=tuple(given.stop),
-        include_stop=True,
-        # TGI reports them unasked; an engine that has none answers with null.
-        logprobs=reports and "logprobs" in model.features,
-        top_logprobs=given.top_n_tokens or 0,
-    )
-    ask = Ask(
-        prompt=body.inputs,
-        params=params,
-        truncate=given.truncate,
-        adapter=given.adapter_id or "",
-    )
-    return [ask] * (given.best_of or 1)
-
-
-def _any_warper(given: GenerateParameters) -> bool:
-    return (
-        given.temperature not in (None, 1.0)
-        or given.top_k is not None
-        or given.top_p not in (None, 1.0)
-        or given.typical_p not in (None, 1.0)
-    )
-
-
-def _check_native(
-    given: GenerateParameters, settings: Settings, stream: bool, sampling: bool
-) -> None:
-    """The checks that are TGI's own, in its order; the service makes the others."""
-    _check_best_of(given, settings, stream, sampling)
-    if given.decoder_input_details:
-        if stream:
-            text = "`decoder_input_details` == true is not supported when streaming tokens"
-            raise invalid(text, "decoder_input_details")
-        raise unsupported("decoder_input_details")
-    for field in ("watermark", "grammar"):
-        if getattr(given, field):
-            raise unsupported(field)
-    for field, value in (
-        ("temperature", given.temperature),
-        ("repetition_penalty", given.repetition_penalty),
-        ("top_k", given.top_k),
-    ):
-        if value is not None and value <= 0:
-            raise invalid(f"`{field}` must be strictly positive", field)
-    if given.max_new_tokens is not None and given.max_new_tokens <= 0:
-        raise invalid("`max_new_tokens` must be strictly positive", "max_new_tokens")
-    if given.truncate is not None and given.truncate <= 0:
-        raise invalid("`truncate` must be strictly positive", "truncate")
-    _check_stops(given.stop, settings)
-    top_n = given.top_n_tokens or 0
-    if top_n > settings.max_top_n_tokens:
-        limit = settings.max_top_n_tokens
-        text = f"`top_n_tokens` must be >= 0 and <= {limit}. Given: {top_n}"
-        raise invalid(text, "top_n_tokens")
-
-
-def _check_best_of(
-    given: GenerateParameters, settings: Settings, stream: bool, sampling: bool
-) -> None:
-    best_of = 1 if given.best_of is None else given.best_of
-    if best_of == 1:
-        return
-    if not 0 < best_of <= settings.max_best_of:
-        text = f"`best_of` must be > 0 and <= {settings.max_best_of}. Given: {best_of}"
-        raise invalid(text, "best_of")
-    if not sampling:
-        raise invalid("you must use sampling when `best_of` is > 1", "best_of")
-    if given.seed is not None:
-        raise invalid("`seed` must not be set when `best_of` > 1", "seed")
-    if stream:
-        raise invalid("`best_of` != 1 is not supported when streaming tokens", "best_of")
-
-
-def _check_stops(stops: list[str], settings: Settings) -> None:
+def check_stops(stops: list[str], settings: Settings) -> None:
+    """Checks the number of stop strings, in the words of TGI. Raises RequestError."""
     limit = settings.max_stop_sequences
     if len(stops) > limit:
         text = f"`stop` supports up to {limit} stop sequences. Given: {len(stops)}"
@@ -136,7 +40,7 @@ def openai_params(body: SamplingFields, settings: Settings) -> Params:
     """Returns the parameters that both of OpenAI's routes share. Raises RequestError."""
     _check_counts(body, settings)
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    _check_stops(stops, settings)
+    check_stops(stops, settings)
     if "" in stops:
         raise invalid("a stop string cannot be empty", "stop")
     return Params(

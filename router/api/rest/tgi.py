@@ -12,13 +12,14 @@ from starlette.responses import Response
 
 from router.api.rest import models_tgi as m
 from router.api.rest import tgi_shapes as shapes
-from router.api.rest.asks import invalid, model_name, native_asks
+from router.api.rest.asks import invalid, model_name
 from router.api.rest.body import ignored_header
 from router.api.rest.chat import render
 from router.api.rest.collect import collect_all, compute_type, timing_headers
 from router.api.rest.context import Context, json_response
 from router.api.rest.errors import Dialect, error_response
 from router.api.rest.models_openai import ChatRequest
+from router.api.rest.native_asks import native_asks
 from router.api.rest.openapi import error_answers, request_body, stream_answer
 from router.api.rest.sse import EventStream, EventWriter
 from router.errors import RequestError

@@ -19,6 +19,7 @@ from router.api.rest.openapi import docs_page, install_openapi
 from router.api.rest.sse import SERVER_SEND, known_fault
 from router.api.rest.tgi import tgi_routes, version
 from router.auth import ApiKeys
+from router.chat import ChatService
 from router.config import Settings
 from router.fleet import Fleet
 from router.metrics import Metrics
@@ -44,7 +45,8 @@ def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Setti
         docs_url=None,
         redoc_url=None,
     )
-    context = Context(service, fleet, metrics, settings, ApiKeys(settings.api_key))
+    keys = ApiKeys(settings.api_key)
+    context = Context(service, fleet, metrics, settings, keys, ChatService(service))
     app.include_router(tgi_routes(context))
     app.include_router(openai_routes(context))
     app.include_router(embedding_routes(context))

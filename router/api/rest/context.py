@@ -14,6 +14,7 @@ from router.api.rest.errors import Dialect, error_response
 from router.api.rest.presence import ClientLeft, Presence
 from router.api.rest.sse import known_fault
 from router.auth import ApiKeys
+from router.chat import ChatService
 from router.config import Settings
 from router.fleet import Fleet
 from router.metrics import Metrics
@@ -33,6 +34,7 @@ class Context:
     metrics: Metrics
     settings: Settings
     keys: ApiKeys
+    chat: ChatService
 
     async def answer(
         self, request: Request, model: type[B], dialect: Dialect, work: Work[B]

@@ -4,10 +4,8 @@ One loop: wait for the inbox or for ``core.wake_at()``, take everything that has
 core observe each, let it plan once, perform. Nothing here waits for a peer: a plan goes into the
 slot queue of its group's links, a token is appended to the channel of its request.
 
-The channel needs no limit of its own: it never holds more than the request's ``max_tokens``, so a
-client that reads slowly costs memory that was granted to it and stalls nobody. Submissions are
-refused beyond ``requests_max`` open ones; everything else (the end of a request, news of a group,
-an outcome) is bounded by the open requests and the groups, and is never refused.
+Submissions are refused beyond ``requests_max`` open ones; everything else (the end of a request,
+news of a group, an outcome) is bounded by the open requests and the groups, and is never refused.
 """
 
 import asyncio
@@ -15,10 +13,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import count, repeat
 from typing import Protocol, assert_never
 
+from router.channel import Channel
 from router.core.effects import Abandon, Close, Deliver, Effect, RunPlan
 from router.core.events import Ended, Event, Reason, Submitted, Ticked
 from router.core.snapshot import Snapshot
@@ -60,76 +58,6 @@ class Workers(Protocol):
 def monotonic_ms() -> int:
     """Milliseconds of a clock that never goes back; only differences mean anything."""
     return time.monotonic_ns() // 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What has arrived for a request since the last look.
-
-    ``logprobs`` is empty if no token has any; else parallel to ``tokens``, with None or a
-    ``shards.v1.TokenLogprobs`` for each. ``close`` is set once the request has ended, and nothing
-    follows it.
-    """
-
-    tokens: list[int]
-    logprobs: list[object]
-    close: Close | None
-
-
-class Channel:
-    """The way of one request's tokens from the driver to the service. One reader.
-
-    ``life`` is what metrics want to know; ``last_ms`` is when the latest token came, -1 before any.
-    ``due`` is the driver's: whether the channel stands in its line of readers to wake.
-    """
-
-    __slots__ = ("_close", "_logprobs", "_room", "_tokens", "_waiter", "due", "last_ms", "life")
-
-    def __init__(self, life: Lifetime) -> None:
-        self.life = life
-        self.last_ms = -1
-        self.due = False
-        self._room = life.tokens_max
-        self._tokens: list[int] = []
-        self._logprobs: list[object] = []
-        self._close: Close | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def get(self) -> Batch:
-        """Waits until something has arrived and returns all of it.
-
-        It always comes: the core ends every request by its deadline or with its workers, and a
-        driver that ends, in whatever way, closes all channels.
-        """
-        if not self._tokens and self._close is None:
-            assert self._waiter is None, "a channel has one reader"
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        batch = Batch(self._tokens, self._logprobs, self._close)
-        self._tokens, self._logprobs = [], []
-        return batch
-
-    def push(self, token: int, logprob: object | None) -> None:
-        """Appends a token. Never waits. The reader is woken by ``wake``."""
-        self._room -= 1
-        assert self._room >= 0, "more tokens than the request may have"
-        if logprob is not None or self._logprobs:
-            self._logprobs += repeat(None, len(self._tokens) - len(self._logprobs))
-            self._logprobs.append(logprob)
-        self._tokens.append(token)
-
-    def close(self, close: Close) -> None:
-        """Says that nothing follows. The reader is woken by ``wake``."""
-        self._close = close
-
-    def wake(self) -> None:
-        """Lets the reader go on, if it waits."""
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
 
 
 class Driver:
@@ -184,8 +112,15 @@ class Driver:
         assert name not in self._groups
         self._groups[name] = workers
 
-    def submit(self, submitted: Submitted) -> Channel:
-        """Hands a request to the core.
+    def life(self, request: int) -> Lifetime | None:
+        """What metrics know of an open request."""
+        channel = self._channels.get(request)
+        return None if channel is None else channel.life
+
+    def submit(
+        self, submitted: Submitted, channel_of: Callable[[Lifetime], Channel] = Channel
+    ) -> Channel:
+        """Hands a request to the core. ``channel_of`` makes its channel.
 
         Raises ``RequestError``: OVERLOADED if too many are open, UNAVAILABLE while shutting down.
         """
@@ -199,7 +134,7 @@ class Driver:
             )
         assert submitted.request not in self._channels
         life = Lifetime(len(submitted.prompt), submitted.max_tokens, self._clock())
-        channel = self._channels[submitted.request] = Channel(life)
+        channel = self._channels[submitted.request] = channel_of(life)
         self._submissions += 1
         self.post(submitted)
         return channel
@@ -208,7 +143,8 @@ class Driver:
         """Ends a request on its owner's behalf. Harmless if it has ended already."""
         channel = self._channels.pop(request, None)
         if channel is not None:
-            self.metrics.ended(channel.life, reason, self._clock())
+            if channel.counted:
+                self.metrics.ended(channel.life, reason, self._clock())
             self.post(Ended(request, reason))
             self._notice_empty()
 
@@ -331,14 +267,15 @@ class Driver:
             channel = channels.get(request)
             if channel is None:
                 continue  # its owner has ended it, and the core will hear of it
-            if channel.last_ms < 0:
-                self.metrics.first_token(now_ms - channel.life.submitted_ms)
-                channel.life.first_ms = now_ms
-            else:
-                gap_ms = now_ms - channel.last_ms
-                gaps[gap_ms] = gaps.get(gap_ms, 0) + 1
-            channel.last_ms = now_ms
-            channel.life.tokens += 1
+            if channel.counted:
+                if channel.last_ms < 0:
+                    self.metrics.first_token(now_ms - channel.life.submitted_ms)
+                    channel.life.first_ms = now_ms
+                else:
+                    gap_ms = now_ms - channel.last_ms
+                    gaps[gap_ms] = gaps.get(gap_ms, 0) + 1
+                channel.last_ms = now_ms
+                channel.life.tokens += 1
             channel.push(token, logprob)
             self._wake_later(channel)
         self.metrics.token_gaps(gaps)
@@ -346,7 +283,8 @@ class Driver:
     def _closed(self, close: Close, now_ms: int) -> None:
         channel = self._channels.pop(close.request, None)
         if channel is not None:
-            self.metrics.ended(channel.life, close.reason, now_ms)
+            if channel.counted:
+                self.metrics.ended(channel.life, close.reason, now_ms)
             channel.close(close)
             self._wake_later(channel)
 

@@ -14,10 +14,11 @@ from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 from router.ask import Ask, Chunk, EmbedAsk, Embedded, Finish, Params, TokenOut
+from router.channel import Batch, Channel
 from router.config import Settings
 from router.core.effects import Close
 from router.core.events import Reason, Submitted
-from router.driver import Batch, Channel, Driver
+from router.driver import Driver
 from router.embedding import Embedder
 from router.errors import FAULT_OF_REASON, Fault, RequestError
 from router.fleet import Fleet, ModelCard

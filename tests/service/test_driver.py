@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from router.channel import Channel
 from router.core.effects import Abandon, Admit, Close, Deliver, Effect, RunPlan
 from router.core.events import Ended, Event, GroupDown, Reason, StepDone, Submitted, Ticked
 from router.core.snapshot import Snapshot
-from router.driver import WAKES_MAX, Channel, Driver
+from router.driver import WAKES_MAX, Driver
 from router.errors import Fault, RequestError
 from router.metrics import Metrics
 from tests.service.fakes import PATIENCE_S, until

@@ -12,10 +12,10 @@ import pytest
 from router import link
 from router.app import Router, core_config
 from router.ask import Ask, Params
+from router.channel import Channel
 from router.config import ConfigError, GroupSpec, Settings
 from router.core.effects import Close
 from router.core.events import Reason, Submitted
-from router.driver import Channel
 from router.errors import Fault, RequestError
 from shards.v1 import shard_pb2
 from tests.service.fakes import PATIENCE_S, Bench, bench_in, until

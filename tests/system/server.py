@@ -77,9 +77,11 @@ def eventually(condition: Callable[[], bool], within_s: float = STOP_S) -> None:
         time.sleep(0.02)
 
 
-def start(arguments: tuple[str, ...], errors: IO[str], **env: str) -> subprocess.Popen[str]:
-    """Starts ``roundhouse serve`` with these arguments and variables."""
-    command = [sys.executable, "-m", "deploy.cli", "serve", "--hostname", "127.0.0.1"]
+def start(
+    arguments: tuple[str, ...], errors: IO[str], python: str = sys.executable, **env: str
+) -> subprocess.Popen[str]:
+    """Starts ``roundhouse serve`` with these arguments and variables, by an interpreter."""
+    command = [python, "-m", "deploy.cli", "serve", "--hostname", "127.0.0.1"]
     command += ["--port", "0", "--grpc-port", "0", *arguments]
     return subprocess.Popen(
         command,
@@ -112,10 +114,10 @@ def read_lines(process: subprocess.Popen[str], until: Callable[[str], bool]) -> 
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[Server]:
+def serving(folder: Path, *arguments: str, python: str = sys.executable) -> Iterator[Server]:
     """A server that is ready; ended, however the test went, with all it started."""
     with (folder / "stderr").open("w") as errors:
-        process = start(("--json-output", *arguments), errors, TMPDIR=str(folder))
+        process = start(("--json-output", *arguments), errors, python, TMPDIR=str(folder))
         workers: list[int] = []
         try:
             try:

@@ -1,0 +1,69 @@
+"""One server for all clients, and a wall: whatever a client asks for beside it is refused.
+
+These tests run in environments without Roundhouse, so the server is a process of the project's own
+interpreter. It asks for a key, which every client must be able to send in its own way.
+"""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.heavy.clients.world import KEY, PYTHON, SERVER
+from tests.system.server import Server, serving
+
+_connect = socket.socket.connect
+_resolve = socket.getaddrinfo
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are no errors here: what a client's own code is warned of is its makers' affair."""
+    config.addinivalue_line("filterwarnings", "ignore")
+
+
+def only_here(self: socket.socket, address: Any) -> None:
+    """Connects to this machine; anything else is a client that phones home."""
+    if self.family in (socket.AF_INET, socket.AF_INET6):
+        host = address[0]
+        if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+            raise PermissionError(f"a client wants to talk to {host}")
+    _connect(self, address)
+
+
+def resolve_here(host: Any, *arguments: Any, **options: Any) -> Any:
+    """Resolves the names of this machine alone, so that no name is asked for elsewhere."""
+    known = host.decode() if isinstance(host, bytes) else host
+    if known not in (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0"):
+        raise PermissionError(f"a client wants to know where {known} is")
+    return _resolve(host, *arguments, **options)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def wall() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", only_here)
+        patch.setattr(socket, "getaddrinfo", resolve_here)
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            patch.delenv(name, raising=False)
+            patch.delenv(name.lower(), raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The embedded model of 135M parameters, on llama.cpp."""
+    folder = tmp_path_factory.mktemp("server")
+    with serving(folder, *SERVER, python=python()) as server:
+        server.client.headers["authorization"] = f"Bearer {KEY}"
+        yield server
+
+
+def python() -> str:
+    """The interpreter that has Roundhouse."""
+    found = Path(os.environ.get("ROUNDHOUSE_PYTHON", PYTHON))
+    assert found.is_file(), f"{found} is missing: run 'make setup'"
+    return str(found)

@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 SETUP = @test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed (set PYTHON=...)"; exit 1; }; \
 	$(PYTHON) -m deploy.setup_env --venv $(VENV)
-PROTOS := $(wildcard proto/*/v1/*.proto)
+PROTOS := $(wildcard proto/*/v1/*.proto proto/*/*/v1/*.proto)
 PROTOC = $(PY) -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 SEEDS ?= 1000
 ARGS ?=
@@ -57,7 +57,7 @@ test-contracts: setup ## Compares what adapters use with the packages of engines
 
 check: setup proto-check lint type sim test ## Everything CI runs
 
-proto: setup ## Generates router/v1 and shards/v1 from proto/
+proto: setup ## Generates the folders named v1 from proto/
 	@$(call PROTOC,.)
 
 proto-check: setup ## Fails if the generated code is not what proto/ says

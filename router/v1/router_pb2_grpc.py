@@ -82,7 +82,8 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Chat(self, request, context):
-        """Answers a conversation, using the model's own chat template.
+        """Answers a conversation, using the model's own chat template. Text, thoughts and tool calls come
+        apart from each other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -165,6 +165,8 @@ class Fleet:
         self._agreed: dict[str, GroupCard] = {}
         self._differences: dict[frozenset[str], str] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
+        self._files: dict[str, Mapping[str, bytes]] = {}
+        self._watchers: list[Callable[[], None]] = []
         self._models: dict[str, ModelCard] = {}
         self._embed_calls: dict[str, EmbedCall] = {}
         self._ready = asyncio.Event()
@@ -228,11 +230,34 @@ class Fleet:
         """Waits until a first group has come up. The caller sets the deadline."""
         await self._ready.wait()
 
+    # --- for gateways
+
+    def groups(self) -> list[tuple[GroupSpec, GroupCard | None]]:
+        """Every configured group, and what it last said of itself, if it has ever come up."""
+        return [(spec, self._cards.get(spec.name)) for spec in self._specs]
+
+    def tokenizer_files(self, sha256: str) -> Mapping[str, bytes] | None:
+        """The tokenizer files with this hash, by name, if some group has fetched them."""
+        return self._files.get(sha256)
+
+    @contextmanager
+    def watched(self, changed: Callable[[], None]) -> Iterator[None]:
+        """Calls ``changed``, which must not wait, after each change of a group."""
+        self._watchers.append(changed)
+        try:
+            yield
+        finally:
+            self._watchers.remove(changed)
+
     # --- for groups
 
     def tokenizer(self, sha256: str) -> Tokenizer | None:
         """The tokenizer with this hash of its files, if some group has fetched it before."""
         return self._tokenizers.get(sha256)
+
+    def keep_files(self, sha256: str, files: Mapping[str, bytes]) -> None:
+        """Keeps the files of a tokenizer, some megabytes, for gateways that will ask for them."""
+        self._files[sha256] = files
 
     @contextmanager
     def claim(self, card: GroupCard) -> Iterator[None]:
@@ -311,6 +336,8 @@ class Fleet:
             if card is not None:
                 members.setdefault(card.model, []).append(card)
         self._models = {name: self._model_of(name, cards) for name, cards in members.items()}
+        for changed in self._watchers:
+            changed()
 
     def _model_of(self, name: str, cards: list[GroupCard]) -> ModelCard:
         """The model that these groups hold; a request may be as long as the roomiest one allows."""

@@ -115,10 +115,12 @@ class Group:
             return known
         files = await link.tokenizer_files()
         try:
-            return await asyncio.to_thread(Tokenizer.from_files, files)
+            tokenizer = await asyncio.to_thread(Tokenizer.from_files, files)
         except Exception as error:  # noqa: BLE001 - a worker's file must not end the router
             cause = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise LinkDownError(f"{link.address}: unusable tokenizer files: {cause}") from None
+        self._fleet.keep_files(card.tokenizer_sha256, files)
+        return tokenizer
 
     async def _live(self, card: GroupCard, tokenizer: Tokenizer, links: list[Link]) -> None:
         name, epoch = card.name, self._epochs()

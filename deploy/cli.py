@@ -30,7 +30,7 @@ from router.config import ConfigError, GroupSpec, Settings, check_groups
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
-def _version() -> str:
+def installed_version() -> str:
     """The version of the installed distribution."""
     try:
         return version("roundhouse-llm")
@@ -39,7 +39,7 @@ def _version() -> str:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(_version(), message="roundhouse %(version)s")
+@click.version_option(installed_version(), message="roundhouse %(version)s")
 def cli() -> None:
     """Roundhouse: one front end for every LLM inference engine.
 

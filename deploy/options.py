@@ -73,6 +73,7 @@ KNOBS = (
     Knob(LIMITS, "max-stop-sequences", "N", "Stop strings in one request."),
     Knob(LIMITS, "max-top-n-tokens", "N", "Alternatives reported at each token."),
     Knob(LIMITS, "max-client-batch-size", "N", "Prompts in one call of /v1/completions."),
+    Knob(LIMITS, "disable-grammar-support", "", "Refuse structured output: grammars and schemas."),
     Knob(
         BATCH,
         "max-batch-prefill-tokens",
@@ -143,11 +144,13 @@ class SectionedOption(click.Option):
 
 
 class SectionedCommand(click.Command):
-    """A command whose help groups the options under headings."""
+    """A command whose help groups the options under headings, in the order of ``sections``."""
+
+    sections: tuple[str, ...] = SECTIONS
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes one block of options for each heading."""
-        for section in SECTIONS:
+        for section in self.sections:
             rows = [
                 record
                 for param in self.get_params(ctx)

@@ -65,6 +65,8 @@ class Settings:
     max_client_batch_size: int = 4
     # Bytes of a request body.
     payload_limit: int = 2_000_000
+    # Refuse requests whose answer must match a grammar or a schema.
+    disable_grammar_support: bool = False
 
     # Plans that a group may hold at once: 2 keeps its device busy while an outcome travels.
     plans_in_flight_max: int = 2
@@ -134,7 +136,7 @@ _RANGES = {
     "port": _Range("TCP port", 0, 65_535),
     "grpc_port": _Range("TCP port", 0, 65_535),
 }
-_SWITCHES = ("resume_streams", "json_output")
+_SWITCHES = ("resume_streams", "json_output", "disable_grammar_support")
 _LEVELS = ("debug", "info", "warning", "error")
 
 

@@ -67,6 +67,9 @@ def check_ask(ask: Ask, card: ModelCard, settings: Settings) -> None:
         check_vocabulary(ask.prompt, card.vocab_size, "prompt")
     _check_terms(ask, card)
     _check_adapter(ask, card)
+    if params.constraint is not None and settings.disable_grammar_support:
+        text = "grammar is not supported: this server was started with disable_grammar_support"
+        raise invalid(text, params.constraint.field)
     _check_features(params, card)
 
 

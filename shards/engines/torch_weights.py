@@ -116,6 +116,7 @@ class Checkpoint:
                     *names,
                     **options,
                     **more,
+                    config=self.config,  # reading it anew takes as long as the weights do
                     dtype=dtype,
                     device_map={"": device},
                     attn_implementation="eager",

@@ -1,10 +1,12 @@
 """The way of one request's tokens from the driver to whoever reads them.
 
-A channel needs no limit of its own: it never holds more than the request's ``max_tokens``, so a
-client that reads slowly costs memory that was granted to it and stalls nobody.
+A channel needs no limit of its own: it never holds more than the request's ``max_tokens`` and what
+there is to say of its prompt, so a client that reads slowly costs memory that was granted to it and
+stalls nobody.
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -18,12 +20,14 @@ class Batch:
 
     ``logprobs`` is empty if no token has any; else parallel to ``tokens``, with None or a
     ``shards.v1.TokenLogprobs`` for each. ``close`` is set once the request has ended, and nothing
-    follows it.
+    follows it. ``prompt`` has a ``shards.v1.TokenLogprobs`` for each of the next tokens of the
+    prompt, the first one left out, if these were asked for; all have come by the first token.
     """
 
     tokens: list[int]
     logprobs: list[object]
     close: Close | None
+    prompt: Sequence[object] = ()
 
 
 class Channel:
@@ -35,7 +39,17 @@ class Channel:
     """
 
     counted = True
-    __slots__ = ("_close", "_logprobs", "_room", "_tokens", "_waiter", "due", "last_ms", "life")
+    __slots__ = (
+        "_close",
+        "_logprobs",
+        "_prompt",
+        "_room",
+        "_tokens",
+        "_waiter",
+        "due",
+        "last_ms",
+        "life",
+    )
 
     def __init__(self, life: Lifetime) -> None:
         self.life = life
@@ -44,6 +58,7 @@ class Channel:
         self._room = life.tokens_max
         self._tokens: list[int] = []
         self._logprobs: list[object] = []
+        self._prompt: list[object] = []
         self._close: Close | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -53,15 +68,17 @@ class Channel:
         It always comes: the core ends every request by its deadline or with its workers, and a
         driver that ends, in whatever way, closes all channels.
         """
-        if not self._tokens and self._close is None:
+        if not self._tokens and not self._prompt and self._close is None:
             assert self._waiter is None, "a channel has one reader"
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-        batch = Batch(self._tokens, self._logprobs, self._close)
+        batch = Batch(self._tokens, self._logprobs, self._close, self._prompt)
         self._tokens, self._logprobs = [], []
+        if self._prompt:
+            self._prompt = []
         return batch
 
     def push(self, token: int, logprob: object | None) -> None:
@@ -72,6 +89,11 @@ class Channel:
             self._logprobs += repeat(None, len(self._tokens) - len(self._logprobs))
             self._logprobs.append(logprob)
         self._tokens.append(token)
+
+    def push_prompt(self, values: Sequence[object]) -> None:
+        """Appends log probabilities of the prompt. The reader is woken by ``wake``."""
+        self._prompt += values
+        assert len(self._prompt) < self.life.prompt_tokens, "more than the prompt has"
 
     def close(self, close: Close) -> None:
         """Says that nothing follows. The reader is woken by ``wake``."""

@@ -261,6 +261,11 @@ class Driver:
 
     def _deliver(self, effect: Deliver, now_ms: int) -> None:
         channels = self._channels
+        for request, values in effect.prompts:
+            channel = channels.get(request)
+            if channel is not None:
+                channel.push_prompt(values)
+                self._wake_later(channel)
         gaps: dict[int, int] = {}
         logprobs: Iterable[object] = effect.logprobs or repeat(None)
         for request, token, logprob in zip(effect.requests, effect.tokens, logprobs, strict=False):

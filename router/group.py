@@ -26,7 +26,7 @@ from router.fleet import Fleet, GroupCard, MismatchError, card_of
 from router.link import Backoff, Link, LinkDownError, encode, one_line
 from router.metrics import Metrics
 from router.text.tokenizer import Tokenizer
-from shards.v1.shard_pb2 import DescribeResponse, Outcome
+from shards.v1.shard_pb2 import DescribeResponse, Outcome, PromptLogprobs, TokenLogprobs
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -211,7 +211,10 @@ class Life:
 
 
 def step_done(group: str, outcome: Outcome) -> StepDone:
-    """Rank 0's outcome as the core reads it: plain lists, and logprobs parallel to the tokens."""
+    """Rank 0's outcome as the core reads it: plain lists, and logprobs parallel to the tokens.
+
+    Of prompts each position has a ``TokenLogprobs``, whose sequence is not set.
+    """
     sequences = list(outcome.sequences)
     logprobs: list[object] = []
     if outcome.logprobs:
@@ -225,7 +228,19 @@ def step_done(group: str, outcome: Outcome) -> StepDone:
         list(outcome.tokens),
         logprobs,
         tuple((one.sequence, one.message) for one in outcome.failures),
+        tuple((one.sequence, one.start, _scores(one)) for one in outcome.prompt_logprobs),
     )
+
+
+def _scores(prompt: PromptLogprobs) -> list[object]:
+    """One message for each token; if there are likeliest ones for some only, for those."""
+    if not prompt.likeliest:
+        return [TokenLogprobs(logprob=logprob) for logprob in prompt.logprobs]
+    pairs = zip(prompt.logprobs, prompt.likeliest, strict=False)
+    return [
+        TokenLogprobs(logprob=logprob, top_tokens=top.tokens, top_values=top.values)
+        for logprob, top in pairs
+    ]
 
 
 async def _all(calls: Iterable[Coroutine[None, None, T]]) -> list[T]:

@@ -22,6 +22,7 @@ from router.driver import Driver
 from router.embedding import Embedder
 from router.errors import FAULT_OF_REASON, Fault, RequestError
 from router.fleet import Fleet, ModelCard
+from router.scores import PromptScores
 from router.text.stop import StopMatcher
 from router.text.tokenizer import Tokenizer, TokenSpan
 from router.validation import (
@@ -222,6 +223,7 @@ class Generation:
         "_outs",
         "_over",
         "_params",
+        "_prompt",
         "_seed",
         "_stop_tokens",
         "_text",
@@ -239,6 +241,9 @@ class Generation:
         self._driver = driver
         self._channel = channel
         self._params = params
+        self._prompt: PromptScores | None = None
+        if params.prompt_logprobs:
+            self._prompt = PromptScores(work.model.tokenizer, submitted.prompt)
         self._seed = work.seed
         self._outs = work.outs
         self._stop_tokens = submitted.stop_tokens
@@ -257,7 +262,19 @@ class Generation:
         """Waits for what comes next: everything that has arrived since the last call."""
         if self._over:
             raise StopAsyncIteration
-        return self._chunk(await self._channel.get())
+        batch = await self._channel.get()
+        while batch.prompt and self._prompt is not None:
+            # What there is to say of a long prompt is laid out as it comes, not all at once.
+            self._prompt.push(batch.prompt)
+            if batch.tokens or batch.close is not None:
+                break
+            batch = await self._channel.get()
+        return self._chunk(batch)
+
+    @property
+    def prompt(self) -> tuple[TokenOut, ...]:
+        """The prompt's tokens if their log probabilities were asked for; all by the first chunk."""
+        return () if self._prompt is None else self._prompt.tokens
 
     async def __aenter__(self) -> Self:
         return self
@@ -376,5 +393,6 @@ class Generation:
             cached_tokens=self._channel.life.cached_tokens,
             seed=self._seed,
             stop=None if self._matcher is None else self._matcher.matched,
+            prompt=self.prompt,
         )
         return Chunk(tokens, text, finish)

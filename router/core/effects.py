@@ -1,6 +1,7 @@
 """What the core asks for, in the imperative. The driver performs each and answers with events."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
 from router.core.events import Reason
 
@@ -36,11 +37,15 @@ class RunPlan:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Hand these tokens to their requests. The lists run in parallel; ``logprobs`` may be empty."""
+    """Hand these tokens to their requests. The lists run in parallel; ``logprobs`` may be empty.
+
+    ``prompts`` goes first: a request, and the log probabilities of the next tokens of its prompt.
+    """
 
     requests: list[int]
     tokens: list[int]
     logprobs: list[object]
+    prompts: list[tuple[int, Seq[object]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from enum import Enum
 
+PROMPT_LOGPROBS = "prompt_logprobs"
+"""The feature of a request whose prompt's log probabilities are wanted, too."""
+
 
 class Reason(Enum):
     """Why a request ended. Each request ends exactly once, with exactly one of these."""
@@ -100,7 +103,9 @@ class StepDone:
     """A group has applied a plan.
 
     ``sequences``, ``tokens`` and ``logprobs`` run in parallel; ``logprobs`` may be empty, and is
-    delivered unread. ``failures`` pairs a sequence with one line for a person.
+    delivered unread. ``failures`` pairs a sequence with one line for a person. ``prompts`` has log
+    probabilities of prompts: a sequence, the position of a token, at least 1, and what is to be
+    delivered, unread, for that token and the ones behind it.
     """
 
     group: str
@@ -110,6 +115,7 @@ class StepDone:
     tokens: Seq[int]
     logprobs: Seq[object] = ()
     failures: tuple[tuple[int, str], ...] = ()
+    prompts: tuple[tuple[int, int, Seq[object]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,8 +44,11 @@ def ranked(groups: list[Group], sequence: Sequence, config: CoreConfig) -> list[
 
 
 def shareable(group: Group, sequence: Sequence, config: CoreConfig) -> tuple[int, int | None]:
-    """How many tokens the sequence could share with whom. At least one is left to compute."""
-    if not group.up.limits.shares_prefix:
+    """How many tokens the sequence could share with whom. At least one is left to compute.
+
+    Where log probabilities of the prompt are wanted all of it is: what is shared tells none.
+    """
+    if not group.up.limits.shares_prefix or sequence.scores_prompt:
         return 0, None
     length, holder = group.tree.match(sequence.tokens, sequence.facts.adapter)
     length = group.ledger.whole_pages(min(length, len(sequence.tokens) - 1))

@@ -47,6 +47,7 @@ class _Step:
         self.work: dict[int, int] = {}
         self.admits: list[Admit] = []
         self.samples: dict[int, None] = {}
+        self.scored: tuple[int, ...] = ()
 
     def decode(self) -> None:
         """One token for each sequence that has not been promised its last one."""
@@ -106,6 +107,8 @@ class _Step:
 
     def _first_sample(self, sequence: Sequence) -> None:
         self.samples[sequence.id] = None
+        if sequence.scores_prompt:
+            self.scored = (*self.scored, sequence.id)
         del self.group.filling[sequence.id]
         self.group.decoding[sequence.id] = sequence
 
@@ -114,7 +117,7 @@ class _Step:
         group = self.group
         drops, group.drops = tuple(group.drops), []
         group.plans = self.plan_id
-        group.in_flight.append(InFlight(self.plan_id, now_ms, self.samples))
+        group.in_flight.append(InFlight(self.plan_id, now_ms, self.samples, self.scored))
         return RunPlan(
             group.up.group,
             group.up.epoch,

@@ -36,6 +36,7 @@ from router.core.placing import (
 )
 from router.core.planning import next_plan
 from router.core.prefix import PrefixTree
+from router.core.scoring import doubt, news
 from router.core.snapshot import Snapshot, take_snapshot
 from router.core.state import CoreConfig, Group, Sequence
 from router.core.waiting import WaitingLine
@@ -253,7 +254,7 @@ class Core:
 
     def _deliver(self, group: Group, event: StepDone) -> list[Effect]:
         """Passes on the tokens of those who are still there, and ends those who are complete."""
-        delivery, closings = Deliver([], [], []), list[Effect]()
+        delivery, closings = Deliver([], [], [], news(group, event)), list[Effect]()
         for index, request in enumerate(event.sequences):
             sequence = group.decoding.get(request)
             if sequence is None or sequence.admitted_by > event.plan_id:
@@ -268,7 +269,7 @@ class Core:
                 closings.append(self._close(sequence, Reason.EOS))
             elif len(sequence.tokens) == sequence.end:
                 closings.append(self._close(sequence, Reason.LENGTH))
-        return [delivery, *closings] if delivery.requests else closings
+        return [delivery, *closings] if delivery.requests or delivery.prompts else closings
 
     def _failed(self, group: Group, event: StepDone) -> list[Effect]:
         """Ends the sequences that failed; plans in flight can draw nothing more for them."""
@@ -336,4 +337,4 @@ def _untrue(group: Group, event: StepDone) -> str | None:
         due.pop(request, None)
     if len(event.sequences) != len(due) or due.keys() != set(event.sequences):
         return f"plan {event.plan_id} did not draw one token for each sequence that was due"
-    return None
+    return doubt(group, event)

@@ -6,7 +6,7 @@ Only the modules of this folder touch these, and only from within one call of th
 from collections import deque
 from dataclasses import dataclass, field
 
-from router.core.events import GroupUp, Submitted
+from router.core.events import PROMPT_LOGPROBS, GroupUp, Submitted
 from router.core.ledger import Account, Ledger
 from router.core.prefix import PrefixTree
 
@@ -42,7 +42,9 @@ class Sequence:
     this life, what is left is ``len(tokens) - scheduled``, whether that is a prompt or everything
     after a loss; from then on each plan computes one more, which need not be known here yet.
     Production ends at ``end`` tokens, prompt included. ``account`` is what it holds of its group's
-    memory, and ``admitted_by`` the plan that made it resident there, 0 before.
+    memory, and ``admitted_by`` the plan that made it resident there, 0 before. ``scored`` tokens of
+    the prompt are done with, if its log probabilities are wanted: they have been delivered, but for
+    the first, which nothing predicts.
     """
 
     facts: Submitted
@@ -54,6 +56,7 @@ class Sequence:
     scheduled: int = 0
     account: Account | None = None
     losses: int = 0
+    scored: int = 1
 
     @property
     def id(self) -> int:
@@ -75,6 +78,11 @@ class Sequence:
         """Whether a plan has made it resident on the workers."""
         return self.admitted_by > 0
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log probabilities of the prompt are wanted."""
+        return PROMPT_LOGPROBS in self.facts.needs
+
     def leave(self) -> None:
         """Forgets its life in a group; the tokens stay."""
         self.group = self.account = None
@@ -83,11 +91,15 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A plan that has been sent and not answered; each of ``samples`` must draw a token."""
+    """A plan that has been sent and not answered; each of ``samples`` must draw a token.
+
+    Each of ``scored`` must have told the log probabilities of its whole prompt by then.
+    """
 
     plan_id: int
     sent_ms: int
     samples: dict[int, None]
+    scored: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, eq=False)

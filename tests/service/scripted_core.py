@@ -73,11 +73,13 @@ class House:
         *,
         logprobs: Sequence[object] = (),
         detail: str = "",
+        prompt: Sequence[object] = (),
     ) -> None:
         """Tokens of a request and perhaps its end, all in one turn of the driver."""
         effects: list[Effect] = []
-        if tokens:
-            effects.append(Deliver([request] * len(tokens), list(tokens), list(logprobs)))
+        if tokens or prompt:
+            prompts = [(request, prompt)] if prompt else []
+            effects.append(Deliver([request] * len(tokens), list(tokens), list(logprobs), prompts))
         if close is not None:
             effects.append(Close(request, close, detail))
         self.driver.post(Said(effects))

@@ -1,10 +1,11 @@
 """What the checkers know of requests and groups, kept from events and effects alone."""
 
 from collections import Counter, deque
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from router.core.effects import Close, RunPlan
-from router.core.events import Limits, Reason, Submitted
+from router.core.events import PROMPT_LOGPROBS, Limits, Reason, Submitted
 from router.core.state import CoreConfig
 from tests.sim.worker import Worker, digest_of, draw, ensure, follow
 from tests.sim.world import GroupSpec
@@ -24,6 +25,7 @@ class Request:
     asked: Reason | None = None
     stop_after: int | None = None
     losses: int = 0
+    scored: int = 1
     shared: int = 0
     home: "GroupBook | None" = None
     admitted_by: int = 0
@@ -38,10 +40,25 @@ class Request:
         """Tokens that it may have in all."""
         return len(self.facts.prompt) + self.facts.max_tokens
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether it wants the log probabilities of its prompt."""
+        return PROMPT_LOGPROBS in self.facts.needs
+
+    def take_scores(self, values: Seq[object]) -> None:
+        """Receives log probabilities of its prompt, which must be the next ones."""
+        ensure(self.open, f"log probabilities for {self.id}, which is closed")
+        ensure(self.scores_prompt and values, f"{self.id} wants no log probabilities")
+        for value in values:
+            ensure(value == ("score", self.id, self.scored), "log probabilities of another token")
+            self.scored += 1
+
     def take(self, token: int) -> Reason | None:
         """Receives a token, which must be the right one; says why this was the last, if so."""
         ensure(self.open, f"a token for {self.id}, which is closed")
         ensure(token == draw(self.digest), f"{self.id} received a wrong token")
+        scored = self.scored == len(self.facts.prompt) or not self.scores_prompt
+        ensure(scored, f"{self.id} received a token before all log probabilities of its prompt")
         self.digest = follow(self.digest, token)
         self.tokens.append(token)
         ensure(len(self.tokens) <= self.facts.max_tokens, f"{self.id} received too many tokens")
@@ -101,7 +118,7 @@ def group_book(spec: GroupSpec, limits: Limits, epoch: int, config: CoreConfig) 
         limits,
         spec.features,
         spec.adapters,
-        Worker(epoch, limits, kv_tokens, spec.model + 1, spec.adapters),
+        Worker(epoch, limits, kv_tokens, spec.model + 1, spec.adapters, spec.late),
         kv_tokens // limits.page_tokens * limits.page_tokens,
         step_tokens,
         batch,
@@ -179,6 +196,14 @@ class Books:
     def serving(self, model: int) -> list[GroupBook]:
         """The live groups that serve a model."""
         return [group for group in self.groups.values() if group.model == model]
+
+    def resident(self, group: GroupBook, plan_id: int) -> dict[int, Request]:
+        """The open requests that were resident in a group when it got this plan."""
+        return {
+            request.id: request
+            for request in self.open.values()
+            if request.home is group and request.admitted_by <= plan_id
+        }
 
     # --- groups
 

@@ -7,7 +7,7 @@ core, it is to compare the core's account with theirs.
 from collections.abc import Sequence as Seq
 
 from router.core.effects import Close, RunPlan
-from router.core.events import Reason
+from router.core.events import PROMPT_LOGPROBS, Reason
 from router.core.ledger import Account
 from router.core.scheduler import Core
 from router.core.state import Group, Sequence
@@ -66,6 +66,19 @@ def check_plan(books: Books, group: GroupBook, plan: RunPlan) -> None:
     _check_victims(books, plan, running)
 
 
+def count_shares(books: Books, plan: RunPlan) -> None:
+    """Counts the kinds of shares that there are."""
+    for admit in plan.admits:
+        if admit.share_len:
+            source = books.requests[admit.share_from]
+            ensure(not source.failed, "a share of a sequence that is known to have failed")
+            books.seen["share from running" if source.open else "share from finished"] += 1
+            books.seen["share after a loss"] += len(admit.tokens) > admit.prompt_len
+            books.seen["share of an answer"] += admit.share_len > len(source.facts.prompt)
+            books.seen["share with an adapter"] += bool(admit.adapter)
+            books.seen["share from a scored prompt"] += source.scores_prompt
+
+
 def _check_victims(books: Books, plan: RunPlan, running: list[int]) -> None:
     """Whoever is preempted is last in line of those that run."""
     victims = [books.requests[number] for number in plan.drops if books.requests[number].open]
@@ -90,7 +103,7 @@ def check_kept(books: Books, core: Core, close: Close) -> None:
     wanted = any(
         not member.admitted and _common(resident.tokens, member.tokens) > resident.computed
         for member in group.filling.values()
-        if member.facts.adapter == resident.adapter
+        if member.facts.adapter == resident.adapter and not _scores(member)
     )
     scarce = group.up.limits.donor_tokens_max is not None
     ensure(
@@ -240,7 +253,7 @@ def _check_sharing(books: Books, group: Group, before: Turn) -> None:
     if len(new) == group.running or not group.up.limits.shares_prefix:
         return
     for member in placed:
-        if member.id not in new:
+        if member.id not in new or _scores(member):
             continue
         known = {m.id: _known(group, m) for m in members if _alike(m, member)}
         share = _share(books, member)
@@ -268,6 +281,11 @@ def _known(group: Group, member: Sequence) -> Seq[int]:
 def _alike(member: Sequence, other: Sequence) -> bool:
     """Whether both are computed with the same adapter, so that they could share."""
     return member.facts.adapter == other.facts.adapter
+
+
+def _scores(member: Sequence) -> bool:
+    """Whether all of its prompt has to be computed."""
+    return PROMPT_LOGPROBS in member.facts.needs
 
 
 def _share(books: Books, member: Sequence) -> int:
@@ -335,6 +353,7 @@ def _has_room(books: Books, book: GroupBook, group: Group, head: Request) -> boo
     common = max((_common(_known(group, member), known) for member in alike), default=0)
     share = group.ledger.whole_pages(min(common, len(known) - 1))
     shares = group.up.limits.shares_prefix and share >= books.config.share_tokens_min
+    shares = shares and not head.scores_prompt
     need = -(-min(head.end, tokens) // page) * page - shares * share
     held = pinned(group)
     charges = [

@@ -15,6 +15,8 @@ REQUIRED = (
     *("share from running", "share from finished", "share of an answer", "share after a loss"),
     *("heir", "heir not admitted yet", "wait for a parent", "wait for room"),
     *("adapter", "strange adapter", "share with an adapter", "adapter elsewhere"),
+    *("prompt scored", "share from a scored prompt"),
+    *(f"untrue: {kind}" for kind in ("gap", "overlong", "unscored")),
     *("token thrown away", "priority", "two models", "needs", "resized", "follow-up"),
 )
 

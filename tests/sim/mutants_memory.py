@@ -122,8 +122,8 @@ PLACING = [
     ),
     Mutant(
         "placing.py",
-        "if not group.up.limits.shares_prefix:",
-        "if False:",
+        "if not group.up.limits.shares_prefix or sequence.scores_prompt:",
+        "if sequence.scores_prompt:",
         "an engine is told to share that cannot",
     ),
     Mutant(

@@ -16,7 +16,7 @@ from router.core.effects import Abandon, Close, Deliver, Effect, RunPlan
 from router.core.events import Ended, Event, GroupDown, GroupUp, Reason, StepDone, Submitted, Ticked
 from router.core.scheduler import Core
 from tests.sim.books import Books, GroupBook, Request, group_book
-from tests.sim.checks import Turn, check_kept, check_plan, check_turn
+from tests.sim.checks import Turn, check_kept, check_plan, check_turn, count_shares
 from tests.sim.untrue import untrue
 from tests.sim.worker import ensure
 from tests.sim.world import (
@@ -24,6 +24,8 @@ from tests.sim.world import (
     GroupSpec,
     World,
     add_adapters,
+    add_scores,
+    ask_scores,
     draw_adapter,
     draw_limits,
     draw_prompt,
@@ -44,6 +46,8 @@ class Simulation:
         # Numbers of their own: worlds in which nobody asks for an adapter do not depend on them.
         self.adapter_rng = Random(f"adapters {seed}")
         add_adapters(self.adapter_rng, self.world)
+        self.scores_rng = Random(f"scores {seed}")
+        add_scores(self.scores_rng, self.world)
         self.core = core_type(self.world.config)
         self.seen: Counter[str] = Counter()
         self.books = Books(self.world.config, self.seen)
@@ -165,7 +169,7 @@ class Simulation:
         group = self.books.groups[plan.group]
         self._note(plan.group, plan.plan_id, plan.drops, plan.work_sequences, plan.work_tokens)
         check_plan(self.books, group, plan)
-        self._count_shares(plan)
+        count_shares(self.books, plan)
         heirs = group.worker.heirs
         drawn = group.worker.apply(plan, lambda: self._happens(self.world.faults.failure_per_token))
         self.seen["heir"] += group.worker.heirs - heirs
@@ -203,23 +207,18 @@ class Simulation:
                 drawn.tokens,
                 logprobs if self.world.logprobs else (),
                 tuple(drawn.failures),
+                tuple(drawn.prompts),
             ),
         )
 
-    def _count_shares(self, plan: RunPlan) -> None:
-        for admit in plan.admits:
-            if admit.share_len:
-                source = self.books.requests[admit.share_from]
-                ensure(not source.failed, "a share of a sequence that is known to have failed")
-                self.seen["share from running" if source.open else "share from finished"] += 1
-                self.seen["share after a loss"] += len(admit.tokens) > admit.prompt_len
-                self.seen["share of an answer"] += admit.share_len > len(source.facts.prompt)
-                self.seen["share with an adapter"] += bool(admit.adapter)
-
     def _deliver(self, effect: Deliver) -> None:
-        self._note(effect.requests, effect.tokens)
+        self._note(effect.requests, effect.tokens, effect.prompts)
         ensure(not effect.logprobs or len(effect.logprobs) == len(effect.tokens), "logprobs lost")
-        ensure(bool(effect.logprobs) == self.world.logprobs, "logprobs lost or invented")
+        asked = self.world.logprobs and bool(effect.tokens)
+        ensure(bool(effect.logprobs) == asked, "logprobs lost or invented")
+        for number, values in effect.prompts:
+            self.seen["prompt scored"] += 1
+            self.books.requests[number].take_scores(values)
         for index, (number, token) in enumerate(zip(effect.requests, effect.tokens, strict=True)):
             request = self.books.delivered(number, token)
             if effect.logprobs:
@@ -307,21 +306,17 @@ class Simulation:
         if self.books.groups.get(group.name) is not group:
             self._stale(outcome)
             return
+        present = self.books.resident(group, outcome.plan_id)
         if self._happens(self.world.faults.untrue_per_step):
             last = self._last.get(group.name)
             last = last if last is not None and last.epoch == outcome.epoch else None
-            kind, wrong = untrue(self.rng, outcome, last)
+            kind, wrong = untrue(self.rng, outcome, last, present)
             self.seen[f"untrue: {kind}"] += 1
             self._perform(self._observe(wrong), {group.name})
             return
         group.in_flight.popleft()
         group.answered_ms = self.books.now
         self._last[group.name] = outcome
-        present = {
-            request.id
-            for request in self.books.open.values()
-            if request.home is group and request.admitted_by <= outcome.plan_id
-        }
         pairs = zip(outcome.sequences, outcome.tokens, strict=True)
         expected = [pair for pair in pairs if pair[0] in present]
         for number, _ in outcome.failures:
@@ -371,7 +366,7 @@ class Simulation:
         before = None if former is None else former.facts.adapter
         adapter = draw_adapter(self.adapter_rng, self.world, rates, before)
         ask = replace(ask, request=self.submitted, prompt=prompt, adapter=adapter)
-        return replace(ask, model=f"m{model}"), model
+        return ask_scores(self.scores_rng, self.world, replace(ask, model=f"m{model}")), model
 
     def _plan_ends(self, request: Request) -> None:
         faults = self.world.faults

@@ -1,15 +1,26 @@
 """Outcomes that cannot be true, each of which must make the core give up the group."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from random import Random
 
 from router.core.events import StepDone
+from tests.sim.books import Request
 
 NOBODY = 10**9
 
 
-def untrue(rng: Random, outcome: StepDone, last: StepDone | None) -> tuple[str, StepDone]:
-    """A wrong answer in the place of ``outcome``, and its kind. ``last`` was the one before."""
+def untrue(
+    rng: Random, outcome: StepDone, last: StepDone | None, present: Mapping[int, Request]
+) -> tuple[str, StepDone]:
+    """A wrong answer in the place of ``outcome``, and its kind. ``last`` was the one before.
+
+    ``present`` are the requests of which it can tell.
+    """
+    for place, (number, _, values) in enumerate(outcome.prompts):
+        if number in present and rng.random() < 0.5:
+            return _misscored(rng, outcome, place, present[number], values)
     sequences, tokens = list(outcome.sequences), list(outcome.tokens)
     kind = rng.choice(("repeated", "skipped", "missing", "hidden", "surplus", "uneven", "swapped"))
     where = rng.randrange(len(tokens)) if tokens else 0
@@ -32,6 +43,23 @@ def untrue(rng: Random, outcome: StepDone, last: StepDone | None) -> tuple[str, 
         case _:
             return "skipped", replace(outcome, plan_id=outcome.plan_id + 1)
     return kind, _with(outcome, sequences, tokens, ())
+
+
+def _misscored(
+    rng: Random, outcome: StepDone, place: int, request: Request, values: Seq[object]
+) -> tuple[str, StepDone]:
+    """Log probabilities of a prompt that have a gap, go on behind it, or are left out."""
+    prompts, length = list(outcome.prompts), len(request.facts.prompt)
+    due = request.id in outcome.sequences and request.scored < length
+    kind = rng.choice(("gap", "overlong", "unscored" if due else "gap"))
+    match kind:
+        case "gap":
+            prompts[place] = (request.id, request.scored + 1, values)
+        case "overlong":
+            prompts[place] = (request.id, 1, (None,) * length)
+        case _:
+            del prompts[place]
+    return kind, replace(outcome, prompts=tuple(prompts))
 
 
 def _with(

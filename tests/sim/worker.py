@@ -21,6 +21,13 @@ TOKENS = 6
 _MASK = (1 << 61) - 1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Wish:
+    """How a request is sampled: all that a worker reads of it is whether its prompt is scored."""
+
+    scores_prompt: bool = False
+
+
 class Violation(AssertionError):
     """The core did something that it must not do."""
 
@@ -63,7 +70,10 @@ class Page:
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """One sequence: its known tokens, and the pages of those that are computed."""
+    """One sequence: its known tokens, and the pages of those that are computed.
+
+    ``scored`` tokens have a log probability to be told, from the second on: those of the prompt.
+    """
 
     tokens: list[int]
     digest: int
@@ -72,6 +82,7 @@ class Resident:
     adapter: str
     drawn: int = 0
     failed: bool = False
+    scored: int = 0
 
 
 @dataclass(slots=True)
@@ -82,15 +93,23 @@ class Drawn:
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     failures: list[tuple[int, str]] = field(default_factory=list)
+    prompts: list[tuple[int, int, tuple[object, ...]]] = field(default_factory=list)
 
 
 class Worker:
     """One life of one group. ``heirs`` counts the drops that left shared pages to others."""
 
     def __init__(
-        self, epoch: int, limits: Limits, kv_tokens: int, salt: int, adapters: tuple[str, ...]
+        self,
+        epoch: int,
+        limits: Limits,
+        kv_tokens: int,
+        salt: int,
+        adapters: tuple[str, ...],
+        late: bool,
     ) -> None:
         self.epoch = epoch
+        self.late = late
         self.adapters = ("", *adapters)
         self.limits = limits
         self.kv_tokens = kv_tokens
@@ -135,6 +154,9 @@ class Worker:
         ensure(admit.adapter in self.adapters, f"there is no adapter {admit.adapter} here")
         digest = digest_of(self.salt, admit.adapter, admit.tokens)
         resident = Resident(list(admit.tokens), digest, 0, [], admit.adapter)
+        if isinstance(admit.sampling, Wish) and admit.sampling.scores_prompt:
+            ensure(admit.share_len == 0, "a prompt that is to be scored is not computed")
+            resident.scored = admit.prompt_len
         if admit.share_len:
             self._share(admit, resident)
         else:
@@ -178,9 +200,20 @@ class Worker:
                 resident.failed = True
                 drawn.failures.append((sequence, "the engine cannot go on with it"))
                 continue
+            self._score(sequence, resident, count, drawn)
             self._write(resident, count)
             if resident.computed == len(resident.tokens):
                 self._sample(sequence, resident, drawn)
+
+    def _score(self, sequence: int, resident: Resident, count: int, drawn: Drawn) -> None:
+        """Tells of the prompt what these tokens predict: each says how likely the next one is."""
+        first, last = resident.computed, resident.computed + count
+        if self.late:
+            first, last = 0, last if last == len(resident.tokens) else 0
+        start, end = first + 1, min(last + 1, resident.scored)
+        values = tuple(("score", sequence, position) for position in range(start, end))
+        if values:
+            drawn.prompts.append((sequence, start, values))
 
     def _write(self, resident: Resident, count: int) -> None:
         page = self.limits.page_tokens

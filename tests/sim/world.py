@@ -8,9 +8,9 @@ and prompts share beginnings in most worlds, so that eviction and preemption are
 from dataclasses import dataclass, replace
 from random import Random
 
-from router.core.events import Limits, Submitted
+from router.core.events import PROMPT_LOGPROBS, Limits, Submitted
 from router.core.state import CoreConfig
-from tests.sim.worker import END_TOKEN, TOKENS
+from tests.sim.worker import END_TOKEN, TOKENS, Wish
 
 FEATURES = ("grammar", "logprobs")
 ADAPTERS = ("prose", "verse")
@@ -38,7 +38,10 @@ NO_FAULTS = Faults(*([0.0] * 10))
 
 @dataclass(slots=True)
 class GroupSpec:
-    """A group; ``limits`` may change from one life to the next."""
+    """A group; ``limits`` may change from one life to the next.
+
+    One that is ``late`` tells the log probabilities of a prompt when all of it is computed.
+    """
 
     name: str
     model: int
@@ -46,13 +49,15 @@ class GroupSpec:
     features: tuple[str, ...]
     step_ms_max: int
     adapters: tuple[str, ...] = ()
+    late: bool = False
 
 
 @dataclass(slots=True)
 class World:
     """All that is fixed before a world begins.
 
-    ``adapted`` is the share of requests that ask for one of the adapters.
+    ``adapted`` is the share of requests that ask for one of the adapters, ``scored`` of those that
+    want the log probabilities of their prompts.
     """
 
     config: CoreConfig
@@ -71,6 +76,7 @@ class World:
     down_ms_max: int
     resizes: bool
     adapted: float = 0.0
+    scored: float = 0.0
 
 
 def draw_world(rng: Random) -> World:
@@ -165,7 +171,7 @@ def draw_request(rng: Random, world: World, rates: Faults, now: int) -> Submitte
         needs=tuple(need for need in FEATURES if rng.random() < rates.needs_per_request),
         priority=rng.randrange(world.priorities),
         deadline_ms=deadline,
-        sampling=object(),
+        sampling=Wish(),
     )
 
 
@@ -186,6 +192,23 @@ def draw_adapter(rng: Random, world: World, rates: Faults, before: str | None) -
     if rng.random() < rates.strange_adapter_per_request:
         return "nobody's"
     return rng.choice(ADAPTERS) if rng.random() < world.adapted else ""
+
+
+def add_scores(rng: Random, world: World) -> None:
+    """Lets groups score prompts, and the requests of some worlds ask for it."""
+    world.scored = rng.choice((0.0, 0.0, 0.2, 0.6))
+    uneven = rng.random() < 0.3
+    for group in world.groups:
+        group.late = rng.random() < 0.3
+        if not uneven or rng.random() < 0.6:
+            group.features = (*group.features, PROMPT_LOGPROBS)
+
+
+def ask_scores(rng: Random, world: World, ask: Submitted) -> Submitted:
+    """The request, perhaps with a wish for the log probabilities of its prompt."""
+    if rng.random() >= world.scored:
+        return ask
+    return replace(ask, needs=(*ask.needs, PROMPT_LOGPROBS), sampling=Wish(scores_prompt=True))
 
 
 def _stops(rng: Random) -> frozenset[int]:

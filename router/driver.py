@@ -74,9 +74,9 @@ class Driver:
         clock: Callable[[], int] = monotonic_ms,
     ) -> None:
         self.metrics = metrics
+        self.requests_max = requests_max
         self._core = core
         self._clock = clock
-        self._requests_max = requests_max
         self._ids = count(1)
         self._groups: dict[str, Workers] = {}
         self._channels: dict[int, Channel] = {}
@@ -126,10 +126,10 @@ class Driver:
         """
         if self._refusal is not None:
             raise RequestError(Fault.UNAVAILABLE, self._refusal)
-        if max(len(self._channels), self._submissions) >= self._requests_max:
+        if max(len(self._channels), self._submissions) >= self.requests_max:
             raise RequestError(
                 Fault.OVERLOADED,
-                f"{self._requests_max} requests are open, which is the most this server takes "
+                f"{self.requests_max} requests are open, which is the most this server takes "
                 "(max_concurrent_requests); try again later",
             )
         assert submitted.request not in self._channels

@@ -39,7 +39,8 @@ class Params:
     ``max_tokens`` None means: as many as fit. ``temperature`` 0 is greedy. ``seed`` None means:
     drawn by the service. ``logprobs`` asks for the raw natural log of each token's probability,
     ``top_logprobs`` for this many of the likeliest beside it; ``prompt_logprobs`` asks for both of
-    the prompt's tokens, too. ``constraint`` is what the answer must match.
+    the prompt's tokens, too. ``constraint`` is what the answer must match. ``kept_tokens`` are the
+    special tokens that are text all the same when others are skipped.
     """
 
     max_tokens: int | None = None
@@ -63,6 +64,7 @@ class Params:
     prompt_logprobs: bool = False
     constraint: Constraint | None = None
     skip_special_tokens: bool = True
+    kept_tokens: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

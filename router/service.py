@@ -23,6 +23,7 @@ from router.embedding import Embedder
 from router.errors import FAULT_OF_REASON, Fault, RequestError
 from router.fleet import Fleet, ModelCard
 from router.scores import PromptScores
+from router.text.messages import weight
 from router.text.stop import StopMatcher
 from router.text.tokenizer import Tokenizer, TokenSpan
 from router.validation import (
@@ -87,10 +88,11 @@ class Service:
         self,
         model: ModelCard | str | None,
         messages: Sequence[Mapping[str, Any]],
+        name: str | None = None,
         /,
         **variables: Any,
     ) -> str:
-        """Lays out a conversation with the model's own chat template.
+        """Lays out a conversation with the model's own chat template, or the one of that name.
 
         ``variables`` are what the template may read beside the messages: ``tools``,
         ``add_generation_prompt`` and the model's own switches. Encode the result without special
@@ -99,8 +101,8 @@ class Service:
         Raises RequestError: TEMPLATE if there is no template or it objects, VALIDATION for no
         messages or for a variable that cannot be set.
         """
-        card = self._card(model)
-        template = card.tokenizer.chat_template
+        card = self.card(model)
+        template = card.tokenizer.template(name)
         if template is None:
             raise RequestError(
                 Fault.TEMPLATE,
@@ -109,7 +111,7 @@ class Service:
             )
         if not messages:
             raise invalid("`messages` cannot be empty", "messages")
-        if _weight(messages, variables) <= INLINE_CHARS:
+        if weight(messages, variables) <= INLINE_CHARS:
             return template.render(messages, variables)
         return await asyncio.to_thread(template.render, messages, variables)
 
@@ -117,7 +119,7 @@ class Service:
         self, model: ModelCard | str | None, text: str, add_special_tokens: bool = True
     ) -> list[TokenSpan]:
         """The tokens of a text and where each is, in code points. Raises RequestError."""
-        encode = self._card(model).tokenizer.encode_offsets
+        encode = self.card(model).tokenizer.encode_offsets
         try:
             if len(text) <= INLINE_CHARS:
                 return encode(text, add_special_tokens)
@@ -129,13 +131,14 @@ class Service:
         self, model: ModelCard | str | None, ids: Sequence[int], skip_special_tokens: bool = True
     ) -> str:
         """The text of these tokens. Raises RequestError for an id that the model has not."""
-        card = self._card(model)
+        card = self.card(model)
         check_vocabulary(ids, card.vocab_size, "token_ids")
         if len(ids) <= INLINE_TOKENS:
             return card.tokenizer.decode(ids, skip_special_tokens)
         return await asyncio.to_thread(card.tokenizer.decode, ids, skip_special_tokens)
 
-    def _card(self, model: ModelCard | str | None) -> ModelCard:
+    def card(self, model: ModelCard | str | None) -> ModelCard:
+        """The model of this name, or the default one. Raises RequestError, MODEL_NOT_FOUND."""
         return self._fleet.model(model) if model is None or isinstance(model, str) else model
 
     async def _prompt(self, card: ModelCard, ask: Ask) -> tuple[int, ...]:
@@ -185,13 +188,6 @@ class Service:
         return self._driver.now_ms() + max(1, round(min(given) * 1000)) if given else None
 
 
-def _weight(messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> int:
-    """About how many characters there are to lay out."""
-    texts = (message.get("content") for message in messages)
-    size = sum(len(text) if isinstance(text, str) else INLINE_CHARS for text in texts)
-    return size + 64 * len(messages) + (INLINE_CHARS if variables.get("tools") else 0)
-
-
 @dataclass(frozen=True, slots=True)
 class Work:
     """A request as it was accepted. ``seed`` is None when greedy.
@@ -219,6 +215,7 @@ class Generation:
         "_driver",
         "_ended_by",
         "_hide",
+        "_kept",
         "_matcher",
         "_outs",
         "_over",
@@ -248,6 +245,7 @@ class Generation:
         self._outs = work.outs
         self._stop_tokens = submitted.stop_tokens
         self._hide = params.skip_special_tokens
+        self._kept = params.kept_tokens if self._hide else frozenset()
         self._writer = work.model.tokenizer.detokenizer()
         self._matcher = StopMatcher(params.stop, params.include_stop) if params.stop else None
         self._text: list[str] = []
@@ -311,6 +309,7 @@ class Generation:
     def _take(self, batch: Batch) -> tuple[tuple[TokenOut, ...], str]:
         """The batch's tokens, up to a stop string, and the text that they make final."""
         push, matcher, outs, hide = self._writer.push, self._matcher, self._outs, self._hide
+        kept = self._kept
         taken: list[TokenOut] = []
         texts: list[str] = []
         for index, token in enumerate(batch.tokens):
@@ -319,6 +318,8 @@ class Generation:
             else:
                 shown, plain = push(token)
                 text = plain if hide else shown
+                if token in kept:
+                    text = plain + self.model.tokenizer.token_text(token)
                 known = outs.get(token)
                 # The tables of detokenizers give the same string object each time.
                 if known is None or known.text is not shown:

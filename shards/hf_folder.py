@@ -12,6 +12,7 @@ from shards.engines.base import ModelError
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -51,7 +52,8 @@ def eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``, as far as present.
 
-    A template inside ``tokenizer_config.json`` becomes a file of its own, unless there is one.
+    And the templates in ``additional_chat_templates``. A template inside ``tokenizer_config.json``
+    becomes a file of its own, unless there is one.
     Raises ``ModelError`` if there is no ``tokenizer.json``: nothing else can be read without
     running code of the model's own.
     """
@@ -69,4 +71,6 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
         files[CHAT_TEMPLATE] = (folder / CHAT_TEMPLATE).read_bytes()
     elif isinstance(template, str):
         files[CHAT_TEMPLATE] = template.encode()
+    for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja")):
+        files[f"{MORE_TEMPLATES}/{path.name}"] = path.read_bytes()
     return files

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -28,6 +29,7 @@ from router.errors import Fault, RequestError
 SOURCE_CHARS_MAX = 1 << 20
 OUTPUT_CHARS_MAX = 1 << 23
 RENDER_S_MAX = 2.0
+TRY_S_MAX = 0.25
 _REPEATS_MAX = 1 << 20
 _POWER_MAX = 1024
 _RESERVED = frozenset({"messages", "bos_token", "eos_token"})
@@ -86,6 +88,39 @@ class ChatTemplate:
         finally:
             _DEADLINE.reset(token)
 
+    def try_out(self) -> None:
+        """Finds out what the template can do, so that no request has to wait for it."""
+        _ = self.takes_parts, self.takes_system, self.takes_tools, self.takes_arguments
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether a message's content may be a list of typed parts: tried out, not guessed."""
+        shown = self._try(_asked([{"type": "text", "text": _PROBE}]))
+        # A template that expects text writes the list down as Python would.
+        return _PROBE in shown and "'type'" not in shown and '"type"' not in shown
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether a conversation may begin with a system message."""
+        return _PROBE in self._try(({"role": "system", "content": _PROBE}, *_asked("a")))
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the model is shown the tools."""
+        return _PROBE in self._try(_asked("a"), tools=[_PROBE_TOOL])
+
+    @cached_property
+    def takes_arguments(self) -> bool:
+        """Whether calls may have their arguments as objects; a few templates expect JSON text."""
+        return bool(self._try(_called({_PROBE: 1}))) or not self._try(_called('{"a": 1}'))
+
+    def _try(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """What the template makes of a conversation; "" if it objects."""
+        try:
+            return self.render(messages, variables, seconds_max=TRY_S_MAX)
+        except RequestError:
+            return ""
+
     def _compile(self) -> "jinja2.Template | RequestError":
         if len(self.source) > SOURCE_CHARS_MAX:
             return _fault(f"the chat template is longer than {SOURCE_CHARS_MAX} characters")
@@ -93,6 +128,28 @@ class ChatTemplate:
             return _ENVIRONMENT.from_string(self.source)
         except (jinja2.TemplateError, RecursionError) as error:
             return _fault(_line(error))
+
+
+_PROBE = "probe_of_the_template"
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _PROBE,
+        "description": "",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    },
+}
+
+
+def _asked(content: Any) -> tuple[dict[str, Any]]:
+    return ({"role": "user", "content": content},)
+
+
+def _called(arguments: Any) -> tuple[dict[str, Any], ...]:
+    """A conversation in which a tool was called. The id is one that every template takes."""
+    function = {"name": _PROBE, "arguments": arguments}
+    call = {"id": "abcdefghi", "type": "function", "function": function}
+    return (*_asked("a"), {"role": "assistant", "content": "", "tool_calls": [call]})
 
 
 class _BoundError(Exception):

@@ -12,6 +12,9 @@ from router.text.template import ChatTemplate
 TokenSpan = tuple[int, str, int, int]
 """Token id, its text, and where that is in the whole: a half-open range of code points."""
 
+MORE_TEMPLATES = "additional_chat_templates/"
+"""Folder of a model's further chat templates, as ``transformers`` writes them."""
+
 _SHORT_CHARS = 4096
 _SURROGATE = "the text holds half of a surrogate pair"
 
@@ -26,6 +29,7 @@ class Tokenizer:
         chat_template: str | None = None,
         bos_token: str | None = None,
         eos_token: str | None = None,
+        more_templates: Mapping[str, str] | None = None,
     ) -> None:
         # The file may carry the settings of a training run; prompts are never cut or padded.
         tokenizer.no_truncation()
@@ -37,7 +41,12 @@ class Tokenizer:
         self.chat_template = (
             None if chat_template is None else ChatTemplate(chat_template, bos_token, eos_token)
         )
+        self.templates = {
+            name: ChatTemplate(source, bos_token, eos_token)
+            for name, source in (more_templates or {}).items()
+        }
         added = tokenizer.get_added_tokens_decoder()
+        self._added = frozenset(added)
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
         self._decoding = decoding_of(tokenizer, self.special_ids)
 
@@ -45,8 +54,9 @@ class Tokenizer:
     def from_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
         """Reads a model's files, keyed by name.
 
-        They are ``tokenizer.json`` and, if given, ``tokenizer_config.json`` and
-        ``chat_template.jinja``. Takes up to a second for large vocabularies: use a thread.
+        They are ``tokenizer.json`` and, if given, ``tokenizer_config.json``,
+        ``chat_template.jinja`` and further templates, ``additional_chat_templates/*.jinja``. Takes
+        up to a second for large vocabularies: use a thread.
 
         Raises ValueError, with one line that names the file.
         """
@@ -57,12 +67,32 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"tokenizer.json cannot be read: {error}") from error
         config = _config(files.get("tokenizer_config.json", b"{}"))
-        return cls(
+        made = cls(
             tokenizer,
             chat_template=_template(config, files.get("chat_template.jinja")),
             bos_token=_token(config, "bos_token"),
             eos_token=_token(config, "eos_token"),
+            more_templates=_more_templates(config, files),
         )
+        for template in filter(None, (made.chat_template, *made.templates.values())):
+            template.try_out()
+        return made
+
+    def template(self, name: str | None, *, tools: bool = False) -> ChatTemplate | None:
+        """The chat template of this name, or None if there is none.
+
+        Without a name it is the default one; for conversations with tools ``tool_use``, where
+        there is one.
+        """
+        if name is None:
+            special = self.templates.get("tool_use") if tools else None
+            return special or self.chat_template
+        return self.chat_template if name == "default" else self.templates.get(name)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a text that the vocabulary has as one added token, or None."""
+        token = self._tokenizer.token_to_id(text)
+        return token if token in self._added else None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text. Other threads run while a long one is encoded.
@@ -107,6 +137,10 @@ class Tokenizer:
         text = self._decoding.whole(token)
         return self.decode([token], skip_special_tokens=False) if text is None else text
 
+    def piece(self, token: int) -> str:
+        """The token as the vocabulary has it, "" for an id that stands for nothing."""
+        return self._tokenizer.id_to_token(token) or ""
+
     def is_special(self, token: int) -> bool:
         """Whether the token is one of the model's control tokens, not text."""
         return token in self.special_ids
@@ -137,12 +171,31 @@ def _token(config: Mapping[str, Any], name: str) -> str | None:
 def _template(config: Mapping[str, Any], file: bytes | None) -> str | None:
     """The chat template: a file of its own, or in the config a string or a list of named ones."""
     if file is not None:
-        try:
-            return file.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"chat_template.jinja is not UTF-8: {error}") from error
+        return _text("chat_template.jinja", file)
     value = config.get("chat_template")
-    if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
+    return value if isinstance(value, str) else _named(value).get("default")
+
+
+def _more_templates(config: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, str]:
+    """The templates beside the default one: those of the config's list, and files."""
+    # A file takes the place of all that the config has: it is newer, or the operator's own.
+    listed = {} if "chat_template.jinja" in files else _named(config.get("chat_template"))
+    found = {name: source for name, source in listed.items() if name != "default"}
+    for path, data in files.items():
+        if path.startswith(MORE_TEMPLATES) and path.endswith(".jinja"):
+            found[path[len(MORE_TEMPLATES) : -len(".jinja")]] = _text(path, data)
+    return found
+
+
+def _named(value: Any) -> dict[str, str]:
+    """Templates as a list of objects with name and template, as they were written until 2025."""
+    entries = value if isinstance(value, list) else []
+    pairs = [(e.get("name"), e.get("template")) for e in entries if isinstance(e, dict)]
+    return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: {error}") from error

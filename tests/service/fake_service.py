@@ -107,8 +107,17 @@ class FakeService:
         self.asks.append(ask)
         return FakeGeneration(self, self.scripts[number])
 
+    def card(self, model: ModelCard | str | None) -> ModelCard:
+        assert self.fleet is not None
+        return model if isinstance(model, ModelCard) else self.fleet.model(model)
+
     async def render_chat(
-        self, model: ModelCard | str | None, messages: Sequence[Any], /, **variables: Any
+        self,
+        model: ModelCard | str | None,
+        messages: Sequence[Any],
+        name: str | None = None,
+        /,
+        **variables: Any,
     ) -> str:
         self.messages, self.variables = list(messages), variables
         lines = [f"<{m['role']}>{m['content']}</>" for m in messages]

@@ -10,10 +10,11 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from router.api.rest import models_openai, models_tgi
+from router.api.rest import models_chat, models_completions, models_tgi
 from router.api.rest.context import Context
 from router.api.rest.embeddings import embedding_routes
 from router.api.rest.errors import Dialect, HttpError, error_response
+from router.api.rest.hosted import hosted_routes
 from router.api.rest.openai import openai_routes
 from router.api.rest.openapi import docs_page, install_openapi
 from router.api.rest.sse import SERVER_SEND, known_fault
@@ -48,6 +49,7 @@ def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Setti
     keys = ApiKeys(settings.api_key)
     context = Context(service, fleet, metrics, settings, keys, ChatService(service))
     app.include_router(tgi_routes(context))
+    app.include_router(hosted_routes(context))
     app.include_router(openai_routes(context))
     app.include_router(embedding_routes(context))
     app.add_middleware(
@@ -65,11 +67,12 @@ def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Setti
             models_tgi.GenerateRequest,
             models_tgi.CompatGenerateRequest,
             models_tgi.StreamResponse,
-            models_openai.ChatRequest,
-            models_openai.CompletionRequest,
-            models_openai.EmbeddingRequest,
-            models_openai.ChatCompletionChunk,
-            models_openai.Completion,
+            models_tgi.VertexRequest,
+            models_chat.ChatRequest,
+            models_completions.CompletionRequest,
+            models_completions.EmbeddingRequest,
+            models_chat.ChatCompletionChunk,
+            models_completions.Completion,
         ),
     )
     app.get("/docs", include_in_schema=False)(_docs(app))

@@ -51,9 +51,17 @@ async def read_body(request: Request, limit: int) -> bytes:
 async def parse(request: Request, model: type[B], limit: int) -> B:
     """Reads and checks the body of a request.
 
+    Raises as ``read_json`` does, and RequestError(VALIDATION) naming the first field at fault.
+    """
+    _, value = await read_json(request, limit)
+    return check(value, model)
+
+
+async def read_json(request: Request, limit: int) -> tuple[bytes, Any]:
+    """Reads the body of a request; returns it as it came, and what it says.
+
     Raises HttpError 400 for bytes that are not JSON (which NaN, Infinity, lone surrogates and
-    invalid UTF-8 are not), 415 for another content type, RequestError(VALIDATION) naming the first
-    field at fault otherwise.
+    invalid UTF-8 are not), 415 for another content type, and as ``read_body`` does.
     """
     headers = request.headers
     media = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
@@ -61,10 +69,9 @@ async def parse(request: Request, model: type[B], limit: int) -> B:
         raise HttpError(415, "send the body as `Content-Type: application/json`")
     raw = await read_body(request, limit)
     try:
-        value = orjson.loads(raw)
+        return raw, orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise HttpError(400, f"the body is not valid JSON: {error}") from None
-    return check(value, model)
 
 
 def check(value: Any, model: type[B]) -> B:

@@ -2,6 +2,7 @@
 
 Field names, defaults and meaning are those of text-generation-inference 3.3 (`/info` and
 `/generate` of its OpenAPI document); `min_tokens`-like extras are OpenAI's and not offered here.
+docs/tgi-compatibility.md lists what differs, and why.
 """
 
 from typing import Any, Literal
@@ -11,6 +12,24 @@ from pydantic import BaseModel, Field
 from router.api.rest.body import Body
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
+
+
+class Grammar(Body):
+    """What the answer must match."""
+
+    type: Literal["json", "json_object", "json_schema", "regex", "choice", "grammar"] = Field(
+        description="json: a JSON schema. json_object: the same, or without a value any object. "
+        "json_schema: a schema with a name. regex: a regular expression. choice: one of several "
+        "texts. grammar: Lark or GBNF."
+    )
+    value: Any = Field(
+        default=None,
+        description="The schema, as an object or as JSON in a text; for json_schema an object with "
+        "`schema` and perhaps `name`; else the expression, the list of texts, or the grammar.",
+    )
+    json_schema: Any = Field(
+        default=None, description="In place of `value`, as OpenAI writes it, for json_schema."
+    )
 
 
 class GenerateParameters(Body):
@@ -56,10 +75,13 @@ class GenerateParameters(Body):
     truncate: int | None = Field(
         default=None, description="Keep only the last so many prompt tokens."
     )
-    watermark: bool = Field(default=False, description="Not supported yet: true is refused.")
+    watermark: bool = Field(
+        default=False, description="True is refused: no engine here marks its texts."
+    )
     details: bool = Field(default=False, description="Report tokens, finish reason and counts.")
     decoder_input_details: bool = Field(
-        default=False, description="Report the prompt's tokens. Not supported yet: true is refused."
+        default=False,
+        description="Report the prompt's tokens, and with them all details. Not in streams.",
     )
     seed: int | None = Field(
         default=None, ge=0, lt=2**64, description="Equal seeds give equal answers. Unset: drawn."
@@ -67,9 +89,7 @@ class GenerateParameters(Body):
     top_n_tokens: int | None = Field(
         default=None, ge=0, description="Report so many of the likeliest tokens at each position."
     )
-    grammar: Any = Field(
-        default=None, description="Not supported yet: anything but null is refused."
-    )
+    grammar: Grammar | None = Field(default=None, description="What the answer must match.")
     adapter_id: str | None = Field(
         default=None, description="LoRA adapter to compute with; an unknown one is refused."
     )
@@ -82,12 +102,32 @@ class GenerateRequest(Body):
     parameters: GenerateParameters | None = Field(
         default=None, description="Unset: sample with defaults."
     )
+    model: str | None = Field(
+        default=None,
+        description="One of several models behind this router. Unset, `tgi`, `dummy` or a URL: the "
+        "default one.",
+    )
 
 
 class CompatGenerateRequest(GenerateRequest):
     """A prompt to continue, as sent to ``POST /``."""
 
     stream: bool = Field(default=False, description="Answer with server-sent events.")
+
+
+class VertexRequest(Body):
+    """Prompts and conversations, as Vertex AI sends them."""
+
+    instances: list[dict[str, Any]] = Field(
+        description="Each an object with `inputs` and perhaps `parameters`, or a conversation as "
+        "/v1/chat/completions takes it."
+    )
+
+
+class VertexResponse(BaseModel):
+    """The answers, in the order of the instances."""
+
+    predictions: list[str] = Field(description="The text of each answer.")
 
 
 class PrefillToken(BaseModel):
@@ -114,7 +154,7 @@ class BestOfSequence(BaseModel):
     finish_reason: FinishReason = Field(description="Why it ended.")
     generated_tokens: int = Field(description="Its length in tokens.")
     seed: int | None = Field(description="Its seed; null when greedy.")
-    prefill: list[PrefillToken] = Field(description="Always empty.")
+    prefill: list[PrefillToken] = Field(description="Only with decoder_input_details.")
     tokens: list[Token] = Field(description="Its tokens.")
     top_tokens: list[list[Token]] = Field(default=[], description="Only with top_n_tokens.")
 
@@ -125,7 +165,7 @@ class Details(BaseModel):
     finish_reason: FinishReason = Field(description="Why it ended.")
     generated_tokens: int = Field(description="Number of generated tokens.")
     seed: int | None = Field(description="The seed in use; null when greedy.")
-    prefill: list[PrefillToken] = Field(description="Always empty.")
+    prefill: list[PrefillToken] = Field(description="Only with decoder_input_details.")
     tokens: list[Token] = Field(description="The generated tokens.")
     top_tokens: list[list[Token]] | None = Field(
         default=None, description="Only with top_n_tokens."

@@ -1,10 +1,16 @@
 """From TGI's request bodies to asks: what its parameters mean in the router's words."""
 
-from router.api.rest.asks import check_stops, invalid, unsupported
-from router.api.rest.models_tgi import GenerateParameters, GenerateRequest
-from router.ask import Ask, Params
+from typing import Any
+
+import orjson
+
+from router.api.rest.asks import check_stops, invalid, model_name
+from router.api.rest.models_tgi import GenerateParameters, GenerateRequest, Grammar
+from router.ask import Ask, Constraint, Params
 from router.config import Settings
+from router.errors import Fault, RequestError
 from router.fleet import ModelCard
+from router.text import constraints
 
 
 def native_asks(
@@ -15,11 +21,13 @@ def native_asks(
     Raises RequestError in the words of TGI (router/src/validation.rs, `ValidationError`).
     """
     given = body.parameters or GenerateParameters(do_sample=True)
-    sampling = given.do_sample or _any_warper(given)
+    several = (given.best_of or 1) > 1
+    # Greedy answers would all be the same: with best_of any parameter of sampling turns it on.
+    sampling = given.do_sample or _any_warper(given) or (several and given.temperature is not None)
     _check_native(given, settings, stream, sampling)
     if not body.inputs:
         raise invalid("`inputs` cannot be empty", "inputs")
-    reports = stream or given.details or (given.best_of or 1) > 1
+    reports = stream or wants_details(given) or several
     params = Params(
         max_tokens=given.max_new_tokens,
         temperature=(1.0 if given.temperature is None else given.temperature) if sampling else 0.0,
@@ -34,14 +42,72 @@ def native_asks(
         # TGI reports them unasked; an engine that has none answers with null.
         logprobs=reports and "logprobs" in model.features,
         top_logprobs=given.top_n_tokens or 0,
+        prompt_logprobs=given.decoder_input_details,
+        constraint=None if given.grammar is None else constraint_of(given.grammar),
     )
     ask = Ask(
         prompt=body.inputs,
         params=params,
+        model=model_name(body.model),
         truncate=given.truncate,
         adapter=given.adapter_id or "",
     )
     return [ask] * (given.best_of or 1)
+
+
+def wants_details(given: GenerateParameters) -> bool:
+    """Whether a whole answer has details: `decoder_input_details` alone asks for them, too."""
+    return given.details or given.decoder_input_details
+
+
+def constraint_of(grammar: Grammar) -> Constraint:
+    """Returns what a `grammar` asks for.
+
+    Beside TGI's shapes these are taken: OpenAI's `json_schema`, any JSON object for a `json_object`
+    without a value, and any JSON schema, where TGI needs `properties` at its top. Raises
+    RequestError.
+    """
+    field, value = "grammar", grammar.value
+    match grammar.type:
+        case "regex":
+            return constraints.regex(_text(value, grammar.type), field)
+        case "grammar":
+            return constraints.grammar(_text(value, grammar.type), field)
+        case "choice":
+            if not isinstance(value, list):
+                raise invalid("grammar is not valid: a choice needs a list of texts", field)
+            return constraints.choice(value, field)
+        case "json_object" if value is None:
+            return constraints.json_object(field)
+        case "json_schema":
+            holder = _parsed(value if value is not None else grammar.json_schema)
+            if not isinstance(holder, dict) or "schema" not in holder:
+                raise invalid('grammar is not valid: json_schema needs {"schema": ...}', field)
+            return constraints.json_schema(_schema(_parsed(holder["schema"])), field)
+        case _:
+            return constraints.json_schema(_schema(_parsed(value)), field)
+
+
+def _text(value: Any, kind: str) -> str:
+    if not isinstance(value, str):
+        raise invalid(f"grammar is not valid: the value of a {kind} is a text", "grammar")
+    return value
+
+
+def _parsed(value: Any) -> Any:
+    """Returns a value, or what a text says in JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return orjson.loads(value)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"grammar is not valid: {error}", "grammar") from None
+
+
+def _schema(value: Any) -> Any:
+    if not isinstance(value, dict | bool):
+        raise invalid("grammar is not valid: a JSON schema is an object", "grammar")
+    return value
 
 
 def _any_warper(given: GenerateParameters) -> bool:
@@ -58,14 +124,12 @@ def _check_native(
 ) -> None:
     """The checks that are TGI's own, in its order; the service makes the others."""
     _check_best_of(given, settings, stream, sampling)
-    if given.decoder_input_details:
-        if stream:
-            text = "`decoder_input_details` == true is not supported when streaming tokens"
-            raise invalid(text, "decoder_input_details")
-        raise unsupported("decoder_input_details")
-    for field in ("watermark", "grammar"):
-        if getattr(given, field):
-            raise unsupported(field)
+    if given.decoder_input_details and stream:
+        text = "`decoder_input_details` == true is not supported when streaming tokens"
+        raise invalid(text, "decoder_input_details")
+    if given.watermark:
+        text = "`watermark` is not supported: no engine here marks its texts; leave it out"
+        raise RequestError(Fault.UNSUPPORTED, text, "watermark")
     for field, value in (
         ("temperature", given.temperature),
         ("repetition_penalty", given.repetition_penalty),
@@ -73,6 +137,9 @@ def _check_native(
     ):
         if value is not None and value <= 0:
             raise invalid(f"`{field}` must be strictly positive", field)
+    if not -2.0 <= (given.frequency_penalty or 0.0) <= 2.0:
+        text = "`frequency_penalty` must be >= -2.0 and <= 2.0"
+        raise invalid(text, "frequency_penalty")
     if given.max_new_tokens is not None and given.max_new_tokens <= 0:
         raise invalid("`max_new_tokens` must be strictly positive", "max_new_tokens")
     if given.truncate is not None and given.truncate <= 0:
@@ -91,6 +158,8 @@ def _check_best_of(
     best_of = 1 if given.best_of is None else given.best_of
     if best_of == 1:
         return
+    if settings.max_best_of == 1:
+        raise invalid("`best_of` != 1 is not allowed for this endpoint", "best_of")
     if not 0 < best_of <= settings.max_best_of:
         text = f"`best_of` must be > 0 and <= {settings.max_best_of}. Given: {best_of}"
         raise invalid(text, "best_of")

@@ -14,13 +14,14 @@ REF = "#/components/schemas/{model}"
 Json = dict[str, Any]
 
 
-def request_body(model: type[BaseModel]) -> Json:
-    """Returns the part of an operation that says what its body is.
+def request_body(*models: type[BaseModel]) -> Json:
+    """Returns the part of an operation that says what its body is: one of these.
 
     Routes read their bodies themselves, bounded and strictly, so FastAPI has to be told.
     """
-    ref = {"$ref": REF.format(model=model.__name__)}
-    body = {"required": True, "content": {"application/json": {"schema": ref}}}
+    refs: list[Json] = [{"$ref": REF.format(model=model.__name__)} for model in models]
+    schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
     return {"requestBody": body}
 
 

@@ -18,8 +18,8 @@ from router.api.rest.chat import render
 from router.api.rest.collect import collect_all, compute_type, timing_headers
 from router.api.rest.context import Context, json_response
 from router.api.rest.errors import Dialect, error_response
-from router.api.rest.models_openai import ChatRequest
-from router.api.rest.native_asks import native_asks
+from router.api.rest.models_chat import ChatRequest
+from router.api.rest.native_asks import native_asks, wants_details
 from router.api.rest.openapi import error_answers, request_body, stream_answer
 from router.api.rest.sse import EventStream, EventWriter
 from router.errors import RequestError
@@ -75,21 +75,23 @@ class TgiRoutes:
 
     async def _whole(self, body: m.GenerateRequest, arrived: float, as_list: bool) -> Response:
         context = self._context
-        model = context.fleet.model(None)
+        model = context.fleet.model(model_name(body.model))
         asks = native_asks(body, context.settings, model, stream=False)
         answers = await collect_all(context.service, asks)
         given = body.parameters or m.GenerateParameters()
         prefix = body.inputs if given.return_full_text else ""
-        value = shapes.whole(answers, prefix, given.details)
+        is_special = model.tokenizer.is_special
+        value = shapes.whole(answers, prefix, wants_details(given), is_special)
         headers = timing_headers(arrived, answers, len(body.inputs), model)
         return json_response([value] if as_list else value, headers | ignored_header(body))
 
     def _stream(self, body: m.GenerateRequest) -> Response:
         context = self._context
-        model = context.fleet.model(None)
+        model = context.fleet.model(model_name(body.model))
         (ask,) = native_asks(body, context.settings, model, stream=True)
         given = body.parameters or m.GenerateParameters()
-        events = shapes.Events(body.inputs if given.return_full_text else "", given.details)
+        prefix = body.inputs if given.return_full_text else ""
+        events = shapes.Events(prefix, given.details, model.tokenizer.is_special)
 
         async def produce(writer: EventWriter) -> bytes:
             async with await context.service.generate(ask) as answer:
@@ -107,7 +109,8 @@ class TgiRoutes:
         async def work(body: m.GenerateRequest, _: float) -> Response:
             if not body.inputs:
                 raise invalid("`inputs` cannot be empty", "inputs")
-            found = await self._context.service.tokenize(None, body.inputs)
+            model = self._context.fleet.model(model_name(body.model))
+            found = await self._context.service.tokenize(model, body.inputs)
             return json_response(shapes.simple_tokens(body.inputs, found), ignored_header(body))
 
         return await self._context.answer(request, m.GenerateRequest, Dialect.TGI, work)

@@ -1,6 +1,6 @@
 """Answers in TGI's shapes: events, details, whole answers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -22,6 +22,8 @@ FINISH_REASON = {
 }
 
 Json = dict[str, Any]
+IsSpecial = Callable[[int], bool]
+"""Whether a token of the model is special."""
 
 
 def token(out: TokenOut) -> Json:
@@ -29,39 +31,46 @@ def token(out: TokenOut) -> Json:
     return {"id": out.id, "text": out.text, "logprob": out.logprob, "special": out.special}
 
 
-def top_tokens(out: TokenOut) -> list[Json]:
-    """Returns the likeliest tokens at a token's position."""
+def top_tokens(out: TokenOut, is_special: IsSpecial) -> list[Json]:
+    """Returns the likeliest tokens at a token's position: as many as asked for, also in a tie."""
     return [
-        {"id": id_, "text": text, "logprob": logprob, "special": False}
+        {"id": id_, "text": text, "logprob": logprob, "special": is_special(id_)}
         for id_, text, logprob in out.top
     ]
 
 
-def details(answer: Whole) -> Json:
+def details(answer: Whole, is_special: IsSpecial) -> Json:
     """Returns the details of a whole answer."""
     finish = answer.finish
     found: Json = {
         "finish_reason": FINISH_REASON[finish.reason],
         "generated_tokens": finish.generated_tokens,
         "seed": finish.seed,
-        "prefill": [],
+        "prefill": [
+            {"id": out.id, "text": out.text, "logprob": out.logprob} for out in finish.prompt
+        ],
         "tokens": [token(out) for out in answer.tokens],
     }
     if any(out.top for out in answer.tokens):
-        found["top_tokens"] = [top_tokens(out) for out in answer.tokens]
+        found["top_tokens"] = [top_tokens(out, is_special) for out in answer.tokens]
     return found
 
 
-def whole(answers: Sequence[Whole], prefix: str, with_details: bool) -> Json:
+def likeliest(answers: Sequence[Whole]) -> list[Whole]:
+    """Returns the answers, the likeliest per token first, as TGI ranks them."""
+    return sorted(answers, key=lambda answer: answer.mean_logprob, reverse=True)
+
+
+def whole(answers: Sequence[Whole], prefix: str, with_details: bool, is_special: IsSpecial) -> Json:
     """Returns the likeliest of the answers; ``prefix`` goes in front of every text."""
-    ranked = sorted(answers, key=lambda answer: answer.mean_logprob, reverse=True)
+    ranked = likeliest(answers)
     best = ranked[0]
     body: Json = {"generated_text": prefix + best.finish.text}
     if with_details:
-        body["details"] = details(best)
+        body["details"] = details(best, is_special)
         if len(ranked) > 1:
             body["details"]["best_of_sequences"] = [
-                {"generated_text": prefix + other.finish.text, **details(other)}
+                {"generated_text": prefix + other.finish.text, **details(other, is_special)}
                 for other in ranked[1:]
             ]
     return body
@@ -70,9 +79,10 @@ def whole(answers: Sequence[Whole], prefix: str, with_details: bool) -> Json:
 class Events:
     """Writes one answer as TGI's events: one for each token, counted from 1."""
 
-    def __init__(self, prefix: str, with_details: bool) -> None:
+    def __init__(self, prefix: str, with_details: bool, is_special: IsSpecial) -> None:
         self._prefix = prefix
         self._details = with_details
+        self._is_special = is_special
         self._index = 0
         self._last_id = 0
 
@@ -98,7 +108,7 @@ class Events:
             self._index += 1
             event: Json = {"index": self._index, "token": token(out)}
             if out.top:
-                event["top_tokens"] = top_tokens(out)
+                event["top_tokens"] = top_tokens(out, self._is_special)
             event["generated_text"] = None
             event["details"] = None
             if finish is not None and out is outs[-1]:

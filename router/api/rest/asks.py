@@ -1,14 +1,22 @@
 """From request bodies to asks: what OpenAI's parameters mean in the router's words."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
-from router.api.rest.models_openai import ChatRequest, CompletionRequest, SamplingFields
+from router.api.rest.models_openai import SamplingFields
+from router.api.rest.openai_formats import constraint_of
 from router.ask import Ask, Params
 from router.config import Settings
+from router.conversation import ChatAsk
 from router.errors import Fault, RequestError
 
 SEEDS = 2**64
+PRIORITIES = {"priority": 0, "fast": 0, "flex": 2}
+"""The place in the queue that a service tier stands for; smaller goes first. All others: 1."""
+TIERS = ("priority", "default", "flex")
+"""What an answer calls the places in the queue."""
+
+A = TypeVar("A", Ask, ChatAsk)
 
 
 def invalid(message: str, field: str | None = None) -> RequestError:
@@ -16,9 +24,9 @@ def invalid(message: str, field: str | None = None) -> RequestError:
     return RequestError(Fault.VALIDATION, message, field)
 
 
-def unsupported(field: str) -> RequestError:
-    """Returns the error for a field whose meaning the router does not have yet."""
-    return RequestError(Fault.UNSUPPORTED, f"`{field}` is not supported yet: leave it out", field)
+def unsupported(field: str, advice: str = "leave it out") -> RequestError:
+    """Returns the error for a field, or a value of it, that nothing here can honour."""
+    return RequestError(Fault.UNSUPPORTED, f"`{field}` is not supported: {advice}", field)
 
 
 def model_name(name: str | None) -> str | None:
@@ -58,6 +66,10 @@ def openai_params(body: SamplingFields, settings: Settings) -> Params:
         stop=tuple(stops),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
+        include_stop=bool(body.include_stop_str_in_output),
+        prompt_logprobs=body.prompt_logprobs is not None,
+        constraint=constraint_of(body),
+        skip_special_tokens=body.skip_special_tokens is not False,
     )
 
 
@@ -67,6 +79,8 @@ def _check_counts(body: SamplingFields, settings: Settings) -> None:
         raise invalid(f"n must be at most {limit}, not {n}", "n")
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options needs stream = true", "stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise unsupported("prompt_logprobs", "leave it out, or do not stream")
     for field, least in (("max_tokens", 1), ("min_tokens", 0), ("top_k", -1)):
         value = getattr(body, field)
         if value is not None and value < least:
@@ -82,10 +96,7 @@ def _logit_bias(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple(pairs)
 
 
-PRIORITIES = {"priority": 0, "flex": 2}
-
-
-def fan_out(ask: Ask, count: int) -> list[Ask]:
+def fan_out(ask: A, count: int) -> list[A]:
     """Returns the ask ``count`` times; a given seed is counted up, so that the answers differ."""
     seed = ask.params.seed
     if seed is None:
@@ -96,63 +107,6 @@ def fan_out(ask: Ask, count: int) -> list[Ask]:
     ]
 
 
-def chat_params(body: ChatRequest, settings: Settings) -> Params:
-    """Returns the parameters of a chat request. Raises RequestError."""
-    if body.top_logprobs and not body.logprobs:
-        raise invalid("top_logprobs needs logprobs = true", "top_logprobs")
-    if body.max_completion_tokens is not None:
-        if body.max_completion_tokens < 1:
-            text = f"max_completion_tokens must be at least 1, not {body.max_completion_tokens}"
-            raise invalid(text, "max_completion_tokens")
-        body.max_tokens = body.max_completion_tokens
-    return replace(
-        openai_params(body, settings),
-        logprobs=bool(body.logprobs),
-        top_logprobs=body.top_logprobs or 0,
-    )
-
-
-def completion_asks(body: CompletionRequest, settings: Settings) -> list[Ask]:
-    """Returns the asks of a completion request, n for each prompt in turn. Raises RequestError."""
-    if body.echo and body.logprobs is not None:
-        text = "`echo` with `logprobs` is not supported yet: leave one of them out"
-        raise RequestError(Fault.UNSUPPORTED, text, "echo")
-    params = replace(
-        openai_params(body, settings),
-        logprobs=body.logprobs is not None,
-        top_logprobs=body.logprobs or 0,
-    )
-    asks: list[Ask] = []
-    for prompt in prompts_of(body, settings):
-        ask = Ask(
-            prompt=prompt, params=params, model=model_name(body.model), priority=priority(body)
-        )
-        asks += fan_out(ask, body.n or 1)
-    if len(asks) > settings.max_concurrent_requests:
-        limit = settings.max_concurrent_requests
-        raise invalid(f"prompts times n must be at most {limit}, not {len(asks)}", "n")
-    return asks
-
-
 def priority(body: SamplingFields) -> int:
     """Returns the place in the queue that the service tier stands for; smaller goes first."""
     return PRIORITIES.get(body.service_tier or "", 1)
-
-
-def prompts_of(body: CompletionRequest, settings: Settings) -> list[str | tuple[int, ...]]:
-    """Returns the prompts of a completion request, as text or token ids. Raises RequestError."""
-    given: Any = body.prompt
-    many = isinstance(given, list) and not (given and isinstance(given[0], int))
-    prompts: list[Any] = given if many else [given]
-    limit = settings.max_client_batch_size
-    if len(prompts) > limit:
-        raise invalid(f"at most {limit} prompts go into one request, not {len(prompts)}", "prompt")
-    if not prompts or not all(prompts):
-        raise invalid("prompt cannot be empty", "prompt")
-    out: list[str | tuple[int, ...]] = []
-    for prompt in prompts:
-        ids = not isinstance(prompt, str)
-        if ids and min(prompt) < 0:
-            raise invalid("token ids cannot be negative", "prompt")
-        out.append(tuple(prompt) if ids else prompt)
-    return out

@@ -1,79 +1,133 @@
-"""From a conversation to a prompt."""
+"""From a request's conversation to what the router's chat takes."""
 
+from dataclasses import replace
 from typing import Any
 
-from router.api.rest.asks import invalid
-from router.api.rest.models_openai import ChatRequest, Message
-from router.errors import Fault, RequestError
-from router.fleet import ModelCard
+from router.api.rest.asks import invalid, model_name, openai_params, priority, unsupported
+from router.api.rest.models_chat import ChatRequest, Message
+from router.api.rest.openai_hints import hints_of
+from router.api.rest.openai_tools import Choice, tools_of, with_tool_prompt
+from router.ask import Params
+from router.chat import ChatService
+from router.config import Settings
+from router.conversation import ChatAsk, ToolMode
+from router.fleet import Fleet, ModelCard
 from router.service import Service
 
-RESERVED = frozenset({"self", "model", "messages", "add_generation_prompt", "tools"})
-DEPTH_MAX = 64
-"""Nesting of chat_template_kwargs, well under what a template's `tojson` can recurse into."""
+METADATA_MAX, KEY_MAX, VALUE_MAX = 16, 64, 512
+"""OpenAI's limits of `metadata`: pairs, and characters of each part."""
+
+
+def chat_ask(body: ChatRequest, settings: Settings, fleet: Fleet) -> tuple[ChatAsk, Choice]:
+    """Returns a request as one ask, and what it says of tools. Raises RequestError."""
+    name = model_name(body.model)
+    params = chat_params(body, settings)
+    choice = tools_of(body)
+    if choice.mode is ToolMode.REQUIRED:
+        # A format is for the text of an answer, and a forced call leaves none.
+        params = replace(params, constraint=None)
+    model = fleet.model(name)
+    messages = messages_of(body)
+    if choice.tools:
+        messages = with_tool_prompt(messages, body.tool_prompt)
+    going_on = bool(body.continue_final_message)
+    if going_on and body.add_generation_prompt:
+        text = "continue_final_message and add_generation_prompt exclude each other"
+        raise invalid(text, "continue_final_message")
+    ask = ChatAsk(
+        messages=messages,
+        params=params,
+        model=model.id,
+        adapter=fleet.adapter(name),
+        priority=priority(body),
+        tools=choice.tools,
+        mode=choice.mode,
+        tool=choice.tool,
+        # OpenAI's older answers have room for one call.
+        parallel_calls=body.parallel_tool_calls is not False and not choice.legacy,
+        variables=variables_of(body, model),
+        opening=not going_on and body.add_generation_prompt is not False,
+        continuing=going_on,
+        template=body.chat_template,
+        reasoning=body.separate_reasoning is not False,
+    )
+    return ask, choice
+
+
+def chat_params(body: ChatRequest, settings: Settings) -> Params:
+    """Returns the parameters of a chat request. Raises RequestError."""
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs needs logprobs = true", "top_logprobs")
+    if body.max_completion_tokens is not None:
+        if body.max_completion_tokens < 1:
+            text = f"max_completion_tokens must be at least 1, not {body.max_completion_tokens}"
+            raise invalid(text, "max_completion_tokens")
+        body.max_tokens = body.max_completion_tokens
+    _check_metadata(body.metadata or {})
+    return replace(
+        openai_params(body, settings),
+        logprobs=bool(body.logprobs),
+        top_logprobs=max(body.top_logprobs or 0, body.prompt_logprobs or 0),
+    )
+
+
+def _check_metadata(given: dict[str, str]) -> None:
+    if len(given) > METADATA_MAX:
+        raise invalid(f"`metadata` may have at most {METADATA_MAX} pairs", "metadata")
+    if any(len(key) > KEY_MAX or len(value) > VALUE_MAX for key, value in given.items()):
+        text = f"`metadata` may have keys of {KEY_MAX} and values of {VALUE_MAX} characters at most"
+        raise invalid(text, "metadata")
+
+
+def variables_of(body: ChatRequest, model: ModelCard) -> dict[str, Any]:
+    """Returns what the client sets for the chat template. Raises RequestError."""
+    given = {"documents": body.documents, "guideline": body.guideline}
+    named = {name: value for name, value in given.items() if value is not None}
+    return {**hints_of(body, model), **named, **(body.chat_template_kwargs or {})}
+
+
+def messages_of(body: ChatRequest) -> list[dict[str, Any]]:
+    """Returns the messages as the router's chat takes them. Raises RequestError."""
+    return [_message(message, f"messages.{at}") for at, message in enumerate(body.messages)]
+
+
+def _message(message: Message, where: str) -> dict[str, Any]:
+    """The client's own fields; what only OpenAI has in the shape that all protocols share."""
+    if message.audio is not None:
+        raise unsupported(f"{where}.audio")
+    fields = message.model_dump(exclude_none=True, exclude={"function_call", "refusal"})
+    fields["content"] = _content(message)
+    if message.function_call is not None:
+        call = {"type": "function", "function": message.function_call.model_dump()}
+        fields["tool_calls"] = [*fields.get("tool_calls", ()), call]
+    # Answers have the thoughts by both names; templates know the first.
+    if "reasoning" in fields:
+        fields.setdefault("reasoning_content", fields["reasoning"])
+    return fields
+
+
+def _content(message: Message) -> str | list[dict[str, Any]]:
+    """Text, or parts as they came; refusals are the assistant's words like all others."""
+    if not isinstance(message.content, list):
+        return message.content or message.refusal or ""
+    return [
+        {"type": "text", "text": part.get("refusal")} if part.get("type") == "refusal" else part
+        for part in message.content
+    ]
 
 
 async def render(service: Service, model: ModelCard, body: ChatRequest) -> str:
     """Returns the prompt that the model's chat template makes of a request. Raises RequestError."""
-    messages = [_message(message, number) for number, message in enumerate(body.messages)]
-    variables = body.chat_template_kwargs or {}
-    reserved = sorted(RESERVED & variables.keys())
-    if reserved:
-        raise invalid(f"chat_template_kwargs cannot set {reserved[0]}", "chat_template_kwargs")
-    if not _shallow(variables, DEPTH_MAX):
-        text = f"chat_template_kwargs may be nested {DEPTH_MAX} deep at most"
-        raise invalid(text, "chat_template_kwargs")
-    going_on = bool(body.continue_final_message)
-    opening = body.add_generation_prompt
-    if going_on and opening:
-        text = "continue_final_message and add_generation_prompt exclude each other"
-        raise invalid(text, "continue_final_message")
-    opening = not going_on if opening is None else opening
-    text = await service.render_chat(model, messages, add_generation_prompt=opening, **variables)
-    return _cut_behind(text, messages[-1]) if going_on else text
-
-
-def _message(message: Message, number: int) -> dict[str, Any]:
-    """Returns what the template sees: the client's fields, content as one string."""
-    fields = dict(message.model_extra or {})
-    if not _shallow(fields, DEPTH_MAX):
-        raise invalid(f"messages.{number} is nested too deeply", f"messages.{number}")
-    role = "system" if message.role == "developer" else message.role
-    return {**fields, "role": role, "content": _content(message.content, number)}
-
-
-def _content(content: str | list[dict[str, Any]] | None, number: int) -> str:
-    if not isinstance(content, list):
-        return content or ""
-    texts = []
-    for at, part in enumerate(content):
-        where = f"messages.{number}.content.{at}"
-        kind = part.get("type")
-        if kind != "text":
-            name = str(kind)[:32]
-            text = f"`{where}`: parts of type {name!r} are not supported, only 'text'"
-            raise RequestError(Fault.UNSUPPORTED, text, where)
-        if not isinstance(part.get("text"), str):
-            raise invalid(f"`{where}.text` must be a string", f"{where}.text")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _cut_behind(text: str, last: dict[str, Any]) -> str:
-    """Returns a rendered conversation up to the end of its last message's content."""
-    content = last["content"].strip()
-    at = text.rfind(content) if content else -1
-    if at < 0:
-        message = "the chat template does not show the last message, so it cannot be continued"
-        raise RequestError(Fault.TEMPLATE, message, "continue_final_message")
-    return text[: at + len(content)]
-
-
-def _shallow(value: Any, depth: int) -> bool:
-    """Tells whether a JSON value is nested at most ``depth`` deep."""
-    if not isinstance(value, dict | list):
-        return True
-    if depth == 0:
-        return False
-    parts = value.values() if isinstance(value, dict) else value
-    return all(_shallow(part, depth - 1) for part in parts)
+    choice = tools_of(body)
+    ask = ChatAsk(
+        messages=messages_of(body),
+        model=model.id,
+        tools=choice.tools,
+        mode=choice.mode,
+        tool=choice.tool,
+        variables=variables_of(body, model),
+        opening=not body.continue_final_message and body.add_generation_prompt is not False,
+        continuing=bool(body.continue_final_message),
+        template=body.chat_template,
+    )
+    return (await ChatService(service).render(ask))[1]

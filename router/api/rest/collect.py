@@ -1,13 +1,18 @@
 """Running asks to their end, one or several at once, and what there is to say about the time."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any, TypeVar
 
 from router.ask import Ask, Finish, TokenOut
+from router.chat import ChatService
+from router.conversation import ChatAsk, ChatFinish
 from router.fleet import ModelCard
 from router.service import Service
+
+W = TypeVar("W")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,13 @@ class Whole:
         return sum(known) / len(known) if known else float("-inf")
 
 
+@dataclass(frozen=True, slots=True)
+class WholeChat(Whole):
+    """A complete chat answer; ``chat`` is what its text was read as."""
+
+    chat: ChatFinish
+
+
 async def collect(service: Service, ask: Ask) -> Whole:
     """Runs one ask. Raises RequestError if it is refused or breaks off."""
     tokens: list[TokenOut] = []
@@ -41,15 +53,34 @@ async def collect(service: Service, ask: Ask) -> Whole:
     raise AssertionError("an answer ends with a finish or an error")
 
 
-async def collect_all(service: Service, asks: Sequence[Ask]) -> list[Whole]:
-    """Runs all at once; answers come in the order of the asks. One failure cancels the others.
+async def collect_chat(service: ChatService, ask: ChatAsk) -> WholeChat:
+    """Runs one chat. Raises RequestError if it is refused or breaks off."""
+    tokens: list[TokenOut] = []
+    first = 0.0
+    async with await service.chat(ask) as answer:
+        submitted = perf_counter()
+        async for chunk in answer:
+            first = first or perf_counter()
+            tokens.extend(chunk.tokens)
+            if (chat := chunk.finish) is not None:
+                return WholeChat(tokens, chat.finish, submitted, first, perf_counter(), chat)
+    raise AssertionError("an answer ends with a finish or an error")
 
-    Raises RequestError, within an ExceptionGroup if there are several asks.
+
+async def collect_all(service: Service, asks: Sequence[Ask]) -> list[Whole]:
+    """Runs all at once, as ``together`` does."""
+    return await together([collect(service, ask) for ask in asks])
+
+
+async def together(works: Sequence[Coroutine[Any, Any, W]]) -> list[W]:
+    """Runs all at once; results come in their order. One failure cancels the others.
+
+    Raises RequestError, within an ExceptionGroup if there are several.
     """
-    if len(asks) == 1:
-        return [await collect(service, asks[0])]
+    if len(works) == 1:
+        return [await works[0]]
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(collect(service, ask)) for ask in asks]
+        tasks = [group.create_task(work) for work in works]
     return [task.result() for task in tasks]
 
 

@@ -10,15 +10,16 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from router.api.rest import models_openai as m
+from router.api.rest import models_completions as m
 from router.api.rest.asks import model_name, unsupported
 from router.api.rest.body import ignored_header
 from router.api.rest.context import Context, json_response
 from router.api.rest.errors import Dialect
+from router.api.rest.models_openai import OpenAIError
 from router.api.rest.openapi import error_answers, request_body
 from router.ask import EmbedAsk
 
-ERRORS = error_answers(m.OpenAIError, 400, 401, 404, 413, 415, 429, 500, 503, 504)
+ERRORS = error_answers(OpenAIError, 400, 401, 404, 413, 415, 429, 500, 503, 504)
 
 
 def inputs_of(body: m.EmbeddingRequest) -> tuple[str | tuple[int, ...], ...]:
@@ -53,10 +54,12 @@ class EmbeddingRoutes:
         )
 
     async def _embeddings(self, body: m.EmbeddingRequest, _: float) -> Response:
-        if body.dimensions is not None:
-            raise unsupported("dimensions")
         ask = EmbedAsk(inputs_of(body), model_name(body.model))
         found = await self._context.service.embed(ask)
+        size = len(found.vectors[0])
+        if body.dimensions not in (None, size):
+            text = f"vectors of {found.model} have {size}, and cannot be cut; leave it out"
+            raise unsupported("dimensions", text)
         base64 = body.encoding_format == "base64"
         data = [
             {"object": "embedding", "index": index, "embedding": shape(vector, base64)}

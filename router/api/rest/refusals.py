@@ -1,30 +1,29 @@
-"""Fields of OpenAI's requests that would change the answer and are not there yet."""
+"""Fields of OpenAI's requests that nothing here can honour, and the values of them that do no harm.
+
+What a field's chat template or engine cannot do is refused where it is known: in ``chat.py`` and by
+the service.
+"""
 
 from router.api.rest.asks import unsupported
-from router.api.rest.models_openai import ChatRequest, CompletionRequest
+from router.api.rest.models_chat import ChatRequest
+from router.api.rest.models_completions import CompletionRequest
 
 HARMLESS: dict[str, tuple[object, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
     "audio": (None,),
-    "prediction": (None,),
-    "reasoning_effort": (None, "none"),
-    "verbosity": (None, "medium"),
-    "web_search_options": (None,),
+    "guided_whitespace_pattern": (None,),
+    "modalities": (None, ["text"]),
+    "moderation": (None,),
+    "return_token_ids": (None, False),
+    "store": (None, False),
     "suffix": (None, ""),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "structured_outputs": (None,),
-    "prompt_logprobs": (None,),
     "use_beam_search": (None, False),
+    "web_search_options": (None,),
 }
 """Field to the values that ask for nothing. Any other value is refused."""
+HARMLESS_WITHIN: dict[str, tuple[str, ...]] = {
+    "structured_outputs": ("structural_tag", "whitespace_pattern"),
+}
+"""Field to what of its object is refused unless it is null."""
 
 
 def refuse_unsupported(body: ChatRequest | CompletionRequest) -> None:
@@ -32,5 +31,7 @@ def refuse_unsupported(body: ChatRequest | CompletionRequest) -> None:
     for field, harmless in HARMLESS.items():
         if field in body.model_fields_set and getattr(body, field) not in harmless:
             raise unsupported(field)
-    if isinstance(body, CompletionRequest) and body.best_of not in (None, body.n or 1):
-        raise unsupported("best_of")
+    for field, names in HARMLESS_WITHIN.items():
+        for name in names:
+            if getattr(getattr(body, field), name, None) is not None:
+                raise unsupported(f"{field}.{name}")

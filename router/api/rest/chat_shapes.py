@@ -1,0 +1,163 @@
+"""Chat answers in OpenAI's shapes: whole ones, and the events of a stream as prepared bytes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import orjson
+
+from router.api.rest.collect import WholeChat
+from router.api.rest.models_chat import ChatRequest
+from router.api.rest.openai_shapes import FINISH_REASON, Head, Json, cut_tops, finite
+from router.ask import TokenOut
+from router.conversation import Call, CallDelta, ChatChunk, ChatFinish
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How answers to one request are written.
+
+    ``tops`` is the number of likeliest tokens to report, or None for no log probabilities;
+    ``legacy`` says that calls go by OpenAI's older name, functions.
+    """
+
+    tops: int | None
+    legacy: bool
+
+    @classmethod
+    def of(cls, body: ChatRequest, legacy: bool) -> "Style":
+        """The style that a request asks for."""
+        return cls((body.top_logprobs or 0) if body.logprobs else None, legacy)
+
+    def logprobs(self, tokens: Iterable[TokenOut]) -> Json | None:
+        """Returns the log probabilities of tokens, if they were asked for."""
+        return None if self.tops is None else chat_logprobs(cut_tops(tokens, self.tops))
+
+    def reason(self, finish: ChatFinish) -> str:
+        """Returns why an answer ended."""
+        if finish.called:
+            return "function_call" if self.legacy else "tool_calls"
+        return FINISH_REASON[finish.finish.reason]
+
+
+def chat_logprobs(tokens: Iterable[TokenOut]) -> Json:
+    """Returns the log probabilities of chat answers; special tokens are no part of the content."""
+    content = []
+    for token in tokens:
+        if not token.special:
+            entry = _logprob(token.text, token.logprob)
+            entry["top_logprobs"] = [_logprob(text, logprob) for _, text, logprob in token.top]
+            content.append(entry)
+    return {"content": content, "refusal": None}
+
+
+def _logprob(text: str, logprob: float | None) -> Json:
+    return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+
+
+def chat_choice(index: int, answer: WholeChat, style: Style) -> Json:
+    """Returns one whole chat answer."""
+    chat = answer.chat
+    message: Json = {
+        "role": "assistant",
+        "content": None if chat.calls and not chat.text else chat.text,
+        "refusal": None,
+    }
+    if chat.reasoning:
+        message |= _thoughts(chat.reasoning)
+    if chat.calls and style.legacy:
+        message["function_call"] = _function(chat.calls[0])
+    elif chat.calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": _function(call)} for call in chat.calls
+        ]
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": style.logprobs(answer.tokens),
+        "finish_reason": style.reason(chat),
+    }
+
+
+def _function(call: Call) -> Json:
+    return {"name": call.name, "arguments": call.arguments}
+
+
+def _thoughts(text: str) -> Json:
+    """Thoughts by both names that clients look for: DeepSeek's, and vLLM's newer one."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+class ChatEvents:
+    """Makes the events of one choice. The first has the role, the last the finish reason.
+
+    All of an event but the text is the same from chunk to chunk, so it is prepared once.
+    """
+
+    def __init__(self, head: Head, index: int, style: Style) -> None:
+        self._head = head
+        self._index = index
+        self._style = style
+        self._first = True
+        self._before, self._after = head.prepared(index, b'"delta":{"content":', b"}")
+
+    def of(self, chunk: ChatChunk) -> bytes:
+        """Returns the event of a chunk; empty if it has nothing for the client."""
+        if (
+            self._first
+            or chunk.finish is not None
+            or self._style.tops is not None
+            or chunk.calls
+            or chunk.reasoning
+        ):
+            return self._full(chunk)
+        if not chunk.text:
+            return b""
+        return self._before + orjson.dumps(chunk.text) + self._after
+
+    def _full(self, chunk: ChatChunk) -> bytes:
+        delta = self._delta(chunk)
+        self._first = False
+        choice = {
+            "index": self._index,
+            "delta": delta,
+            "logprobs": self._style.logprobs(chunk.tokens),
+            "finish_reason": self._style.reason(chunk.finish) if chunk.finish else None,
+        }
+        return self._head.event([choice])
+
+    def _delta(self, chunk: ChatChunk) -> Json:
+        delta: Json = {}
+        if self._first:
+            silent = chunk.reasoning or chunk.calls
+            delta = {"role": "assistant", "content": None if silent else "", "refusal": None}
+        if chunk.text:
+            delta["content"] = chunk.text
+        if chunk.reasoning:
+            delta |= _thoughts(chunk.reasoning)
+        if chunk.calls and self._style.legacy:
+            delta["function_call"] = _function_delta(chunk.calls)
+        elif chunk.calls:
+            delta["tool_calls"] = list(map(_call_delta, chunk.calls))
+        return delta
+
+
+def _call_delta(call: CallDelta) -> Json:
+    function = {"arguments": call.arguments}
+    if call.id is None:
+        return {"index": call.index, "function": function}
+    return {
+        "index": call.index,
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, **function},
+    }
+
+
+def _function_delta(calls: Sequence[CallDelta]) -> Json:
+    """The one call of an answer that speaks of functions."""
+    first = [call for call in calls if call.index == 0]
+    function: Json = {"arguments": "".join(call.arguments for call in first)}
+    for call in first:
+        if call.name is not None:
+            function["name"] = call.name
+    return function

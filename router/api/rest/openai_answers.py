@@ -1,0 +1,83 @@
+"""How OpenAI's two generating routes answer: all at once, or as one stream of events."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+
+from router.api.rest.body import ignored_header
+from router.api.rest.collect import Whole, compute_type, timing_headers, together
+from router.api.rest.context import json_response
+from router.api.rest.errors import Dialect
+from router.api.rest.models_openai import SamplingFields
+from router.api.rest.openai_shapes import DONE, Head, Json, usage
+from router.api.rest.sse import EventStream, EventWriter
+from router.ask import Chunk, Finish
+from router.conversation import ChatChunk, ChatFinish
+from router.fleet import ModelCard
+
+C = TypeVar("C", Chunk, ChatChunk)
+Start = Callable[[], Awaitable[AbstractAsyncContextManager[AsyncIterator[C]]]]
+"""Submits one request and returns its answer."""
+Events = Callable[[C], bytes]
+"""Makes the event of a chunk of one choice; empty if it has nothing for the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request, understood. ``tries`` is how many answers are made for each prompt.
+
+    ``silent`` says that what is generated is not part of the answers.
+    """
+
+    body: SamplingFields
+    model: ModelCard
+    head: Head
+    tries: int
+    characters: int
+    silent: bool = False
+
+    def usage(self, finishes: Sequence[Finish]) -> Json:
+        """Returns the token counts; a prompt counts once, however many answers it has."""
+        return usage([] if self.silent else finishes, finishes[:: self.tries])
+
+
+def whole(
+    job: Job, answers: Sequence[Whole], choices: Sequence[Json], arrived: float, **more: Any
+) -> Response:
+    """Returns all answers at once. ``answers`` are all that were made, also those not returned."""
+    counts = job.usage([answer.finish for answer in answers])
+    value = {**job.head.fields, "choices": choices, "usage": counts, **more}
+    headers = timing_headers(arrived, answers, job.characters, job.model)
+    return json_response(value, headers | ignored_header(job.body))
+
+
+def stream(job: Job, starts: Sequence[Start[C]], choices: Sequence[Events[C]]) -> Response:
+    """Returns the events of all answers, each as it comes."""
+
+    async def produce(writer: EventWriter) -> bytes:
+        pumps = map(_pump, starts, choices, [writer] * len(starts))
+        finishes = await together(list(pumps))
+        if not job.head.counted:
+            return DONE
+        return job.head.event([], job.usage(finishes)) + DONE
+
+    headers = {
+        "x-compute-type": compute_type(job.model),
+        "x-compute-characters": str(job.characters),
+    }
+    return EventStream(produce, Dialect.OPENAI, headers | ignored_header(job.body))
+
+
+async def _pump(start: Start[C], events_of: Events[C], writer: EventWriter) -> Finish:
+    """Runs one answer to its end and writes its events."""
+    async with await start() as answer:
+        async for chunk in answer:
+            events = events_of(chunk)
+            if events:
+                await writer.write(events)
+            if (finish := chunk.finish) is not None:
+                return finish.finish if isinstance(finish, ChatFinish) else finish
+    raise AssertionError("an answer ends with a finish or an error")

@@ -1,42 +1,29 @@
 """Between ``router.v1`` messages and the router's own types."""
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from google.protobuf.message import DecodeError, Message
+import orjson
 
-from router.ask import Ask, EmbedAsk, Embedded, Finish, Params, TokenOut
-from router.core.events import Reason
+from router.ask import Ask, Constraint, EmbedAsk, Embedded, Params
+from router.conversation import ChatAsk
 from router.errors import Fault, RequestError
 from router.fleet import GroupCard, ModelCard
+from router.text import constraints
 from router.text.tokenizer import TokenSpan
 from router.v1 import router_pb2 as pb
 
-FINISH_REASON = {
-    Reason.LENGTH: pb.FINISH_REASON_LENGTH,
-    Reason.EOS: pb.FINISH_REASON_EOS_TOKEN,
-    Reason.STOP_STRING: pb.FINISH_REASON_STOP_SEQUENCE,
-    Reason.STOP_TOKEN: pb.FINISH_REASON_STOP_SEQUENCE,
-}
-ROLES = ("system", "user", "assistant", "tool")
 PRIORITY = 1
+SEEDS = 2**64
 
-M = TypeVar("M", bound=Message)
+
+Asked = TypeVar("Asked", Ask, ChatAsk)
 
 
-def decoder(kind: type[M]) -> Callable[[bytes], M | None]:
-    """Returns a parser that gives None for bytes that are no such message.
-
-    grpcio answers a parser that raises with INTERNAL; the caller can say INVALID_ARGUMENT.
-    """
-
-    def decode(data: bytes) -> M | None:
-        try:
-            return kind.FromString(data)
-        except DecodeError:
-            return None
-
-    return decode
+def priority_of(request: pb.GenerateRequest | pb.ChatRequest) -> int:
+    """Returns the place in the queue; smaller goes first."""
+    return request.priority if request.HasField("priority") else PRIORITY
 
 
 def params_of(given: pb.Parameters) -> Params:
@@ -64,7 +51,61 @@ def params_of(given: pb.Parameters) -> Params:
         include_stop=given.include_stop,
         logprobs=given.logprobs,
         top_logprobs=given.top_logprobs,
+        prompt_logprobs=given.prompt_logprobs,
+        constraint=constraint_of(given.constraint, "constraint"),
+        skip_special_tokens=(
+            given.skip_special_tokens if given.HasField("skip_special_tokens") else True
+        ),
     )
+
+
+def constraint_of(given: pb.Constraint, field: str) -> Constraint | None:
+    """Returns what the answer must match, if anything. Raises RequestError, VALIDATION."""
+    match given.WhichOneof("kind"):
+        case "json_object":
+            return constraints.json_object(f"{field}.json_object")
+        case "json_schema":
+            return schema_constraint(given.json_schema, f"{field}.json_schema")
+        case "regex":
+            return constraints.regex(given.regex, f"{field}.regex")
+        case "choice":
+            return constraints.choice(given.choice.options, f"{field}.choice")
+        case "grammar":
+            return constraints.grammar(given.grammar, f"{field}.grammar")
+    return None
+
+
+def schema_constraint(text: str, field: str) -> Constraint:
+    """Returns the constraint of a JSON schema in JSON text. Raises RequestError, VALIDATION."""
+    return constraints.json_schema(_parsed(text, field), field)
+
+
+def json_object(text: str, field: str) -> Mapping[str, Any]:
+    """Returns the JSON object in a text. Raises RequestError, VALIDATION."""
+    value = _parsed(text, field)
+    if not isinstance(value, dict):
+        raise RequestError(Fault.VALIDATION, f"`{field}` must be a JSON object", field)
+    return value
+
+
+def _parsed(text: str, field: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        message = f"`{field}` is not JSON: {error.msg} at {where}"
+        raise RequestError(Fault.VALIDATION, message, field) from error
+
+
+def fan_out(ask: Asked, count: int) -> list[Asked]:
+    """Returns the ask ``count`` times; a given seed is counted up, so that the answers differ."""
+    seed = ask.params.seed
+    if seed is None or count < 2:
+        return [ask] * max(count, 1)
+    return [
+        replace(ask, params=replace(ask.params, seed=(seed + number) % SEEDS))
+        for number in range(count)
+    ]
 
 
 def generate_ask(request: pb.GenerateRequest, deadline_s: float | None) -> Ask:
@@ -76,29 +117,11 @@ def generate_ask(request: pb.GenerateRequest, deadline_s: float | None) -> Ask:
         prompt=request.text if kind == "text" else tuple(request.token_ids.ids),
         params=params_of(request.parameters),
         model=request.model or None,
-        priority=request.priority if request.HasField("priority") else PRIORITY,
-        deadline_s=deadline_s,
-        adapter=request.adapter,
-    )
-
-
-def chat_messages(request: pb.ChatRequest) -> list[dict[str, str]]:
-    """Returns the conversation for the chat template. Raises RequestError for an unknown role."""
-    for number, message in enumerate(request.messages):
-        if message.role not in ROLES:
-            text = f"the role must be one of {', '.join(ROLES)}"
-            raise RequestError(Fault.VALIDATION, text, f"messages[{number}].role")
-    return [{"role": message.role, "content": message.content} for message in request.messages]
-
-
-def chat_ask(request: pb.ChatRequest, prompt: str, deadline_s: float | None) -> Ask:
-    """Returns the ask of a Chat call, from what the template made of its messages."""
-    return Ask(
-        prompt=prompt,
-        params=params_of(request.parameters),
-        model=request.model or None,
-        add_special_tokens=False,
-        priority=request.priority if request.HasField("priority") else PRIORITY,
+        add_special_tokens=(
+            request.add_special_tokens if request.HasField("add_special_tokens") else True
+        ),
+        truncate=request.truncate if request.HasField("truncate") else None,
+        priority=priority_of(request),
         deadline_s=deadline_s,
         adapter=request.adapter,
     )
@@ -120,38 +143,6 @@ def embeddings_of(embedded: Embedded) -> pb.EmbedResponse:
     return pb.EmbedResponse(
         embeddings=[pb.Embedding(values=vector) for vector in embedded.vectors],
         prompt_tokens=embedded.prompt_tokens,
-    )
-
-
-def message_of(
-    tokens: Iterable[TokenOut], text: str, finish: Finish | None, params: pb.Parameters
-) -> pb.GenerateResponse:
-    """Returns the message for tokens, the text that became final with them, and the end."""
-    message = pb.GenerateResponse(token_ids=[token.id for token in tokens], text=text)
-    if params.logprobs or params.top_logprobs:
-        message.logprobs.extend(
-            float("nan") if token.logprob is None else token.logprob for token in tokens
-        )
-    if params.top_logprobs:
-        for token in tokens:
-            message.top_logprobs.add(
-                token_ids=[id_ for id_, _, _ in token.top],
-                logprobs=[logprob for _, _, logprob in token.top],
-            )
-    if finish is not None:
-        message.finish.CopyFrom(finish_of(finish))
-    return message
-
-
-def finish_of(finish: Finish) -> pb.Finish:
-    """Returns the message about an answer's end."""
-    return pb.Finish(
-        reason=FINISH_REASON[finish.reason],
-        prompt_tokens=finish.prompt_tokens,
-        generated_tokens=finish.generated_tokens,
-        cached_tokens=finish.cached_tokens,
-        seed=finish.seed,
-        stop=finish.stop or "",
     )
 
 

@@ -1,6 +1,8 @@
 """Errors on gRPC: a status code, a text, and ``google.rpc.Status`` details for programs."""
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import grpc.aio
@@ -41,12 +43,34 @@ def _code(error: RequestError) -> grpc.StatusCode:
     return grpc.StatusCode[error.wire.grpc]
 
 
+@contextmanager
+def renaming(name: Callable[[str], str]) -> Iterator[None]:
+    """Errors that come from inside name the field at fault as this protocol's clients know it."""
+    try:
+        yield
+    except RequestError as error:
+        if error.field is None or name(error.field) == error.field:
+            raise
+        raise RequestError(error.fault, error.message, name(error.field)) from error
+
+
+def known_fault(error: Exception) -> RequestError:
+    """Returns what to tell the client: of several failures at once, the first.
+
+    Anything but a RequestError is a bug: logged, and told as INTERNAL.
+    """
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, RequestError):
+        return error
+    logger.error("call failed", exc_info=error)
+    return RequestError(Fault.INTERNAL, "the router failed; its log says why")
+
+
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
-    """Ends the call with the status of an error. Anything but a RequestError is a bug: logged."""
-    if not isinstance(error, RequestError):
-        logger.error("call failed", exc_info=error)
-        error = RequestError(Fault.INTERNAL, "the router failed; its log says why")
-    status = status_of(error)
+    """Ends the call with the status of an error."""
+    fault = known_fault(error)
+    status = status_of(fault)
     trailers = ((DETAILS_KEY, status.SerializeToString()),)
-    await context.abort(_code(error), status.message, trailers)
+    await context.abort(_code(fault), status.message, trailers)
     raise AssertionError("abort raises")

@@ -53,6 +53,8 @@ class FakeGeneration:
     def __init__(self, service: "FakeService", steps: Sequence[Step]) -> None:
         self.prompt_tokens = 7
         self._service = service
+        finishes = [step.finish for step in steps if isinstance(step, Chunk) and step.finish]
+        self.prompt = finishes[0].prompt if finishes else ()
         self._steps = iter(steps)
         self._over = False
 

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
-from router.api import grpc_server
+from router.api import grpc_health, grpc_server
 from router.ask import Chunk, Finish, TokenOut
 from router.config import Settings
 from router.core.events import Reason
@@ -312,7 +312,7 @@ async def test_deadlines_reach_the_ask_and_end_the_call() -> None:
 
 
 async def test_health_follows_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_server, "HEALTH_POLL_S", 0.01)
+    monkeypatch.setattr(grpc_health, "POLL_S", 0.01)
     service = FakeService()
     service.fleet = FakeFleet()
     service.fleet.known = False

@@ -1,0 +1,93 @@
+"""What the Open Inference Protocol tells of models: their tensors, as Triton would."""
+
+from router.api.kserve_params import OUTPUTS, RETURNS
+from router.fleet import Fleet, ModelCard
+from router.kserve.v1 import inference_pb2 as pb
+
+VERSION = "1"
+"""Every model has one version."""
+
+INPUTS = {
+    "text_input": "BYTES",
+    "stream": "BOOL",
+    "sampling_parameters": "BYTES",
+    "exclude_input_in_output": "BOOL",
+    **dict.fromkeys(RETURNS, "BOOL"),
+    **dict.fromkeys(("max_tokens", "min_tokens", "top_k"), "INT32"),
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), "FP32"),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), "FP32"),
+    "random_seed": "UINT64",
+    "stop_words": "BYTES",
+}
+"""The inputs that are listed, with their datatypes; more names are known (``kserve_params``)."""
+
+OUTPUT_TYPES = {
+    **dict.fromkeys(OUTPUTS, "FP32"),
+    **dict.fromkeys(("text_output", "finish_reason", "logprobs"), "BYTES"),
+    **dict.fromkeys(("num_input_tokens", "num_output_tokens"), "UINT32"),
+}
+
+
+def metadata_of(card: ModelCard) -> pb.ModelMetadataResponse:
+    """Returns the tensors that a model takes and gives."""
+    kind = pb.ModelMetadataResponse.TensorMetadata
+    return pb.ModelMetadataResponse(
+        name=card.id,
+        versions=[VERSION],
+        platform=_platform(card),
+        inputs=[kind(name=name, datatype=type_, shape=[-1]) for name, type_ in INPUTS.items()],
+        outputs=[
+            kind(name=name, datatype=type_, shape=[-1]) for name, type_ in OUTPUT_TYPES.items()
+        ],
+    )
+
+
+def config_of(card: ModelCard) -> pb.ModelConfigResponse:
+    """Returns the configuration that Triton would have for a model."""
+    config = pb.ModelConfig(
+        name=card.id,
+        platform=_platform(card),
+        backend=_platform(card),
+        input=[
+            pb.ModelInput(
+                name=name, data_type=_type(type_), dims=[-1], optional=name != "text_input"
+            )
+            for name, type_ in INPUTS.items()
+        ],
+        output=[
+            pb.ModelOutput(name=name, data_type=_type(type_), dims=[-1])
+            for name, type_ in OUTPUT_TYPES.items()
+        ],
+        model_transaction_policy=pb.ModelTransactionPolicy(decoupled=True),
+    )
+    limits = {"max_input_tokens": card.max_input_tokens, "max_total_tokens": card.max_total_tokens}
+    for name, value in limits.items():
+        config.parameters[name].string_value = str(value)
+    return pb.ModelConfigResponse(config=config)
+
+
+def index_of(fleet: Fleet, only_ready: bool) -> pb.RepositoryIndexResponse:
+    """Returns the list of models."""
+    response = pb.RepositoryIndexResponse()
+    for card in fleet.models():
+        if is_ready(card):
+            response.models.add(name=card.id, version=VERSION, state="READY")
+        elif not only_ready:
+            reason = "none of its workers is up"
+            response.models.add(name=card.id, version=VERSION, state="UNAVAILABLE", reason=reason)
+    return response
+
+
+def is_ready(card: ModelCard) -> bool:
+    """Whether some group can take requests for the model."""
+    return any(group.ready for group in card.groups)
+
+
+def _platform(card: ModelCard) -> str:
+    """The engine of its first group."""
+    return card.groups[0].engine if card.groups else ""
+
+
+def _type(datatype: str) -> str:
+    """Model configurations have names of their own for the datatypes."""
+    return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"

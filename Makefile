@@ -1,7 +1,7 @@
 # The verbs of the project; `make help` lists them. CI calls nothing else.
 .DEFAULT_GOAL := help
 .PHONY: help setup run test check proto proto-check lint type fmt sim replay bench clean \
-	test-torch test-jax test-vllm test-neuron test-serve test-contracts \
+	test-torch test-jax test-vllm test-neuron test-serve test-contracts test-clients \
 	engines-torch engines-jax engines-vllm engines-neuron
 
 VENV ?= .venv
@@ -20,6 +20,8 @@ ENGINES_HOME := $(CURDIR)/.roundhouse
 ENGINE_SETUP = ROUNDHOUSE_HOME=$(ENGINES_HOME) $(PY) -m deploy.engine_env $(1) test
 ENGINE_TEST = ROUNDHOUSE_HOME=$(ENGINES_HOME) OMP_NUM_THREADS=1 \
 	$(ENGINES_HOME)/engines/$(1)/bin/python -m pytest tests/heavy/$(1) $(ARGS)
+
+CLIENT_TEST = OMP_NUM_THREADS=1 $(ENGINES_HOME)/$(1)/bin/python -m pytest $(2) $(ARGS) $(if $(ARGS),|| test $$? = 5)
 
 help: ## Lists the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -54,6 +56,13 @@ test-serve: engines-torch ## Tests two engines at once, and ranks, as users star
 
 test-contracts: setup ## Compares what adapters use with the packages of engines that cannot run here
 	@$(PY) -m pytest tests/heavy/contracts $(ARGS)
+
+# Two environments, as the clients' own needs exclude each other. A choice of tests may leave one
+# of them without any, which pytest calls 5.
+test-clients: setup ## Tests real clients (openai, anthropic, TGI's ...) against a real server (1 GB)
+	@ROUNDHOUSE_HOME=$(ENGINES_HOME) $(PY) -m deploy.client_env clients clients-tgi
+	@$(call CLIENT_TEST,clients,tests/heavy/clients --ignore tests/heavy/clients/tgi)
+	@$(call CLIENT_TEST,clients-tgi,tests/heavy/clients/tgi)
 
 check: setup proto-check lint type sim test ## Everything CI runs
 

@@ -18,6 +18,9 @@ from deploy.environment import Environment, SetupError, StepFailed, run, say
 from deploy.interpreters import home
 
 PREFIX = "clients"
+# Packages that come without what they depend on: of vLLM's adapter for TGIS the tests use the
+# generated stub alone, and not the server that it is.
+ALONE = {"clients": ("vllm-tgis-adapter==0.10.0",)}
 
 
 def needs(project: Declared, extra: str) -> tuple[str, ...]:
@@ -30,11 +33,11 @@ def needs(project: Declared, extra: str) -> tuple[str, ...]:
 
 def install(extra: str, *, python: str = sys.executable) -> None:
     """Makes or completes an environment; instant if it is up to date. Raises ``SetupError``."""
-    wanted = needs(declared(), extra)
+    wanted, alone = needs(declared(), extra), ALONE.get(extra, ())
     folder = home() / extra
     with locked(folder):
         version = base_version(python)
-        facts = json.dumps([version, *wanted])
+        facts = json.dumps([version, *wanted, *alone])
         digest = hashlib.sha256(facts.encode()).hexdigest()
         venv = Environment(folder, folder.parent, python)
         if venv.has([extra], digest):
@@ -43,6 +46,8 @@ def install(extra: str, *, python: str = sys.executable) -> None:
         prepare(venv, version)
         try:
             run([venv.pip(f"installing {extra}", "install", *wanted)])
+            if alone:
+                run([venv.pip("installing stubs", "install", "--no-deps", *alone)])
         except StepFailed as failed:
             raise SetupError(failed.one_line()) from failed
         venv.write_stamp([extra], digest)

@@ -18,11 +18,26 @@ from tests.system.server import Server, serving
 
 _connect = socket.socket.connect
 _resolve = socket.getaddrinfo
+wanted: list[str] = []
+"""Hosts that clients have asked for since somebody looked."""
+
+# litellm's list of prices, which it would fetch when it is imported.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+for _name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    os.environ.pop(_name, None)
+    os.environ.pop(_name.lower(), None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are no errors here: what a client's own code is warned of is its makers' affair."""
+    """Warnings are no errors here: what a client's own code is warned of is its makers' affair.
+
+    The wall stands from now on, so that what clients do when they are imported counts too.
+    """
     config.addinivalue_line("filterwarnings", "ignore")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(socket.socket, "connect", only_here)
+    patch.setattr(socket, "getaddrinfo", resolve_here)
+    config.add_cleanup(patch.undo)
 
 
 def only_here(self: socket.socket, address: Any) -> None:
@@ -30,6 +45,7 @@ def only_here(self: socket.socket, address: Any) -> None:
     if self.family in (socket.AF_INET, socket.AF_INET6):
         host = address[0]
         if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+            wanted.append(host)
             raise PermissionError(f"a client wants to talk to {host}")
     _connect(self, address)
 
@@ -38,19 +54,17 @@ def resolve_here(host: Any, *arguments: Any, **options: Any) -> Any:
     """Resolves the names of this machine alone, so that no name is asked for elsewhere."""
     known = host.decode() if isinstance(host, bytes) else host
     if known not in (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0"):
+        wanted.append(known)
         raise PermissionError(f"a client wants to know where {known} is")
     return _resolve(host, *arguments, **options)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def wall() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", only_here)
-        patch.setattr(socket, "getaddrinfo", resolve_here)
-        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-            patch.delenv(name, raising=False)
-            patch.delenv(name.lower(), raising=False)
-        yield
+@pytest.fixture(autouse=True)
+def asked() -> Iterator[list[str]]:
+    """The hosts that were refused: a failure, even if the client has swallowed the refusal."""
+    yield wanted
+    found, wanted[:] = list(wanted), []
+    assert found == []
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ closing ``[DONE]`` for JSON.
 
 import json
 import re
-from collections.abc import AsyncIterator
 
 import jsonschema
 import pytest
@@ -38,8 +37,8 @@ def client(server: Server) -> Client:
 
 
 @pytest.fixture
-async def patient(server: Server) -> AsyncIterator[AsyncClient]:
-    yield AsyncClient(server.rest, headers=HEADERS, timeout=PATIENCE_S)
+def patient(server: Server) -> AsyncClient:
+    return AsyncClient(server.rest, headers=HEADERS, timeout=PATIENCE_S)
 
 
 def test_generate(client: Client) -> None:
@@ -155,8 +154,8 @@ def test_refusals_are_validation_errors(client: Client) -> None:
         client.generate("x", do_sample=True, best_of=99)
     with pytest.raises(ValidationError, match="inputs"):
         client.generate("word " * 2 * LIMIT)
-    with pytest.raises(ValidationError, match="grammar|schema"):
-        broken = Grammar(type=GrammarType.Json, value={"type": "no such type"})
+    broken = Grammar(type=GrammarType.Json, value={"type": "no such type"})
+    with pytest.raises(ValidationError, match="grammar"):
         client.generate("x", grammar=broken)
     with pytest.raises(ValidationError, match="Input validation error: "):
         list(client.generate_stream("x", max_new_tokens=LIMIT + 1))

@@ -44,7 +44,8 @@ MAY_THINK = HERMES + "{# between <think> and </think> #}"
 """The model opens its thoughts itself, as Qwen 3."""
 
 MISTRAL = (
-    "{{ bos_token }}{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "{{ bos_token }}{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]"
+    "{% endif %}"
     "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
     "{% elif m.tool_calls %}[TOOL_CALLS][{% for c in m.tool_calls %}"
     "{% if c.id | length != 9 %}{{ raise_exception('ids have length 9') }}{% endif %}"

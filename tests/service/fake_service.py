@@ -173,8 +173,14 @@ class FakeFleet:
 
 
 class FakeMetrics:
+    def __init__(self) -> None:
+        self.refusals: list[RequestError] = []
+
     def render(self) -> bytes:
         return b"# HELP x y\n"
+
+    def refused(self, error: RequestError) -> None:
+        self.refusals.append(error)
 
 
 def events_of(body: str) -> list[Any]:

@@ -94,6 +94,7 @@ class FakeService:
         self.messages: list[Any] = []
         self.variables: dict[str, Any] = {}
         self.refusal: Exception | None = None
+        self.refused_errors: list[RequestError] = []
         self.open = 0
         self.cancelled = 0
         self.waiting = asyncio.Event()
@@ -108,6 +109,9 @@ class FakeService:
         number = min(len(self.asks), len(self.scripts) - 1)
         self.asks.append(ask)
         return FakeGeneration(self, self.scripts[number])
+
+    def refused(self, error: RequestError) -> None:
+        self.refused_errors.append(error)
 
     def card(self, model: ModelCard | str | None) -> ModelCard:
         assert self.fleet is not None

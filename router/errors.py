@@ -65,15 +65,26 @@ FAULT_OF_REASON: dict[Reason, Fault] = {
 
 
 class RequestError(Exception):
-    """A request that was refused or broke off. ``field`` names the parameter at fault, if any."""
+    """A request that was refused or broke off. ``field`` names the parameter at fault, if any.
+
+    ``counted`` says that metrics have it already.
+    """
 
     def __init__(self, fault: Fault, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.fault = fault
         self.message = message
         self.field = field
+        self.counted = False
 
     @property
     def wire(self) -> Wire:
         """The codes of this fault on each wire."""
         return WIRE[self.fault]
+
+
+class TooLongError(RequestError):
+    """A prompt that does not fit, alone or with its answer. Clients shorten it when they see it."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(Fault.VALIDATION, message, field)

@@ -13,7 +13,7 @@ from typing import assert_never
 
 from router.ask import Ask, Constraint, ConstraintKind, Params
 from router.config import Settings
-from router.errors import Fault, RequestError
+from router.errors import Fault, RequestError, TooLongError
 from router.fleet import ModelCard
 from shards.v1 import shard_pb2
 
@@ -215,7 +215,7 @@ def tokens_allowed(prompt_tokens: int, params: Params, card: ModelCard) -> int:
     if prompt_tokens == 0:
         raise invalid("`inputs` cannot be empty", "prompt")
     if prompt_tokens > card.max_input_tokens:
-        raise invalid(
+        raise TooLongError(
             f"`inputs` must have less than {card.max_input_tokens + 1} tokens. "
             f"Given: {prompt_tokens}",
             "prompt",
@@ -223,7 +223,7 @@ def tokens_allowed(prompt_tokens: int, params: Params, card: ModelCard) -> int:
     room = card.max_total_tokens - prompt_tokens
     allowed = max(room, 1) if params.max_tokens is None else params.max_tokens
     if allowed > room:
-        raise invalid(
+        raise TooLongError(
             f"`inputs` tokens + `max_new_tokens` must be <= {card.max_total_tokens}. "
             f"Given: {prompt_tokens} `inputs` tokens and {allowed} `max_new_tokens`",
             "max_tokens",

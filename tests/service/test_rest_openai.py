@@ -9,7 +9,7 @@ from router.config import Settings
 from router.core.events import Reason
 from router.errors import Fault, RequestError
 from tests.service.fake_service import FakeService, Step, events_of, words
-from tests.service.rest_server import USER, chat, complete, serving
+from tests.service.rest_server import USER, chat, serving
 
 TEXT = "Once upon a tîme 🙂"
 
@@ -20,13 +20,14 @@ async def test_chat_answers_with_openais_shape() -> None:
     body = answer.json()
     assert body.pop("id").startswith("chatcmpl-")
     assert body.pop("created") > 1_600_000_000
+    assert body.pop("system_fingerprint").startswith("fp_")
     assert body == {
         "object": "chat.completion",
         "model": "m/one",
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": TEXT},
+                "message": {"role": "assistant", "content": TEXT, "refusal": None},
                 "logprobs": None,
                 "finish_reason": "stop",
             }
@@ -53,10 +54,11 @@ async def test_chat_streams_with_openais_shape() -> None:
     assert len({event["id"] for event in [*events, usage]}) == 1
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
     choices = [event["choices"][0] for event in events]
-    assert choices[0]["delta"] == {"role": "assistant", "content": "Once"}
+    assert choices[0]["delta"] == {"role": "assistant", "content": "Once", "refusal": None}
     assert all("role" not in choice["delta"] for choice in choices[1:])
     assert "".join(choice["delta"]["content"] for choice in choices) == TEXT
     assert [choice["finish_reason"] for choice in choices] == [None] * 4 + ["length"]
+    assert [event["usage"] for event in events] == [None] * 5
     assert usage["choices"] == []
     assert usage["usage"]["total_tokens"] == 12
     plain = events_of((await chat(FakeService(), stream=True)).text)
@@ -73,8 +75,12 @@ async def test_text_that_is_held_back_makes_no_event_but_the_role() -> None:
         Chunk((token,), "", finish),
     ]
     events = events_of((await chat(FakeService(steps), stream=True)).text)
-    deltas = [event["choices"][0]["delta"]["content"] for event in events[:-1]]
-    assert deltas == ["", "ab", ""]
+    deltas = [event["choices"][0]["delta"] for event in events[:-1]]
+    assert deltas == [
+        {"role": "assistant", "content": "", "refusal": None},
+        {"content": "ab"},
+        {},
+    ]
     assert events[-2]["choices"][0]["finish_reason"] == "stop"
 
 
@@ -99,32 +105,11 @@ async def test_chat_logprobs() -> None:
         ],
     }
     whole = await chat(service, logprobs=True, top_logprobs=2)
-    assert whole.json()["choices"][0]["logprobs"] == {"content": [entry]}
-    stream = await chat(service, logprobs=True, top_logprobs=2, stream=True)
-    assert events_of(stream.text)[0]["choices"][0]["logprobs"] == {"content": [entry]}
-    assert service.asks[0].params.top_logprobs == 2
-
-
-async def test_completion_logprobs_and_echo() -> None:
-    service = FakeService(words(("ab", "c"), tops=1))
-    whole = await complete(service, logprobs=1)
-    expected = {
-        "tokens": ["ab", "c"],
-        "token_logprobs": [-0.5, -0.5],
-        "top_logprobs": [{"t0": 0.0}, {"t0": 0.0}],
-        "text_offset": [0, 2],
-    }
+    expected = {"content": [entry], "refusal": None}
     assert whole.json()["choices"][0]["logprobs"] == expected
-    events = events_of((await complete(service, logprobs=0, stream=True)).text)
-    parts = [event["choices"][0]["logprobs"] for event in events[:-1]]
-    assert [part["text_offset"] for part in parts] == [[0], [2]]
-    assert parts[0]["top_logprobs"] is None
-    assert (await complete(service, echo=True)).json()["choices"][0]["text"] == "xabc"
-    events = events_of((await complete(service, echo=True, stream=True)).text)
-    assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "xabc"
-    ids = await complete(service, prompt=[64, 65], echo=True)
-    assert ids.json()["choices"][0]["text"] == "ababc"
-    assert (await complete(service, echo=True, logprobs=1)).status_code == 400
+    stream = await chat(service, logprobs=True, top_logprobs=2, stream=True)
+    assert events_of(stream.text)[0]["choices"][0]["logprobs"] == expected
+    assert service.asks[0].params.top_logprobs == 2
 
 
 async def test_n_answers_one_request() -> None:
@@ -160,22 +145,6 @@ async def test_one_failure_of_n_ends_all(stream: bool) -> None:
     assert (service.open, service.cancelled) == (0, 1)
 
 
-async def test_prompts_of_all_kinds_in_index_order() -> None:
-    for prompt, expected in (
-        ("a", ["a"]),
-        (["a", "b"], ["a", "b"]),
-        ([1, 2], [(1, 2)]),
-        ([[1, 2], [3]], [(1, 2), (3,)]),
-    ):
-        service = FakeService()
-        answer = await complete(service, prompt=prompt, n=2)
-        assert answer.status_code == 200
-        assert [ask.prompt for ask in service.asks] == [p for p in expected for _ in range(2)]
-        choices = answer.json()["choices"]
-        assert [choice["index"] for choice in choices] == list(range(2 * len(expected)))
-        assert answer.json()["usage"]["prompt_tokens"] == 7 * len(expected)
-
-
 async def test_parameters_become_the_routers() -> None:
     service = FakeService()
     fields = {
@@ -196,11 +165,15 @@ async def test_parameters_become_the_routers() -> None:
         "min_tokens": 2,
         "ignore_eos": True,
         "stop_token_ids": [3],
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
         "user": "u",
+        "unheard_of": 1,
     }
     answer = await chat(service, **fields)
     assert answer.status_code == 200
-    assert answer.headers["x-ignored-parameters"] == "user"
+    assert answer.headers["x-ignored-parameters"] == "unheard_of"
+    assert answer.json()["service_tier"] == "flex"
     (ask,) = service.asks
     params = ask.params
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 0, 0.05)
@@ -209,26 +182,10 @@ async def test_parameters_become_the_routers() -> None:
     assert params.logit_bias == ((5, -100.0), (6, 1.5))
     assert (params.seed, params.stop, params.max_tokens) == (2**64 - 1, ("END",), 8)
     assert (params.min_tokens, params.ignore_eos, params.stop_token_ids) == (2, True, (3,))
+    assert (params.include_stop, params.skip_special_tokens) == (True, False)
     assert ask.priority == 2
     await chat(service, temperature=0, seed=3)
     assert (service.asks[1].params.temperature, service.asks[1].params.seed) == (0, None)
-
-
-async def test_messages_reach_the_template() -> None:
-    service = FakeService()
-    messages = [
-        {"role": "developer", "content": "S"},
-        {"role": "user", "name": "Ann", "content": [{"type": "text", "text": t} for t in "ab"]},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
-    ]
-    answer = await chat(service, messages=messages, chat_template_kwargs={"thinking": False})
-    assert answer.status_code == 200
-    assert service.messages == [
-        {"role": "system", "content": "S"},
-        {"role": "user", "content": "ab", "name": "Ann"},
-        {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]},
-    ]
-    assert service.variables == {"add_generation_prompt": True, "thinking": False}
 
 
 async def test_the_last_message_can_be_continued() -> None:
@@ -269,11 +226,11 @@ async def test_the_openai_client_works() -> None:
         broken = await client.chat.completions.create(model="tgi", messages=USER, stream=True)  # type: ignore[arg-type]
         with pytest.raises(openai.APIError, match="gone"):
             [chunk async for chunk in broken]
-        with pytest.raises(openai.BadRequestError, match="tools"):
+        with pytest.raises(openai.BadRequestError, match="modalities"):
             await client.chat.completions.create(
                 model="tgi",
                 messages=USER,  # type: ignore[arg-type]
-                tools=[{"type": "function", "function": {"name": "f"}}],
+                modalities=["audio"],
             )
         stranger = client.with_options(api_key="wrong")
         with pytest.raises(openai.AuthenticationError):

@@ -17,6 +17,7 @@ from router.api.rest.errors import Dialect, HttpError, error_response
 from router.api.rest.hosted import hosted_routes
 from router.api.rest.openai import openai_routes
 from router.api.rest.openapi import docs_page, install_openapi
+from router.api.rest.request_id import naming
 from router.api.rest.sse import SERVER_SEND, known_fault
 from router.api.rest.tgi import tgi_routes, version
 from router.auth import ApiKeys
@@ -30,11 +31,11 @@ DESCRIPTION = "Text generation: the interfaces of text-generation-inference and 
 
 
 class _App(FastAPI):
-    """Remembers the server's ``send`` for streams, see ``EventWriter``."""
+    """Remembers the server's ``send`` for streams, see ``EventWriter``; names every answer."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[SERVER_SEND] = send
-        await super().__call__(scope, receive, send)
+        await super().__call__(scope, receive, naming(scope, send))
 
 
 def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Settings) -> FastAPI:
@@ -56,8 +57,9 @@ def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Setti
         CORSMiddleware,
         allow_origins=list(settings.cors_allow_origin) or ["*"],
         allow_methods=["GET", "POST"],
-        allow_headers=["content-type", "authorization"],
-        expose_headers=["x-ignored-parameters", "retry-after"],
+        # The SDKs of OpenAI and Anthropic send a dozen headers of their own from browsers, too.
+        allow_headers=["*"],
+        expose_headers=["x-ignored-parameters", "retry-after", "x-request-id"],
     )
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _bug)

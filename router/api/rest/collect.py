@@ -1,14 +1,14 @@
 """Running asks to their end, one or several at once, and what there is to say about the time."""
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar
 
 from router.ask import Ask, Finish, TokenOut
-from router.chat import ChatService
-from router.conversation import ChatAsk, ChatFinish
+from router.chat import ChatGeneration
+from router.conversation import ChatFinish
 from router.fleet import ModelCard
 from router.service import Service
 
@@ -53,11 +53,11 @@ async def collect(service: Service, ask: Ask) -> Whole:
     raise AssertionError("an answer ends with a finish or an error")
 
 
-async def collect_chat(service: ChatService, ask: ChatAsk) -> WholeChat:
-    """Runs one chat. Raises RequestError if it is refused or breaks off."""
+async def collect_chat(start: Callable[[], Awaitable[ChatGeneration]]) -> WholeChat:
+    """Runs the chat that ``start`` submits. Raises RequestError if it is refused or breaks off."""
     tokens: list[TokenOut] = []
     first = 0.0
-    async with await service.chat(ask) as answer:
+    async with await start() as answer:
         submitted = perf_counter()
         async for chunk in answer:
             first = first or perf_counter()

@@ -1,6 +1,6 @@
 """Completions in OpenAI's shapes: whole ones, and the events of a stream as prepared bytes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -16,6 +16,7 @@ from router.api.rest.openai_shapes import (
     prompt_logprobs,
 )
 from router.ask import Chunk, TokenOut
+from router.service import Generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,14 @@ class CompletionEvents:
         self._index = index
         self._echo = echo
         self._style = style
-        self._logprobs = None if style.tops is None else Logprobs(len(echo), style)
+        offset = 0 if style.scored else len(echo)
+        self._logprobs = None if style.tops is None else Logprobs(offset, style)
+        self._answer: Generation | None = None
         self._before, self._after = head.prepared(index, b'"text":', b"")
+
+    def begin(self, answer: Generation) -> None:
+        """Says which answer the chunks will be of."""
+        self._answer = answer
 
     def of(self, chunk: Chunk) -> bytes:
         """Returns the event of a chunk; empty if it has nothing for the client."""
@@ -127,13 +134,18 @@ class CompletionEvents:
         return self._before + orjson.dumps(text) + self._after if text else b""
 
     def _full(self, chunk: Chunk) -> bytes:
-        text = self._echo if self._style.silent else self._echo + chunk.text
+        silent = self._style.silent
+        text = self._echo if silent else self._echo + chunk.text
+        tokens: Sequence[TokenOut] = () if silent else chunk.tokens
         self._echo = ""
+        if self._style.scored and self._answer is not None:
+            # All of the prompt has been scored when the first token comes.
+            tokens, self._answer = (*self._answer.prompt, *tokens), None
         finish = chunk.finish
         choice = {
             "index": self._index,
             "text": text,
-            "logprobs": None if self._logprobs is None else self._logprobs.of(chunk.tokens),
+            "logprobs": None if self._logprobs is None else self._logprobs.of(tokens),
             "finish_reason": FINISH_REASON[finish.reason] if finish else None,
         }
         return self._head.event([choice])

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-from router.errors import Fault, RequestError
+from router.errors import Fault, RequestError, TooLongError
 
 
 class Dialect(Enum):
@@ -83,6 +83,15 @@ WORDS = {
 """Names that messages of the service use, which are TGI's, and OpenAI's for the same."""
 
 
+def openai_code(error: RequestError) -> str | None:
+    """Returns what programs decide by, beside the status; the HTTP exchange itself has no code."""
+    if isinstance(error, TooLongError):
+        return "context_length_exceeded"
+    if isinstance(error, HttpError):
+        return None
+    return OPENAI_CODE.get(error.fault, error.fault.value.lower())
+
+
 def openai_error(error: RequestError) -> dict[str, Any]:
     """Returns OpenAI's error object."""
     message = error.message
@@ -93,7 +102,7 @@ def openai_error(error: RequestError) -> dict[str, Any]:
             "message": message,
             "type": error.wire.openai,
             "param": error.field,
-            "code": OPENAI_CODE.get(error.fault, error.fault.value.lower()),
+            "code": openai_code(error),
         }
     }
 

@@ -25,8 +25,8 @@ class CompletionRequest(SamplingFields):
     )
     echo: bool | None = Field(
         default=None,
-        description="Put the prompt in front of the answer, with `logprobs` also that of its "
-        "tokens, which no stream can. With max_tokens 0 the prompt alone.",
+        description="Put the prompt in front of the answer, with `logprobs` also what there is to "
+        "say of its tokens. With max_tokens 0 the prompt alone.",
     )
     best_of: int | None = Field(
         default=None,

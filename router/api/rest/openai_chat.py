@@ -16,6 +16,9 @@ from router.api.rest.models_chat import ChatRequest
 from router.api.rest.openai_answers import Job, stream, whole
 from router.api.rest.openai_shapes import Head, prompt_logprobs
 from router.api.rest.refusals import refuse_unsupported
+from router.chat import ChatGeneration
+from router.conversation import ChatAsk
+from router.errors import RequestError
 
 WHOLE, EVENT = "chat.completion", "chat.completion.chunk"
 
@@ -41,17 +44,27 @@ class ChatRoute:
         job = Job(body, model, head, body.n or 1, characters_of(body))
         asks = fan_out(ask, job.tries)
         style = shapes.Style.of(body, choice.legacy)
+        starts = [partial(self._start, ask) for ask in asks]
         if body.stream:
-            starts = [partial(context.chat.chat, ask) for ask in asks]
             events = [shapes.ChatEvents(head, index, style).of for index in range(job.tries)]
             return stream(job, starts, events)
-        answers = await together([collect_chat(context.chat, ask) for ask in asks])
+        answers = await together([collect_chat(start) for start in starts])
         choices = [shapes.chat_choice(index, answer, style) for index, answer in enumerate(answers)]
         more: dict[str, Any] = {} if body.metadata is None else {"metadata": body.metadata}
         if body.prompt_logprobs is not None:
             prompt = answers[0].finish.prompt
             more["prompt_logprobs"] = prompt_logprobs(prompt, body.prompt_logprobs)
         return whole(job, answers, choices, arrived, **more)
+
+    async def _start(self, ask: ChatAsk) -> ChatGeneration:
+        """Submits one chat. What the service calls a prompt are the client's messages."""
+        try:
+            return await self._context.chat.chat(ask)
+        except RequestError as error:
+            if error.field == "prompt":
+                error.field = "messages"
+                error.message = error.message.replace("`inputs`", "`messages`")
+            raise
 
 
 def characters_of(body: ChatRequest) -> int:

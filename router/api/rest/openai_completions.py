@@ -27,6 +27,7 @@ from router.api.rest.refusals import refuse_unsupported
 from router.ask import Ask, Params
 from router.config import Settings
 from router.fleet import ModelCard
+from router.service import Generation
 
 KIND = "text_completion"
 
@@ -58,18 +59,23 @@ class CompletionRoute:
         job = Job(body, model, head, tries, characters, style.silent)
         echoes = [await self._echo(ask) if body.echo else "" for ask in asks[::tries]]
         if body.stream:
-            starts = [partial(context.service.generate, ask) for ask in asks]
             events = [
-                shapes.CompletionEvents(head, index, echoes[index // tries], style).of
+                shapes.CompletionEvents(head, index, echoes[index // tries], style)
                 for index in range(len(asks))
             ]
-            return stream(job, starts, events)
+            starts = [partial(self._begin, *pair) for pair in zip(asks, events, strict=True)]
+            return stream(job, starts, [one.of for one in events])
         answers = await collect_all(context.service, asks)
         choices = [
             shapes.completion_choice(index, answer, echoes[index // (body.n or 1)], style)
             for index, answer in enumerate(best(answers, tries, body.n or 1))
         ]
         return whole(job, answers, choices, arrived)
+
+    async def _begin(self, ask: Ask, events: shapes.CompletionEvents) -> Generation:
+        answer = await self._context.service.generate(ask)
+        events.begin(answer)
+        return answer
 
     async def _echo(self, ask: Ask) -> str:
         if isinstance(ask.prompt, str):
@@ -125,8 +131,6 @@ def completion_params(body: CompletionRequest, model: ModelCard, settings: Setti
     choosing = tries_of(body) > (body.n or 1)
     _check_best_of(body, model, choosing)
     scored = bool(body.echo) and body.logprobs is not None
-    if scored and body.stream:
-        raise unsupported("echo", "leave it or logprobs out, or do not stream")
     if body.max_tokens == 0:
         if not body.echo:
             raise invalid("max_tokens must be at least 1, or 0 with echo", "max_tokens")

@@ -18,8 +18,6 @@ MODES = {
     pb.TOOL_MODE_NONE: ToolMode.NONE,
     pb.TOOL_MODE_REQUIRED: ToolMode.REQUIRED,
 }
-
-
 NAMES = {
     "chat_template": "template",
     "chat_template_kwargs": "template_variables",
@@ -48,7 +46,7 @@ def chat_ask(request: pb.ChatRequest, deadline_s: float | None) -> ChatAsk:
         mode=mode,
         tool=tool,
         parallel_calls=_unless_set(request, "parallel_tool_calls", True),
-        variables=MessageToDict(request.template_variables),
+        variables=_plain(MessageToDict(request.template_variables)),
         opening=_unless_set(request, "opening", not request.continuing),
         continuing=request.continuing,
         template=request.template or None,
@@ -59,6 +57,15 @@ def chat_ask(request: pb.ChatRequest, deadline_s: float | None) -> ChatAsk:
 def _unless_set(request: pb.ChatRequest, field: str, value: bool) -> bool:
     """The value of an optional switch, or this one where it is left unset."""
     return bool(getattr(request, field)) if request.HasField(field) else value
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value whose whole numbers are written without a point: a Struct knows floats only."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _choice_of(request: pb.ChatRequest) -> tuple[ToolMode, str | None]:

@@ -48,10 +48,18 @@ def renaming(name: Callable[[str], str]) -> Iterator[None]:
     """Errors that come from inside name the field at fault as this protocol's clients know it."""
     try:
         yield
-    except RequestError as error:
-        if error.field is None or name(error.field) == error.field:
+    except (RequestError, ExceptionGroup) as error:
+        first = _first(error)
+        if not isinstance(first, RequestError) or first.field is None:
             raise
-        raise RequestError(error.fault, error.message, name(error.field)) from error
+        raise RequestError(first.fault, first.message, name(first.field)) from error
+
+
+def _first(error: Exception) -> Exception:
+    """Of several failures at once, the first."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def known_fault(error: Exception) -> RequestError:
@@ -59,8 +67,7 @@ def known_fault(error: Exception) -> RequestError:
 
     Anything but a RequestError is a bug: logged, and told as INTERNAL.
     """
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
+    error = _first(error)
     if isinstance(error, RequestError):
         return error
     logger.error("call failed", exc_info=error)

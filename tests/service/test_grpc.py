@@ -1,14 +1,10 @@
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
 import pytest
-from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from grpc_status import rpc_status
 
 from router.api import grpc_health, grpc_server
 from router.ask import Chunk, Finish, TokenOut
@@ -17,62 +13,16 @@ from router.core.events import Reason
 from router.errors import Fault, RequestError
 from router.faces import _free_port
 from router.v1 import router_pb2 as pb
-from router.v1 import router_pb2_grpc
 from tests.service.fake_service import FakeFleet, FakeService, words
+from tests.service.grpc_rig import Stub, channel_of, details_of, failure, stub_of
 
 TEXT = "Once upon a tîme 🙂"
-Stub = router_pb2_grpc.InferenceStub
-
-
-@asynccontextmanager
-async def channel_of(service: FakeService, **given: Any) -> AsyncIterator[grpc.aio.Channel]:
-    service.fleet = service.fleet or FakeFleet()
-    settings = Settings(host="127.0.0.1", grpc_port=_free_port("127.0.0.1"), **given)
-    server = await grpc_server.start(service, service.fleet, settings)  # type: ignore[arg-type]
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{settings.grpc_port}") as channel:
-            yield channel
-    finally:
-        await server.stop(0)
-
-
-@asynccontextmanager
-async def stub_of(service: FakeService, **given: Any) -> AsyncIterator[Stub]:
-    async with channel_of(service, **given) as channel:
-        yield Stub(channel)
+SERVICES = ("router.v1.Inference", "fmaas.GenerationService", "inference.GRPCInferenceService")
 
 
 async def generate(service: FakeService, **fields: Any) -> list[pb.GenerateResponse]:
     async with stub_of(service) as stub:
         return [message async for message in stub.Generate(pb.GenerateRequest(**fields))]
-
-
-async def failure(call: Any) -> grpc.aio.AioRpcError:
-    async def finish() -> None:
-        if hasattr(call, "__aiter__"):
-            [message async for message in call]
-        else:
-            await call
-
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await finish()
-    return caught.value
-
-
-def details_of(error: grpc.aio.AioRpcError) -> dict[str, Any]:
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]
-    assert status is not None
-    found: dict[str, Any] = {}
-    for packed in status.details:
-        for kind in (
-            error_details_pb2.ErrorInfo,
-            error_details_pb2.BadRequest,
-            error_details_pb2.RetryInfo,
-        ):
-            message = kind()
-            if packed.Unpack(message):
-                found[kind.__name__] = message
-    return found
 
 
 async def test_generate_streams_tokens_text_and_the_end() -> None:
@@ -319,7 +269,7 @@ async def test_health_follows_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None
     states = health_pb2.HealthCheckResponse
     async with channel_of(service) as channel, asyncio.timeout(10):
         stub = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "router.v1.Inference"):
+        for name in ("", *SERVICES):
             request = health_pb2.HealthCheckRequest(service=name)
             assert (await stub.Check(request)).status == states.NOT_SERVING
         watch = stub.Watch(health_pb2.HealthCheckRequest())
@@ -340,7 +290,7 @@ async def test_reflection_lists_the_services() -> None:
         )
         answer = await call.read()
         names = {service.name for service in answer.list_services_response.service}
-        assert {"router.v1.Inference", "grpc.health.v1.Health"} <= names
+        assert {*SERVICES, "grpc.health.v1.Health"} <= names
         call.cancel()
 
 

@@ -62,6 +62,13 @@ class ChatService:
         Raises RequestError as ``Service.generate`` and ``Service.render_chat`` do, with OpenAI's
         names of the fields at fault.
         """
+        try:
+            return await self._chat(ask)
+        except RequestError as error:
+            self._service.refused(error)
+            raise
+
+    async def _chat(self, ask: ChatAsk) -> "ChatGeneration":
         laid = await self._lay_out(ask)
         tokenizer = laid.card.tokenizer
         marks = _marks(ask, laid, tokenizer)

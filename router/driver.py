@@ -258,6 +258,9 @@ class Driver:
             life.cached_tokens = max(life.cached_tokens, cached)
             if life.admitted_ms < 0:
                 life.admitted_ms = now_ms
+            if life.tokens and life.group != plan.group:
+                self.metrics.continued(life.group, plan.group)
+            life.group = plan.group
 
     def _deliver(self, effect: Deliver, now_ms: int) -> None:
         channels = self._channels

@@ -226,6 +226,10 @@ class Fleet:
             for spec in self._specs
         }
 
+    def engines(self) -> dict[str, str]:
+        """For each group that has ever come up, the name of its engine."""
+        return {name: card.engine for name, card in self._cards.items()}
+
     async def wait_ready(self) -> None:
         """Waits until a first group has come up. The caller sets the deadline."""
         await self._ready.wait()

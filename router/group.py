@@ -63,16 +63,17 @@ class Group:
         self.spec = spec
         self._inbox = inbox
         self._fleet = fleet
-        self._metrics = metrics
         self._epochs = epochs
         self._slots = slots
         self._backoff = Backoff(random or Random())  # noqa: S311
         self._life: Life | None = None
+        self._calls = metrics.batches.group(spec.name)
         self._cause = ""
 
     def write(self, plan: RunPlan) -> None:
         """Sends a plan to every rank, if it is for the present life."""
         if self._life is not None and plan.epoch == self._life.epoch:
+            self._calls.sent(plan)
             self._life.write(plan)
 
     def abandon(self, effect: Abandon) -> None:
@@ -140,11 +141,12 @@ class Group:
             if life.steps or monotonic() - began_s > PROVEN_S:
                 self._backoff.reset()
             self._life = None
+            self._calls.lost()
             self._fleet.down(name)
             self._inbox.post(GroupDown(name, epoch))
 
     def _stepped(self, done: StepDone, step_s: float) -> None:
-        self._metrics.stepped(done.group, step_s)
+        self._calls.answered(step_s)
         self._inbox.post(done)
 
 

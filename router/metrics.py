@@ -1,11 +1,11 @@
 """What the router tells Prometheus: TGI's names where they mean the same, ``roundhouse_`` else.
 
-Nothing here is called once per token. A request is counted when it ends, a step when it is
-delivered; gauges are read from the core at the moment of a scrape. All of it runs on the event
-loop, so the histograms of this module need no lock.
+A request is one answer that is asked for: n answers to m prompts are n times m of them, and so are
+the candidates of best_of. It is counted once, when it ends or is refused. Nothing here is called
+once per token; a step is counted when it is delivered, gauges are read from the core at the moment
+of a scrape. All of it runs on the event loop, so the histograms need no lock.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,13 +21,9 @@ from prometheus_client.registry import Collector
 
 from router.core.events import Reason
 from router.core.snapshot import Snapshot
-from router.errors import FAULT_OF_REASON, Fault
-
-SECONDS = tuple(0.000_15 * 1.5**step for step in range(35))
-"""TGI's bounds: 0.15 ms to 146 s, each one and a half times the one before."""
-
-TOKENS = tuple(2.0**step for step in range(18))
-"""1 to 131,072 tokens."""
+from router.errors import FAULT_OF_REASON, Fault, RequestError
+from router.metrics_batches import Batches
+from router.metrics_histogram import SECONDS, TOKENS, Histogram
 
 ERR_OF_FAULT: dict[Fault, str] = {
     Fault.VALIDATION: "validation",
@@ -51,7 +47,8 @@ ERR_OF_FAULT: dict[Fault, str] = {
 class Lifetime:
     """One request in numbers. Instants are the driver's milliseconds, -1 before they come.
 
-    ``cached_tokens`` counts the prompt tokens that a resident sequence had already computed.
+    ``cached_tokens`` counts the prompt tokens that a resident sequence had already computed;
+    ``group`` is the latest that it was admitted to.
     """
 
     prompt_tokens: int
@@ -61,35 +58,7 @@ class Lifetime:
     first_ms: int = -1
     tokens: int = 0
     cached_tokens: int = 0
-
-
-class Histogram:
-    """Counts of observations below each bound; one call may count many equal observations."""
-
-    def __init__(self, name: str, help_text: str, bounds: tuple[float, ...]) -> None:
-        self.name = name
-        self.help_text = help_text
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        """Counts ``times`` observations of the same value."""
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def cumulated(self) -> list[tuple[str, float]]:
-        """For each bound, its text and how many observations did not exceed it."""
-        total, rows = 0, []
-        for bound, number in zip((*self._bounds, float("inf")), self._counts, strict=True):
-            total += number
-            rows.append(("+Inf" if bound == float("inf") else f"{bound:.6g}", float(total)))
-        return rows
-
-    @property
-    def sum(self) -> float:
-        """Sum of all observed values."""
-        return self._sum
+    group: str = ""
 
 
 class Metrics(Collector):
@@ -129,7 +98,14 @@ class Metrics(Collector):
             "Seconds between a token and the one before it in the same answer",
             SECONDS,
         )
-        self._steps: dict[str, Histogram] = {}
+        self._skipped = new(
+            "tgi_request_skipped_tokens",
+            "Tokens guessed ahead that were right, per generated token: none are guessed",
+            (0.0, 1.0),
+        )
+        self.batches = Batches()
+        self._continued: dict[tuple[str, str], int] = {}
+        self._engines: Callable[[], Mapping[str, str]] = dict
         self._snapshot: Callable[[], Snapshot] | None = None
         self._groups: Callable[[], Mapping[str, bool]] = dict
         self.registry.register(self)
@@ -144,11 +120,15 @@ class Metrics(Collector):
         return generate_latest(self.registry)
 
     def watch(
-        self, snapshot: Callable[[], Snapshot], groups: Callable[[], Mapping[str, bool]]
+        self,
+        snapshot: Callable[[], Snapshot],
+        groups: Callable[[], Mapping[str, bool]],
+        engines: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
-        """Says where gauges come from: the core, and for each known group whether it is up."""
+        """Says where gauges come from: the core, and for each group if it is up, and its engine."""
         self._snapshot = snapshot
         self._groups = groups
+        self._engines = engines
 
     # --- what happens
 
@@ -156,10 +136,15 @@ class Metrics(Collector):
         """A request was checked and tokenised."""
         self._validation.observe(seconds)
 
-    def refused(self, fault: Fault) -> None:
-        """A request was turned away before the core saw it."""
-        self._requests += 1
-        self._failures[ERR_OF_FAULT[fault]] += 1
+    def refused(self, error: RequestError) -> None:
+        """A request was turned away before the core saw it.
+
+        Once, however many hands its error goes through.
+        """
+        if not error.counted:
+            error.counted = True
+            self._requests += 1
+            self._failures[ERR_OF_FAULT[error.fault]] += 1
 
     def first_token(self, waited_ms: int) -> None:
         """A request has its first token."""
@@ -170,12 +155,9 @@ class Metrics(Collector):
         for gap_ms, times in gaps_ms.items():
             self._gap.observe(gap_ms / 1000, times)
 
-    def stepped(self, group: str, seconds: float) -> None:
-        """An engine took this long for a step."""
-        histogram = self._steps.get(group)
-        if histogram is None:
-            histogram = self._steps[group] = Histogram("", "", SECONDS)
-        histogram.observe(seconds)
+    def continued(self, before: str, after: str) -> None:
+        """A sequence whose tokens were delivered in part goes on in another group."""
+        self._continued[before, after] = self._continued.get((before, after), 0) + 1
 
     def ended(self, life: Lifetime, reason: Reason, now_ms: int) -> None:
         """A request that the core knew has ended."""
@@ -189,6 +171,7 @@ class Metrics(Collector):
         self._input.observe(life.prompt_tokens)
         self._asked.observe(life.tokens_max)
         self._tokens.observe(life.tokens)
+        self._skipped.observe(0, life.tokens)
         self._duration.observe((now_ms - life.submitted_ms) / 1000)
         if life.admitted_ms < 0:
             self._queue.observe((now_ms - life.submitted_ms) / 1000)
@@ -224,15 +207,27 @@ class Metrics(Collector):
                 buckets=histogram.cumulated(),
                 sum_value=histogram.sum,
             )
-        steps = HistogramMetricFamily(
-            "roundhouse_step_seconds", "Seconds that the engine took for a step", labels=["group"]
-        )
-        for group, histogram in self._steps.items():
-            steps.add_metric([group], histogram.cumulated(), histogram.sum)
-        yield steps
-        yield from _of_groups(self._groups())
+        yield from self.batches.collect()
+        yield self._of_continued()
         if self._snapshot is not None:
+            yield from _of_groups(self._groups())
             yield from _of_snapshot(self._snapshot())
+
+    def _of_continued(self) -> Metric:
+        """Continuations by kind of engine."""
+        engines = self._engines()
+        kinds: dict[tuple[str, str], int] = {}
+        for (before, after), number in self._continued.items():
+            pair = engines.get(before, before), engines.get(after, after)
+            kinds[pair] = kinds.get(pair, 0) + number
+        family = CounterMetricFamily(
+            "roundhouse_continuations",
+            "Answers that went on in another group after a part was delivered",
+            labels=["from_engine", "to_engine"],
+        )
+        for labels, number in kinds.items():
+            family.add_metric(list(labels), number)
+        return family
 
 
 def _of_groups(groups: Mapping[str, bool]) -> Iterable[Metric]:

@@ -72,7 +72,7 @@ class Service:
             self._driver.metrics.validated(perf_counter() - began)
             channel = self._driver.submit(work.submitted)
         except RequestError as error:
-            self._driver.metrics.refused(error.fault)
+            self._driver.metrics.refused(error)
             raise
         return Generation(self._driver, channel, work)
 
@@ -81,8 +81,12 @@ class Service:
         try:
             return await self._embedder.embed(ask)
         except RequestError as error:
-            self._driver.metrics.refused(error.fault)
+            self._driver.metrics.refused(error)
             raise
+
+    def refused(self, error: RequestError) -> None:
+        """Counts a request that a layer above this one turns away."""
+        self._driver.metrics.refused(error)
 
     async def render_chat(
         self,
@@ -295,8 +299,10 @@ class Generation:
         close = batch.close
         if close is not None and close.reason in FAULT_OF_REASON:
             self._over = True
-            fault = FAULT_OF_REASON[close.reason]
-            raise RequestError(fault, close.detail or f"the answer broke off: {close.reason.value}")
+            detail = close.detail or f"the answer broke off: {close.reason.value}"
+            error = RequestError(FAULT_OF_REASON[close.reason], detail)
+            error.counted = True  # by the driver, when it closed the channel
+            raise error
         tokens, text = self._take(batch)
         if self._matcher is not None and self._matcher.matched is not None:
             return self._stopped(tokens, text, close)

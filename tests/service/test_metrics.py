@@ -1,11 +1,13 @@
 """What a scrape shows."""
 
+import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from router.core.effects import Admit, RunPlan
 from router.core.events import Reason
 from router.core.snapshot import GroupSnapshot, Snapshot
-from router.errors import Fault
+from router.errors import Fault, RequestError
 from router.metrics import ERR_OF_FAULT, Histogram, Lifetime, Metrics
 
 TGI_NAMES = {
@@ -23,6 +25,15 @@ TGI_NAMES = {
     "tgi_queue_size",
     "tgi_batch_current_size",
     "tgi_batch_current_max_tokens",
+    "tgi_batch_max_total_tokens",
+    "tgi_batch_inference_count",
+    "tgi_batch_inference_success",
+    "tgi_batch_inference_failure",
+    "tgi_batch_inference_duration",
+    "tgi_batch_forward_duration",
+    "tgi_batch_next_size",
+    "tgi_batch_concat",
+    "tgi_request_skipped_tokens",
 }
 
 
@@ -70,7 +81,9 @@ def test_gauges_come_from_the_core_at_each_scrape() -> None:
 
 def test_failures_are_counted_by_their_kind() -> None:
     metrics = Metrics()
-    metrics.refused(Fault.OVERLOADED)
+    error = RequestError(Fault.OVERLOADED, "full")
+    metrics.refused(error)
+    metrics.refused(error)  # by the next layer
     life = Lifetime(3, 10, 1000)
     metrics.ended(life, Reason.WORKER_LOST, 1500)
     metrics.ended(life, Reason.CANCELLED, 1500)
@@ -99,12 +112,67 @@ def test_a_step_counts_its_tokens_at_once() -> None:
 
 def test_steps_are_told_apart_by_group() -> None:
     metrics = Metrics()
-    metrics.stepped("g", 0.5)
-    metrics.stepped("h", 0.25)
-    metrics.stepped("h", 0.25)
+    metrics.batches.stepped("g", 0.5)
+    metrics.batches.stepped("h", 0.25)
+    metrics.batches.stepped("h", 0.25)
     seen = samples(metrics)
     assert seen["roundhouse_step_seconds_count", (("group", "h"),)] == 2
     assert seen["roundhouse_step_seconds_sum", (("group", "g"),)] == 0.5
+
+
+def plan(plan_id: int, admitted: int, running: int) -> RunPlan:
+    admits = tuple(Admit(100 + n, (1,), 1, 0, 0, None) for n in range(admitted))
+    sequences = (*range(running), *(admit.sequence for admit in admits))
+    return RunPlan("g", 1, plan_id, (), admits, sequences, (1,) * len(sequences))
+
+
+def test_calls_are_told_apart_as_tgi_does() -> None:
+    metrics = Metrics()
+    calls = metrics.batches.group("g")
+    for admitted, running in ((3, 0), (0, 3), (2, 3), (0, 0), (0, 5)):
+        calls.sent(plan(1, admitted, running))
+    for _ in range(4):
+        calls.answered(0.25)
+    calls.lost()  # with the last one still open
+    calls.sent(plan(6, 1, 0))
+    calls.answered(0.25)
+    seen = samples(metrics)
+    prefill, decode = (("method", "prefill"),), (("method", "decode"),)
+    assert seen["tgi_batch_inference_count", prefill] == 3
+    assert seen["tgi_batch_inference_success", prefill] == 3
+    assert seen["tgi_batch_inference_count", decode] == 2
+    assert seen["tgi_batch_inference_success", decode] == 1
+    assert seen["tgi_batch_inference_failure", decode] == 1
+    assert seen["tgi_batch_concat", (("reason", "chunking"),)] == 1
+    assert (seen["tgi_batch_next_size_count", ()], seen["tgi_batch_next_size_sum", ()]) == (3, 6)
+    assert seen["tgi_batch_forward_duration_sum", prefill] == 0.75
+    assert seen["tgi_batch_forward_duration_count", decode] == 1
+    assert seen["roundhouse_step_seconds_count", (("group", "g"),)] == 5
+
+
+def test_calls_that_overlap_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two plans on the way, the second one's time begins when the first is answered."""
+    now = iter((1.0, 1.0, 3.0, 4.0))
+    monkeypatch.setattr("router.metrics_batches.perf_counter", lambda: next(now))
+    metrics = Metrics()
+    calls = metrics.batches.group("g")
+    calls.sent(plan(1, 0, 1))
+    calls.sent(plan(2, 0, 1))
+    calls.answered(2.0)
+    calls.answered(1.0)
+    seen = samples(metrics)
+    assert seen["tgi_batch_inference_duration_sum", (("method", "decode"),)] == 3.0
+
+
+def test_continuations_are_told_by_engine() -> None:
+    metrics = Metrics()
+    metrics.watch(snapshot, dict, lambda: {"g": "torch", "h": "llamacpp", "i": "torch"})
+    for before, after in (("g", "h"), ("i", "h"), ("g", "i")):
+        metrics.continued(before, after)
+    seen = samples(metrics)
+    name = "roundhouse_continuations_total"
+    assert seen[name, (("from_engine", "torch"), ("to_engine", "llamacpp"))] == 2
+    assert seen[name, (("from_engine", "torch"), ("to_engine", "torch"))] == 1
 
 
 def test_a_bound_counts_what_does_not_exceed_it() -> None:

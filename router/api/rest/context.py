@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from router.api.rest.body import Body, parse
-from router.api.rest.errors import Dialect, error_response
+from router.api.rest.errors import Dialect, error_response, first_fault
 from router.api.rest.presence import ClientLeft, Presence
 from router.api.rest.sse import known_fault
 from router.auth import ApiKeys
@@ -37,22 +37,44 @@ class Context:
     chat: ChatService
 
     async def answer(
-        self, request: Request, model: type[B], dialect: Dialect, work: Work[B]
+        self,
+        request: Request,
+        model: type[B],
+        dialect: Dialect,
+        work: Work[B],
+        *,
+        generates: bool = True,
     ) -> Response:
         """Checks key and body, then runs ``work`` for as long as the client stays.
 
-        Every failure becomes the error response of the dialect.
+        Every failure becomes the error response of the dialect, and is one in the metrics unless
+        the route ``generates`` nothing.
         """
         arrived = perf_counter()
         try:
             self.keys.check(request.headers.get("authorization"))
             body = await parse(request, model, self.settings.payload_limit)
             async with Presence(request.receive):
-                return await work(body, arrived)
+                return await (
+                    self._counted(work(body, arrived)) if generates else work(body, arrived)
+                )
         except ClientLeft:
             return Response(status_code=499)
         except Exception as error:  # noqa: BLE001 -- logged, and answered as INTERNAL
             return error_response(known_fault(error), dialect)
+
+    async def _counted(self, work: Awaitable[Response]) -> Response:
+        """Runs it, and counts what a route refuses by itself; the service counts the rest.
+
+        As in TGI, a body that cannot be read and a key that is wrong are no requests.
+        """
+        try:
+            return await work
+        except Exception as error:
+            fault = first_fault(error)
+            if fault is not None:
+                self.metrics.refused(fault)
+            raise
 
 
 def json_response(value: Any, headers: dict[str, str] | None = None) -> Response:

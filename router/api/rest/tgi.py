@@ -113,7 +113,9 @@ class TgiRoutes:
             found = await self._context.service.tokenize(model, body.inputs)
             return json_response(shapes.simple_tokens(body.inputs, found), ignored_header(body))
 
-        return await self._context.answer(request, m.GenerateRequest, Dialect.TGI, work)
+        return await self._context.answer(
+            request, m.GenerateRequest, Dialect.TGI, work, generates=False
+        )
 
     async def chat_tokenize(self, request: Request) -> Response:
         """Returns what the chat template makes of a conversation, and its tokens."""
@@ -126,7 +128,7 @@ class TgiRoutes:
             value = {"tokenize_response": tokens, "templated_text": text}
             return json_response(value, ignored_header(body))
 
-        return await self._context.answer(request, ChatRequest, Dialect.TGI, work)
+        return await self._context.answer(request, ChatRequest, Dialect.TGI, work, generates=False)
 
     async def info(self) -> Response:
         """Returns the default model and the limits of this router."""

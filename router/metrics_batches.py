@@ -1,0 +1,132 @@
+"""The numbers of batches, by TGI's names and with TGI's meaning, and of the steps of each group.
+
+To TGI a call of the model that begins new requests is a ``prefill``, whatever else it computes, and
+any other a ``decode``; later chunks of a prompt go on in decodes (backends/v3/src/backend.rs). Here
+a call is a plan with work, and one that admits sequences is a prefill. Everything happens once per
+step at most.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from time import perf_counter
+
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric, UnknownMetricFamily
+
+from router.core.effects import RunPlan
+from router.metrics_histogram import SECONDS, SEQUENCES, Histogram
+
+METHODS = ("prefill", "decode")
+
+
+class Calls:
+    """The plans that one group has not answered yet, in order; None for one without work."""
+
+    def __init__(self, batches: "Batches", group: str) -> None:
+        self._batches = batches
+        self._group = group
+        self._open: deque[tuple[str, float] | None] = deque()
+        self._free_s = 0.0
+
+    def sent(self, plan: RunPlan) -> None:
+        """A plan was sent to the group."""
+        if not plan.work_sequences:
+            self._open.append(None)
+            return
+        method = "prefill" if plan.admits else "decode"
+        self._batches.began(method, len(plan.admits), len(plan.work_sequences))
+        self._open.append((method, perf_counter()))
+
+    def answered(self, engine_s: float) -> None:
+        """The oldest plan was answered; its engine took so many seconds for it.
+
+        The call counts from when it was sent, or from the answer before it if that came later: the
+        group works on one plan after the other.
+        """
+        now_s = perf_counter()
+        call = self._open.popleft()
+        if call is not None:
+            method, sent_s = call
+            self._batches.ended(method, now_s - max(sent_s, self._free_s), engine_s)
+        self._batches.stepped(self._group, engine_s)
+        self._free_s = now_s
+
+    def lost(self) -> None:
+        """The group is down: nothing that is open will be answered."""
+        for call in self._open:
+            if call is not None:
+                self._batches.failed(call[0])
+        self._open.clear()
+
+
+class Batches:
+    """Counts calls over all groups, and steps by group."""
+
+    def __init__(self) -> None:
+        self._counts = dict.fromkeys(METHODS, 0)
+        self._successes = dict.fromkeys(METHODS, 0)
+        self._failures = dict.fromkeys(METHODS, 0)
+        self._joined = 0
+        self._sizes = Histogram("tgi_batch_next_size", "Requests that begin together", SEQUENCES)
+        self._calls = {method: Histogram("", "", SECONDS) for method in METHODS}
+        self._engines = {method: Histogram("", "", SECONDS) for method in METHODS}
+        self._steps: dict[str, Histogram] = {}
+
+    def group(self, name: str) -> Calls:
+        """The calls of a group that has come up."""
+        return Calls(self, name)
+
+    def began(self, method: str, admitted: int, sequences: int) -> None:
+        """A call began: ``admitted`` sequences are new, of ``sequences`` that it computes."""
+        self._counts[method] += 1
+        if admitted:
+            self._sizes.observe(admitted)
+            self._joined += sequences > admitted
+
+    def ended(self, method: str, call_s: float, engine_s: float) -> None:
+        """A call was answered."""
+        self._successes[method] += 1
+        self._calls[method].observe(call_s)
+        self._engines[method].observe(engine_s)
+
+    def failed(self, method: str) -> None:
+        """A call will not be answered."""
+        self._failures[method] += 1
+
+    def stepped(self, group: str, engine_s: float) -> None:
+        """An engine took this long for a step."""
+        histogram = self._steps.get(group)
+        if histogram is None:
+            histogram = self._steps[group] = Histogram("", "", SECONDS)
+        histogram.observe(engine_s)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields every metric family of this module."""
+        for name, text, counts in (
+            ("tgi_batch_inference_count", "Calls of the model", self._counts),
+            ("tgi_batch_inference_success", "Calls that were answered", self._successes),
+            ("tgi_batch_inference_failure", "Calls lost with their workers", self._failures),
+        ):
+            family = UnknownMetricFamily(name, text, labels=["method"])
+            for method, number in counts.items():
+                family.add_metric([method], number)
+            yield family
+        joined = UnknownMetricFamily(
+            "tgi_batch_concat", "Calls in which requests join running ones", labels=["reason"]
+        )
+        joined.add_metric(["chunking"], self._joined)
+        yield joined
+        yield HistogramMetricFamily(
+            self._sizes.name,
+            self._sizes.help_text,
+            buckets=self._sizes.cumulated(),
+            sum_value=self._sizes.sum,
+        )
+        for name, text, label, histograms in (
+            ("tgi_batch_inference_duration", "Seconds of a call", "method", self._calls),
+            ("tgi_batch_forward_duration", "Seconds of it in the engine", "method", self._engines),
+            ("roundhouse_step_seconds", "Seconds of the engine for a step", "group", self._steps),
+        ):
+            family = HistogramMetricFamily(name, text, labels=[label])
+            for value, histogram in histograms.items():
+                family.add_metric([value], histogram.cumulated(), histogram.sum)
+            yield family

@@ -7,12 +7,13 @@ alone, lowest number first. No block table ever travels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.prompt_logprobs import targets_of
 from shards.residents import Resident
 
 Ints = NDArray[np.int32]
@@ -77,7 +78,8 @@ class StepLayout:
     where the keys and values of a token go. ``starts`` has S + 1: the tokens of sequence s are
     ``starts[s]`` to ``starts[s + 1]``. ``lengths`` has S: tokens of the sequence once the step is
     done, those of the step included. ``tables`` is [S, pages of the longest], filled up with
-    ``TRASH``. ``draws`` has one index into T for each sequence that draws a token.
+    ``TRASH``. ``draws`` has one index into T for each sequence that draws a token, ``scores`` one
+    for each token of a prompt that is to be scored: where the token before it is.
     """
 
     tokens: Ints
@@ -87,6 +89,7 @@ class StepLayout:
     lengths: Ints
     tables: Ints
     draws: Ints
+    scores: Ints = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 def lay_out(
@@ -96,10 +99,13 @@ def lay_out(
     tokens: list[int] = []
     positions: list[int] = []
     starts, lengths, draws = [0], [], []
+    scores: list[int] = []
     drawing = {id(row) for row in rows}
     for resident, count in work:
         start, end = resident.computed, resident.computed + count
         tables.extend(resident.sequence, end)
+        if resident.sampling.prompt_logprobs:
+            scores += range(len(tokens), len(tokens) + len(targets_of(resident, count)))
         tokens += resident.tokens[start:end]
         positions += range(start, end)
         starts.append(len(tokens))
@@ -118,6 +124,7 @@ def lay_out(
         lengths=np.array(lengths, np.int32),
         tables=table,
         draws=np.array(draws, np.int32),
+        scores=np.array(scores, np.int32),
     )
 
 

@@ -45,7 +45,7 @@ class Deliver:
     requests: list[int]
     tokens: list[int]
     logprobs: list[object]
-    prompts: list[tuple[int, Seq[object]]] = field(default_factory=list)
+    prompts: Seq[tuple[int, Seq[object]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 from shards.engines.base import Engine, Outcome, Plan
+from shards.prompt_logprobs import Scores, parts_of
 from shards.residents import Limits, Resident, Residents
 from shards.sampling import Drawn
 
@@ -21,6 +22,7 @@ class CallerEngine(Engine):
 
     def __init__(self, limits: Limits) -> None:
         self._residents = Residents(limits)
+        self._scores = Scores()
 
     def reset(self) -> None:
         """See ``Engine``."""
@@ -40,18 +42,20 @@ class CallerEngine(Engine):
         outcome = Outcome()
         by_sequence = residents.by_sequence
         work = [(by_sequence[sequence], count) for sequence, count in plan.work]
-        work = [(resident, count) for resident, count in work if not resident.failed]
         if work:
             self._run(work, outcome)
         return outcome
 
     def _run(self, work: Work, outcome: Outcome) -> None:
-        rows = [one for one, count in work if one.computed + count == len(one.tokens)]
-        drawn = self._compute(work, rows)
-        for resident, count in work:
-            self._residents.compute(resident, count)
-        if rows:
-            settle(rows, drawn, outcome)
+        for part in parts_of(work):
+            going = [(one, count) for one, count in part if not one.failed]
+            rows = [one for one, count in going if one.computed + count == len(one.tokens)]
+            drawn = self._compute(going, rows) if going else Drawn([])
+            for resident, count in going:
+                self._residents.compute(resident, count)
+            if rows:
+                settle(rows, drawn, outcome)
+        self._scores.tell(outcome)
 
     def _let_go(self, resident: Resident) -> None:
         """Frees what the engine holds for a sequence that was dropped."""
@@ -64,13 +68,16 @@ class CallerEngine(Engine):
         """Computes the work, and draws the next token of each of ``rows``.
 
         ``rows`` are the sequences whose known tokens are all computed by this work, in its order;
-        there may be none. ``Resident.computed`` still says what was computed before.
+        there may be none. ``Resident.computed`` still says what was computed before. An engine that
+        scores prompts tells ``_scores`` of them.
         """
 
 
 def settle(rows: Sequence[Resident], drawn: Drawn, outcome: Outcome) -> None:
     """Makes what was drawn known to the sequences, and tells it."""
     for index, (row, token) in enumerate(zip(rows, drawn.tokens, strict=True)):
+        if row.failed:
+            continue
         if index in drawn.failures:
             row.failed = True
             outcome.failures[row.sequence] = drawn.failures[index]

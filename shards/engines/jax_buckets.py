@@ -119,10 +119,21 @@ def draw_counts(most: int, least: int = 1) -> tuple[int, ...]:
     return tuple(count for count in _steps(DECODES, max(most, least)) if count >= least)
 
 
+def ordered(layout: StepLayout, bucket: Bucket) -> StepLayout:
+    """The step as the bucket wants it; what draws and scores keeps its order."""
+    return _rows_first(layout) if bucket.mixed else layout
+
+
+def pieces(indices: Ints, bucket: Bucket) -> Iterator[tuple[Ints, int]]:
+    """Indices in vectors like the bucket's ``draws``, and how many of each are meant."""
+    for start in range(0, len(indices), bucket.sequences):
+        piece = indices[start : start + bucket.sequences]
+        yield np.pad(piece, (0, bucket.sequences - len(piece))), len(piece)
+
+
 def pack(layout: StepLayout, bucket: Bucket) -> Ints:
-    """The step as one vector; see ``Bucket.fields``."""
-    if bucket.mixed:
-        layout = _rows_first(layout)
+    """The step, ordered, as one vector; see ``Bucket.fields``."""
+    layout = ordered(layout, bucket)
     sequences = len(layout.lengths)
     counts = np.diff(layout.starts)
     rows = int(np.count_nonzero(counts == 1))
@@ -159,6 +170,7 @@ def _rows_first(layout: StepLayout) -> StepLayout:
         lengths=layout.lengths[order],
         tables=layout.tables[order],
         draws=moved[layout.draws].astype(np.int32),
+        scores=moved[layout.scores].astype(np.int32),
     )
 
 

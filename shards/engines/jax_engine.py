@@ -186,7 +186,7 @@ class JaxEngine(PagedEngine):
             eos_token_ids=_ends(options),
             features=(
                 *("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p"),
-                "prefix_sharing",
+                *("prefix_sharing", "prompt_logprobs"),
             ),
             rank=group.rank,
             world=group.world,
@@ -208,10 +208,11 @@ class JaxEngine(PagedEngine):
         self._group.close()
 
     def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawn:
-        if self._argmax == "host" or not all(row.plain for row in rows):
+        on_host = self._argmax == "host" or len(layout.scores)
+        if on_host or not all(row.plain for row in rows):
             return super()._draw(layout, rows)
         try:
-            logits = self._programs.run(layout)
+            logits = self._programs.run(layout).draws
             if logits is None:
                 return Drawn([])
             ids, tops = (_host(found)[: len(rows)] for found in self._programs.best(logits))
@@ -228,9 +229,12 @@ class JaxEngine(PagedEngine):
         nothing: Floats = np.empty((0, self._info.vocab_size), np.float32)
         try:
             logits = self._programs.run(layout)
-            found: Floats = nothing if logits is None else _host(logits)
+            found: Floats = nothing if logits.draws is None else _host(logits.draws)
+            scores = [_host(rows)[:count] for rows, count in logits.scores]
         except jax.errors.JaxRuntimeError as error:
             raise _lost(error) from error
+        if scores:
+            self._score(np.concatenate(scores))
         return found[: len(layout.draws)]
 
 

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from shards.engines.base import Progress
-from shards.engines.jax_buckets import Bucket, Buckets, pack
+from shards.engines.jax_buckets import Bucket, Buckets, ordered, pack, pieces
 from shards.engines.jax_mesh import AXIS, Group
 from shards.engines.jax_model import LAYOUTS, Model
 from shards.kv import StepLayout
@@ -34,6 +34,18 @@ class Arrays:
     outside: dict[str, Array]
     layers: list[dict[str, Array]]
     caches: list[Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What came of a step, on the device: float32 logits of which the first rows mean something.
+
+    ``draws`` is None if no sequence draws. ``scores`` are computed as they are asked for, and go
+    with the number of their rows.
+    """
+
+    draws: Array | None
+    scores: Iterator[tuple[Array, int]]
 
 
 class Programs:
@@ -67,24 +79,33 @@ class Programs:
         kinds = (self._embed, self._layer, self._pick, self._head, self._best)
         return sum(len(kind) for kind in kinds)
 
-    def run(self, layout: StepLayout) -> Array | None:
-        """Float32 logits [at least the drawing sequences, vocabulary] of one step, on the device.
-
-        None if no sequence draws. Rows beyond the drawing sequences mean nothing.
-        """
+    def run(self, layout: StepLayout) -> "Logits":
+        """Computes one step; its logits can be had until the next one is run."""
         bucket = self._buckets.fit(layout)
+        layout = ordered(layout, bucket)
         vector = self._group.put(pack(layout, bucket))
         outside, caches = self._arrays.outside, self._arrays.caches
         x, step = self._embed[bucket](outside["embed"], vector)
         for number, layer in enumerate(self._arrays.layers):
             program = self._layer[bucket, self._windows[number]]
             x, caches[number] = program(x, caches[number], layer, step)
-        if not len(layout.draws):
+        draws = None
+        if len(layout.draws):
+            draws = self._logits(bucket, x, step["draws"], len(layout.draws))
+        elif not len(layout.scores):
             x.block_until_ready()
-            return None
-        picked = self._pick[bucket](x, step["draws"])
-        count = next(count for count in self._draw_counts if count >= len(layout.draws))
-        logits: Array = self._head[count](picked, outside["norm"], outside["head"])
+        scores = (
+            (self._logits(bucket, x, self._group.put(piece), count), count)
+            for piece, count in pieces(layout.scores, bucket)
+        )
+        return Logits(draws, scores)
+
+    def _logits(self, bucket: Bucket, x: Array, indices: Array, count: int) -> Array:
+        """Float32 logits [at least ``count``, vocabulary] behind some of a step's tokens."""
+        picked = self._pick[bucket](x, indices)
+        rows = next(rows for rows in self._draw_counts if rows >= count)
+        outside = self._arrays.outside
+        logits: Array = self._head[rows](picked, outside["norm"], outside["head"])
         return logits
 
     def best(self, logits: Array) -> tuple[Array, Array]:

@@ -53,6 +53,7 @@ from shards.engines.threads import ThreadControl
 from shards.extras import Extras
 from shards.gguf_file import dtype_name, read_metadata
 from shards.gguf_tokenizer import tokenizer_files
+from shards.prompt_logprobs import targets_of
 from shards.residents import Limits, Resident
 from shards.sampling import Drawn, Sampler
 
@@ -167,6 +168,7 @@ class LlamaCppEngine(CallerEngine):
 
     def _describe(self, options: EngineOptions) -> EngineInfo:
         features = ["logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p"]
+        features.append("prompt_logprobs")
         if self._model.shares_prefix:
             features.append("prefix_sharing")
         if options.adapters:
@@ -263,14 +265,14 @@ class LlamaCppEngine(CallerEngine):
         return [parts[name] for name in sorted(parts, key=lambda n: self._adapters[n] is not used)]
 
     def _decode(self, work: Work, rows: int) -> NDArray[np.float32]:
-        """Computes work of one adapter; returns the logits of its rows, in its order."""
+        """Computes work of one adapter, and scores its prompts; returns the logits of its rows."""
         adapter = self._adapters[work[0][0].adapter]
         self._context.use(adapter)
         padded = self._fill(work, pad=adapter is not None and self._spare > 0)
-        logits = self._context.decode(self._batch, rows)
+        logits = self._context.decode(self._batch, rows + self._scores.rows_of(work))
         if padded:
             self._context.drop(self._limits.sequences_max)
-        return logits
+        return self._scores.part(work, logits)
 
     def _fill(self, work: Work, *, pad: bool) -> bool:
         """Lays the work out in the batch, and marks the tokens whose logits are wanted.
@@ -293,6 +295,9 @@ class LlamaCppEngine(CallerEngine):
                 tokens += resident.tokens[start : start + count]
                 positions += range(start, start + count)
                 slots += [resident.slot] * count
+            if resident.sampling.prompt_logprobs:
+                first = len(tokens) - count
+                wanted += range(first, first + len(targets_of(resident, count)))
             if start + count == len(resident.tokens):
                 wanted.append(len(tokens) - 1)
         padded = pad and len(tokens) % self._ubatch_tokens == 1

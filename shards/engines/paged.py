@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from shards.engines.caller import CallerEngine, Work
 from shards.kv import PageTables, StepLayout, lay_out
+from shards.prompt_logprobs import targets_of
 from shards.residents import Limits, Resident
 from shards.sampling import Drawn, Floats, Sampler
 
@@ -20,6 +21,7 @@ class PagedEngine(CallerEngine):
         super().__init__(limits)
         self._tables = PageTables(limits.kv_tokens, limits.page_tokens)
         self._sampler = Sampler(limits.vocab_size)
+        self._scoring: Work = ()
 
     def reset(self) -> None:
         """See ``Engine``. The cache's contents need not be cleared: nobody refers to them."""
@@ -34,6 +36,7 @@ class PagedEngine(CallerEngine):
 
     def _compute(self, work: Work, rows: Sequence[Resident]) -> Drawn:
         layout = lay_out(self._tables, work, rows)
+        self._scoring = work if len(layout.scores) else ()
         return self._draw(layout, rows)
 
     def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawn:
@@ -41,6 +44,18 @@ class PagedEngine(CallerEngine):
         logits = self._forward(layout)
         return self._sampler.draw(logits, rows) if rows else Drawn([])
 
+    def _score(self, logits: Floats) -> None:
+        """Scores the prompts of ``_scoring`` by their logits [scores, vocabulary]."""
+        at = 0
+        for resident, count in self._scoring:
+            targets = targets_of(resident, count)
+            if targets:
+                self._scores.take(resident, targets, logits[at : at + len(targets)])
+                at += len(targets)
+
     @abstractmethod
     def _forward(self, layout: StepLayout) -> Floats:
-        """Computes one step; returns float32 logits [draws, vocabulary] in host memory."""
+        """Computes one step; returns float32 logits [draws, vocabulary] in host memory.
+
+        An engine with the feature "prompt_logprobs" also calls ``_score`` if the layout has scores.
+        """

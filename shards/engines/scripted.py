@@ -18,6 +18,7 @@ Engine options (``--engine-option key=value``):
 import os
 import threading
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -36,6 +37,7 @@ from shards.engines.base import (
 )
 from shards.engines.scripted_text import Script
 from shards.extras import Extras
+from shards.prompt_logprobs import Scores, targets_of
 from shards.residents import Limits, Resident, Residents
 from shards.sampling import Sampler, splitmix64
 
@@ -76,6 +78,7 @@ class ScriptedEngine(Engine):
         )
         self._residents = Residents(self._limits)
         self._sampler = Sampler(self._limits.vocab_size)
+        self._scores = Scores()
         self._info = self._describe(options)
         self._steps = 0
         self._ended_s = 0.0
@@ -105,6 +108,7 @@ class ScriptedEngine(Engine):
                 "min_tokens",
                 "typical_p",
                 "prefix_sharing",
+                "prompt_logprobs",
             ),
             rank=options.rank,
             world=options.world,
@@ -154,6 +158,8 @@ class ScriptedEngine(Engine):
             if resident.failed:
                 continue
             extra += count - 1
+            if resident.sampling.prompt_logprobs:
+                self._score(resident, count)
             if not compute(resident, count):
                 continue
             if fail_after and len(resident.tokens) - resident.prompt_len >= fail_after:
@@ -168,7 +174,15 @@ class ScriptedEngine(Engine):
                 sampled.append(resident)
         if sampled:
             self._sample(sampled, outcome)
+        self._scores.tell(outcome)
         return extra
+
+    def _score(self, resident: Resident, count: int) -> None:
+        """Scores the part of a prompt that is being computed, row by row: they need few bytes."""
+        for index, target in enumerate(targets_of(resident, count)):
+            known = resident.tokens[: resident.computed + 1 + index]
+            logits = self._noise(known, self._script.follow(known))
+            self._scores.take(resident, (target,), logits[None])
 
     def _next(self, resident: Resident) -> int:
         """The likeliest token after the known ones."""
@@ -192,8 +206,10 @@ class ScriptedEngine(Engine):
                 outcome.logprobs[row.sequence] = drawn.logprobs[index]
 
     def _logits(self, row: Resident) -> NDArray[np.float32]:
+        return self._noise(row.tokens, self._next(row))
+
+    def _noise(self, known: Sequence[int], scripted: int) -> NDArray[np.float32]:
         """Noise that depends on the last two tokens and the position, and the scripted token."""
-        known = row.tokens
         context = len(known) << 32 ^ known[-1] << 16 ^ known[max(0, len(known) - 2)]
         keys = np.arange(self._limits.vocab_size, dtype=np.uint64) + np.uint64(
             splitmix64(context) & (_MASK >> 1)
@@ -202,7 +218,7 @@ class ScriptedEngine(Engine):
         keys ^= keys >> np.uint64(29)
         keys *= np.uint64(0xBF58476D1CE4E5B9)
         logits = (keys >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
-        logits[self._next(row)] += np.float32(LIFT)
+        logits[scripted] += np.float32(LIFT)
         return logits
 
     def _fault(self) -> None:

@@ -50,6 +50,7 @@ from shards.engines.torch_views import Viewer
 from shards.engines.torch_weights import Checkpoint, count_bytes
 from shards.extras import Extras
 from shards.kv import StepLayout
+from shards.prompt_logprobs import Pairs, targets_of
 from shards.residents import Limits, Resident
 from shards.sampling import Drawn, Floats
 
@@ -60,7 +61,10 @@ ACCELERATOR_STEP_TOKENS_MAX = 2048
 PEER_TIMEOUT_S = 5.0
 _FEATURES = (
     *("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p", "prefix_sharing"),
+    "prompt_logprobs",
 )
+# Logits that are brought to float32 at once to score prompts: 16 MiB of them.
+SCORED_AT_ONCE = 1 << 22
 
 
 class TorchEngine(PagedEngine):
@@ -209,6 +213,9 @@ class TorchEngine(PagedEngine):
     def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawn:
         """Draws on an accelerator if nothing but the likeliest tokens is wanted."""
         logits = self._logits(layout)
+        if len(layout.scores):
+            self._score_here(logits[len(layout.draws) :])
+            logits = logits[: len(layout.draws)]
         if not rows:
             return Drawn([])
         if self._device.kind != "cpu" and all(row.plain for row in rows):
@@ -218,10 +225,21 @@ class TorchEngine(PagedEngine):
         return self._sampler.draw(_to_host(logits), rows)
 
     def _forward(self, layout: StepLayout) -> Floats:
-        return _to_host(self._logits(layout))
+        return _to_host(self._logits(layout)[: len(layout.draws)])
+
+    def _score_here(self, logits: Any) -> None:
+        """Scores prompts on the device, from what would take long to copy to the host."""
+        rows = max(1, SCORED_AT_ONCE // logits.shape[-1])
+        at = 0
+        for resident, count in self._scoring:
+            targets, top = targets_of(resident, count), resident.sampling.top_logprobs
+            for start in range(0, len(targets), rows):
+                wanted = targets[start : start + rows]
+                self._scores.add(resident, *score(logits[at : at + len(wanted)], wanted, top))
+                at += len(wanted)
 
     def _logits(self, layout: StepLayout) -> Any:
-        """[draws, vocabulary] on the device."""
+        """[draws and then scores, vocabulary] on the device."""
         self._set_threads()
         with self._ranks.watched():
             if self._graphs is not None and is_decode(layout):
@@ -232,7 +250,7 @@ class TorchEngine(PagedEngine):
             return self._model.forward(
                 tensor(layout.tokens.astype(np.int64)),
                 tensor(layout.positions.astype(np.int64)),
-                tensor(layout.draws.astype(np.int64)),
+                tensor(np.concatenate((layout.draws, layout.scores)).astype(np.int64)),
             )
 
 
@@ -245,6 +263,22 @@ def likeliest(logits: Any) -> list[int] | None:
     sound = torch.isfinite(logits.gather(-1, best))
     tokens: list[int] = torch.where(sound, best, -1)[:, 0].tolist()
     return None if min(tokens) < 0 else tokens
+
+
+def score(logits: Any, targets: Sequence[int], top: int) -> tuple[list[float], list[Pairs]]:
+    """As ``prompt_logprobs.score``, on the device."""
+    logits = logits.float()
+    totals = logits.logsumexp(dim=-1, keepdim=True)
+    wanted = torch.tensor(targets, device=logits.device)[:, None]
+    values: list[float] = (logits.gather(-1, wanted) - totals)[:, 0].tolist()
+    if not top:
+        return values, []
+    best, ids = logits.topk(min(top, logits.shape[-1]))
+    pairs = zip(ids.tolist(), (best - totals).tolist(), strict=True)
+    # Which of equal tokens goes first is up to the device.
+    return values, [
+        sorted(zip(*pair, strict=True), key=lambda one: (-one[1], one[0])) for pair in pairs
+    ]
 
 
 def _to_host(logits: Any) -> Floats:

@@ -33,7 +33,7 @@ def bucket(count: int, least: int, most: int) -> int:
 
 def is_decode(layout: StepLayout) -> bool:
     """Whether each sequence has one token and draws."""
-    return len(layout.draws) == len(layout.tokens) == len(layout.lengths)
+    return len(layout.draws) == len(layout.tokens) == len(layout.lengths) and not len(layout.scores)
 
 
 class Packing:

@@ -16,6 +16,7 @@ from shards.engines.base import (
     SamplingParams,
 )
 from tests.engines.contract import EngineContract, admit, decode, generate
+from tests.engines.contract_prompts import PromptContract
 
 
 def make(**extra: object) -> Engine:
@@ -29,7 +30,7 @@ def text_of(engine: Engine, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=False)
 
 
-class TestContract(EngineContract):
+class TestContract(PromptContract, EngineContract):
     @pytest.fixture
     def engine(self) -> Iterator[Engine]:
         engine = make()

@@ -10,6 +10,7 @@ from shards.engines import load
 from shards.engines.base import Admit, Engine, EngineOptions, ModelError, Plan, SamplingParams
 from shards.engines.jax_engine import JaxEngine
 from tests.engines.contract import EngineContract, admit, decode, generate
+from tests.engines.contract_prompts import PromptContract
 from tests.heavy.models import tiny_llama_folder
 
 TEXTS = (
@@ -66,7 +67,7 @@ def prompts(engine: JaxEngine) -> list[list[int]]:
     return prompts_of(engine)
 
 
-class TestContract(EngineContract):
+class TestContract(PromptContract, EngineContract):
     """See there."""
 
 
@@ -91,7 +92,10 @@ def test_serving_compiles_nothing(engine: JaxEngine) -> None:
 
 def _serve_all_shapes(engine: JaxEngine) -> None:
     limit = engine.describe().step_tokens_max
-    samplings = (SamplingParams(), SamplingParams(temperature=1.0, top_k=5, logprobs=True))
+    samplings = (
+        SamplingParams(prompt_logprobs=True),
+        SamplingParams(temperature=1.0, top_k=5, logprobs=True),
+    )
     for count in (1, 2, 3, 5, 12):
         for chunk in (1, 2, 7, 31, 64, limit):
             engine.reset()

@@ -1,5 +1,7 @@
 """What a step looks like to the layers, checked against a plain account of who sees whom."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -188,4 +190,6 @@ def test_a_padded_step_computes_what_the_plain_one_does(window: int) -> None:
     assert [rows for rows, _ in captured] == [4]
     half = lay_out(engine._tables, [(one, 1) for one in residents], residents[:2])
     assert not is_decode(half)
+    # As many rows as tokens, but one of them is of a prompt.
+    assert not is_decode(replace(half, scores=np.array([2], np.int32)))
     engine.close()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from router.ask import TokenOut
+from router.channel import Batch, Channel
 from router.text.tokenizer import Tokenizer
 
 LEAST = -9999.0
@@ -37,6 +38,19 @@ class PromptScores:
         text, _ = self._writer.push(token)
         special = self._tokenizer.is_special(token)
         self._outs.append(TokenOut(token, text, special, logprob, top))
+
+
+async def next_batch(channel: Channel, scores: PromptScores | None) -> Batch:
+    """Waits for tokens or the end. What there is to say of the prompt meanwhile goes to ``scores``.
+
+    It comes step by step, and is laid out as it comes: all at once would hold up other streams.
+    """
+    while True:
+        batch = await channel.get()
+        if scores is not None:
+            scores.push(batch.prompt)
+        if batch.tokens or batch.close is not None:
+            return batch
 
 
 def _numbers(tokenizer: Tokenizer, value: Any) -> tuple[float, tuple[tuple[int, str, float], ...]]:

@@ -22,7 +22,7 @@ from router.driver import Driver
 from router.embedding import Embedder
 from router.errors import FAULT_OF_REASON, Fault, RequestError
 from router.fleet import Fleet, ModelCard
-from router.scores import PromptScores
+from router.scores import PromptScores, next_batch
 from router.text.messages import weight
 from router.text.stop import StopMatcher
 from router.text.tokenizer import Tokenizer, TokenSpan
@@ -264,14 +264,7 @@ class Generation:
         """Waits for what comes next: everything that has arrived since the last call."""
         if self._over:
             raise StopAsyncIteration
-        batch = await self._channel.get()
-        while batch.prompt and self._prompt is not None:
-            # What there is to say of a long prompt is laid out as it comes, not all at once.
-            self._prompt.push(batch.prompt)
-            if batch.tokens or batch.close is not None:
-                break
-            batch = await self._channel.get()
-        return self._chunk(batch)
+        return self._chunk(await next_batch(self._channel, self._prompt))
 
     @property
     def prompt(self) -> tuple[TokenOut, ...]:

@@ -126,7 +126,7 @@ class Batches:
             ("tgi_batch_forward_duration", "Seconds of it in the engine", "method", self._engines),
             ("roundhouse_step_seconds", "Seconds of the engine for a step", "group", self._steps),
         ):
-            family = HistogramMetricFamily(name, text, labels=[label])
+            durations = HistogramMetricFamily(name, text, labels=[label])
             for value, histogram in histograms.items():
-                family.add_metric([value], histogram.cumulated(), histogram.sum)
-            yield family
+                durations.add_metric([value], histogram.cumulated(), histogram.sum)
+            yield durations

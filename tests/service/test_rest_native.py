@@ -218,6 +218,8 @@ async def test_vertex_takes_conversations_and_the_best_of_several() -> None:
         ([{"inputs": "x"}, {"inputs": ""}], "instances.1: `inputs` cannot be empty"),
         ([{"inputs": "x"}, {"parameters": {}}], "instances.1: `messages`"),
         ([{"inputs": "x", "parameters": {"top_k": 0}}], "instances.0: `top_k`"),
+        ([{"messages": USER, "stream": True}], "instances.0: `stream`"),
+        ([{"messages": USER, "n": 2}], "instances.0: `n`"),
         ("x", "`instances`"),
     ],
 )

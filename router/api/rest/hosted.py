@@ -4,25 +4,26 @@ Both take prompts and conversations, told apart by their fields (text-generation
 router/src/sagemaker.rs and vertex.rs).
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import orjson
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message
 
 from router.api.rest import models_tgi as m
-from router.api.rest.asks import invalid, model_name
+from router.api.rest.asks import invalid, model_name, unsupported
 from router.api.rest.body import check, ignored_header, read_json
-from router.api.rest.chat import chat_params, render
-from router.api.rest.collect import collect_all
+from router.api.rest.chat import chat_ask
+from router.api.rest.collect import collect_all, collect_chat, together
 from router.api.rest.context import Context, json_response
 from router.api.rest.errors import Dialect, error_response
 from router.api.rest.models_chat import ChatCompletion, ChatRequest
 from router.api.rest.models_completions import Completion, CompletionRequest
+from router.api.rest.models_openai import OpenAIError
 from router.api.rest.native_asks import native_asks
 from router.api.rest.openai import OpenAIRoutes
 from router.api.rest.openapi import error_answers, request_body, stream_answer
@@ -31,12 +32,12 @@ from router.api.rest.refusals import refuse_unsupported
 from router.api.rest.sse import known_fault
 from router.api.rest.tgi import TgiRoutes
 from router.api.rest.tgi_shapes import likeliest
-from router.ask import Ask
+from router.conversation import Call
 from router.errors import RequestError
 
 Handler = Callable[[Request], Awaitable[Response]]
 """A route that reads its own body."""
-ERRORS = error_answers(m.ErrorResponse, 400, 401, 404, 413, 415, 422, 424, 429, 500, 503, 504)
+STATUSES = (400, 401, 404, 413, 415, 422, 424, 429, 500, 503, 504)
 
 
 class HostedRoutes:
@@ -86,54 +87,60 @@ class HostedRoutes:
 
         Raises RequestError, within an ExceptionGroup if an answer fails.
         """
-        jobs = [await self._job(instance, number) for number, instance in enumerate(instances)]
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(job.text()) for job in jobs]
-        return [task.result() for task in tasks]
+        works = [self._work(instance, number) for number, instance in enumerate(instances)]
+        return await together([work() for work in works])
 
-    async def _job(self, instance: dict[str, Any], number: int) -> "Job":
+    def _work(self, instance: dict[str, Any], number: int) -> "Work":
         """Understands one instance. Raises RequestError with its number."""
         try:
-            return self._prompt(instance) if "inputs" in instance else await self._chat(instance)
+            return self._prompt(instance) if "inputs" in instance else self._chat(instance)
         except RequestError as error:
             where = f"instances.{number}"
             field = f"{where}.{error.field}" if error.field else where
             raise RequestError(error.fault, f"{where}: {error.message}", field) from error
 
-    def _prompt(self, instance: dict[str, Any]) -> "Job":
+    def _prompt(self, instance: dict[str, Any]) -> "Work":
         """A prompt. TGI samples on this route whether it is asked to or not; here unless told."""
         context = self._context
         body = check(instance, m.GenerateRequest)
         if body.parameters is not None and "do_sample" not in body.parameters.model_fields_set:
             body.parameters.do_sample = True
         model = context.fleet.model(model_name(body.model))
-        given = body.parameters or m.GenerateParameters()
-        prefix = body.inputs if given.return_full_text else ""
-        return Job(context, native_asks(body, context.settings, model, stream=False), prefix)
+        asks = native_asks(body, context.settings, model, stream=False)
+        full = body.parameters is not None and body.parameters.return_full_text
 
-    async def _chat(self, instance: dict[str, Any]) -> "Job":
+        async def work() -> str:
+            answers = await collect_all(context.service, asks)
+            return (body.inputs if full else "") + likeliest(answers)[0].finish.text
+
+        return work
+
+    def _chat(self, instance: dict[str, Any]) -> "Work":
+        """A conversation, of whose answer there is one, and all of it at once."""
         context = self._context
         body = check(instance, ChatRequest)
         refuse_unsupported(body)
-        params = chat_params(body, context.settings)
-        model = context.fleet.model(model_name(body.model))
-        prompt = await render(context.service, model, body)
-        ask = Ask(prompt, params, model.id, add_special_tokens=False)
-        return Job(context, [ask], "")
+        for field, given in (("stream", body.stream), ("n", (body.n or 1) > 1)):
+            if given:
+                raise unsupported(field)
+        ask, _ = chat_ask(body, context.settings, context.fleet)
+
+        async def work() -> str:
+            answer = (await collect_chat(partial(context.chat.chat, ask))).chat
+            return answer.text or _calls_text(answer.calls)
+
+        return work
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One instance, understood; several asks are candidates for the best answer."""
+Work = Callable[[], Coroutine[Any, Any, str]]
+"""Runs one instance and returns the text of its answer."""
 
-    context: Context
-    asks: Sequence[Ask]
-    prefix: str
 
-    async def text(self) -> str:
-        """Runs it. Raises RequestError, within an ExceptionGroup if there are several asks."""
-        answers = await collect_all(self.context.service, self.asks)
-        return self.prefix + likeliest(answers)[0].finish.text
+def _calls_text(calls: Sequence[Call]) -> str:
+    """Tool calls as JSON, for an answer that has nothing but its text; empty if there are none."""
+    if not calls:
+        return ""
+    return orjson.dumps([{"name": one.name, "arguments": one.arguments} for one in calls]).decode()
 
 
 def _again(request: Request, raw: bytes) -> Request:
@@ -153,15 +160,18 @@ def hosted_routes(context: Context) -> APIRouter:
     routes = HostedRoutes(context, faces)
     api = APIRouter(tags=["Text Generation Inference"])
     bodies = (m.CompatGenerateRequest, ChatRequest, CompletionRequest)
-    answer = list[m.GenerateResponse] | ChatCompletion | Completion
+    answer = {"model": list[m.GenerateResponse] | ChatCompletion | Completion}
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": m.ErrorResponse | OpenAIError} for status in STATUSES
+    }
     api.post(
         "/invocations",
-        responses={200: {"model": answer, **stream_answer(m.StreamResponse)}, **ERRORS},
+        responses={200: {**answer, **stream_answer(m.StreamResponse)}, **errors},
         openapi_extra=request_body(*bodies),
     )(routes.invocations)
     api.post(
         "/vertex",
-        responses={200: {"model": m.VertexResponse}, **ERRORS},
+        responses={200: {"model": m.VertexResponse}, **error_answers(m.ErrorResponse, *STATUSES)},
         openapi_extra=request_body(m.VertexRequest),
     )(routes.vertex)
     return api

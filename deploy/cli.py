@@ -1,8 +1,6 @@
 """The ``roundhouse`` command."""
 
-import asyncio
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +9,7 @@ from typing import Any
 import click
 
 from deploy.engines_command import engines
+from deploy.gateway_command import gateway
 from deploy.groups import local_groups, one_group
 from deploy.model_options import model_options, serve_options
 from deploy.options import (
@@ -21,6 +20,7 @@ from deploy.options import (
     router_options,
     settings_from,
 )
+from deploy.running import run
 from deploy.tune_command import tune
 from deploy.workers import worker_command
 from router.config import ConfigError, GroupSpec, Settings, check_groups
@@ -83,7 +83,7 @@ def serve(**options: Any) -> None:
 
     console = Console(as_json=settings.json_output)
     console.serving(groups)
-    _run(local.serve(settings, groups, console))
+    run(local.serve(settings, groups, console))
 
 
 @cli.command(cls=SectionedCommand)
@@ -111,7 +111,7 @@ def router(workers: tuple[str, ...], **options: Any) -> None:
     from deploy import local
     from deploy.console import Console
 
-    _run(local.route(settings, groups, Console(as_json=settings.json_output)))
+    run(local.route(settings, groups, Console(as_json=settings.json_output)))
 
 
 @cli.command(cls=SectionedCommand)
@@ -147,21 +147,8 @@ def worker(listen: str, rank: int, world: int, rendezvous: str, **options: Any) 
 
 
 cli.add_command(engines)
+cli.add_command(gateway)
 cli.add_command(tune)
-
-
-def _run(main: Any) -> None:
-    """Runs until served out; what the user can mend becomes one line."""
-    import uvloop
-
-    from deploy.supervisor import StartError
-
-    try:
-        uvloop.run(main)
-    except asyncio.CancelledError:
-        sys.exit(128 + signal.SIGTERM)
-    except (StartError, ConfigError, OSError) as error:
-        raise UserError(str(error)) from error
 
 
 def main() -> None:

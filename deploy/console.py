@@ -20,17 +20,20 @@ EXAMPLE = {
 
 @dataclass(frozen=True, slots=True)
 class Urls:
-    """Where the router listens, as a client on this machine would write it."""
+    """Where the router listens, as a client on this machine would write it.
+
+    ``grpc`` is empty for a process that serves REST alone.
+    """
 
     rest: str
     grpc: str
 
     @classmethod
-    def of(cls, host: str, port: int, grpc_port: int) -> "Urls":
-        """The addresses of a router that listens on ``host``."""
+    def of(cls, host: str, port: int, grpc_port: int | None) -> "Urls":
+        """The addresses of a router, or of a gateway, that listens on ``host``."""
         shown = "localhost" if host in ("0.0.0.0", "::", "") else host  # noqa: S104 - read, not bound
         shown = f"[{shown}]" if ":" in shown else shown
-        return cls(f"http://{shown}:{port}", f"{shown}:{grpc_port}")
+        return cls(f"http://{shown}:{port}", f"{shown}:{grpc_port}" if grpc_port else "")
 
 
 class Console:
@@ -82,10 +85,11 @@ class Console:
             print(json.dumps(line), flush=True)
             return
         token = " -H 'Authorization: Bearer YOUR_KEY'" if api_key else ""
+        grpc = f"  gRPC  {urls.grpc}\n" if urls.grpc else ""
         print(
             f"\nRoundhouse is ready{model_id and ': '}{model_id}\n"
             f"  REST  {urls.rest}   (all routes: {urls.rest}/docs)\n"
-            f"  gRPC  {urls.grpc}\n\n"
+            f"{grpc}\n"
             f"  curl -N {urls.rest}/v1/chat/completions -H 'Content-Type: application/json'{token} "
             f"\\\n    -d '{json.dumps(EXAMPLE)}'\n",
             flush=True,

@@ -22,8 +22,8 @@ LISTEN, LIMITS, BATCH, FAILURES, OUTPUT = (
     "Failures",
     "Output",
 )
-MODEL, WORKER = "Model", "Worker"
-SECTIONS = (MODEL, WORKER, LISTEN, LIMITS, BATCH, FAILURES, OUTPUT)
+MODEL, WORKER, ROUTER = "Model", "Worker", "Router"
+SECTIONS = (MODEL, WORKER, ROUTER, LISTEN, LIMITS, BATCH, FAILURES, OUTPUT)
 
 
 class UserError(click.ClickException):
@@ -173,9 +173,19 @@ def option(section: str, *names: str, **attributes: Any) -> Callable[[Decorated]
 
 def router_options(command: Decorated) -> Decorated:
     """Adds all options that fill ``Settings``, in the order of the table."""
-    for knob in reversed(KNOBS):
-        command = _knob_option(knob)(command)
-    return command
+    return some_router_options(*(knob.name for knob in KNOBS))(command)
+
+
+def some_router_options(*names: str) -> Callable[[Decorated], Decorated]:
+    """Adds those of the options that fill ``Settings`` that have these names."""
+
+    def add(command: Decorated) -> Decorated:
+        for knob in reversed(KNOBS):
+            if knob.name in names:
+                command = _knob_option(knob)(command)
+        return command
+
+    return add
 
 
 def _knob_option(knob: Knob) -> Callable[[Decorated], Decorated]:
@@ -205,8 +215,11 @@ def _knob_option(knob: Knob) -> Callable[[Decorated], Decorated]:
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:
-    """Makes the settings of parsed options. Raises ``ConfigError`` with every fault."""
-    chosen = {knob.setting: values[knob.setting] for knob in KNOBS}
+    """Makes the settings of parsed options; those that a command lacks have their defaults.
+
+    Raises ``ConfigError`` with every fault.
+    """
+    chosen = {knob.setting: values[knob.setting] for knob in KNOBS if knob.setting in values}
     chosen["cors_allow_origin"] = tuple(
         origin for text in chosen["cors_allow_origin"] for origin in text.split(",") if origin
     )

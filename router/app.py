@@ -5,7 +5,6 @@ schedule, or cannot talk to its workers because of a fault of its own, must not 
 """
 
 import asyncio
-import gc
 import logging
 import math
 from collections.abc import Callable, Coroutine, Iterable
@@ -15,11 +14,12 @@ from typing import Any, Self
 
 from prometheus_client import CollectorRegistry
 
+from router.api.gateway_server import Gateways
 from router.config import GroupSpec, Settings, check_groups
 from router.core.scheduler import Core
 from router.core.state import CoreConfig
 from router.driver import Driver, monotonic_ms
-from router.faces import Faces, Signals, unless
+from router.faces import Faces, Signals, settle_memory, unless
 from router.fleet import Fleet
 from router.group import Group
 from router.logs import configure
@@ -65,7 +65,9 @@ class Router:
         self.driver = Driver(core, self.metrics, settings.max_concurrent_requests, clock)
         self.fleet = Fleet(settings, specs)
         self.service = Service(self.fleet, self.driver, settings)
-        self.metrics.watch(core.snapshot, self.fleet.groups_up)
+        self.gateways = Gateways(self.driver, self.fleet, settings)
+        self.metrics.watch(core.snapshot, self.fleet.groups_up, self.fleet.engines)
+        self.metrics.registry.register(self.gateways)
         epochs = count(1)
         self._groups = [
             Group(
@@ -125,11 +127,13 @@ async def serve(
     configure(settings)
     with Signals() as signals:
         async with Router(settings, groups) as router:
-            faces = await Faces.start(router.service, router.fleet, router.metrics, settings)
+            faces = await Faces.start(
+                router.service, router.fleet, router.metrics, settings, router.gateways
+            )
             rest = router.own(faces.run(), "rest")
             try:
                 if await unless(signals.first, router.fleet.wait_ready()):
-                    _settle_memory()
+                    settle_memory()
                     on_ready(faces.port, faces.grpc_port)
                     await signals.first.wait()
                 log.info("shutting down; %d requests are open", router.driver.open_requests)
@@ -140,9 +144,3 @@ async def serve(
                 router.driver.stop()  # closes what is still open, so that its faces can say so
                 await faces.close()
                 await rest
-
-
-def _settle_memory() -> None:
-    """Spares the collector what stays for good: a full pass over it would pause every stream."""
-    gc.collect()
-    gc.freeze()

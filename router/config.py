@@ -212,15 +212,15 @@ def check_groups(groups: Iterable[GroupSpec]) -> tuple[GroupSpec, ...]:
                     "a worker serves one group"
                 )
             owners[address] = group.name
-            if not _is_address(address):
+            if not is_address(address):
                 faults.append(f"worker {address!r} must be unix:///path or host:port")
     if faults:
         raise ConfigError(faults)
     return checked
 
 
-def _is_address(address: str) -> bool:
-    """Tells whether this is a form of address that workers listen on."""
+def is_address(address: str) -> bool:
+    """Tells whether this is a form of address that gRPC servers listen on."""
     if address.startswith("unix:"):
         return len(address) > len("unix:///")
     host, _, port = address.rpartition(":")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import Coroutine, Iterator
@@ -11,7 +12,9 @@ from typing import Any, Self
 
 import grpc.aio
 import uvicorn
+from starlette.types import ASGIApp
 
+from router.api.gateway_server import Gateways
 from router.api.grpc_server import start as start_grpc
 from router.api.rest.app import create_app
 from router.config import Settings
@@ -88,69 +91,113 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+class RestFace:
+    """The REST server of an application, on a listening socket. ``run`` is its task."""
+
+    def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
+        self.port: int = listener.getsockname()[1]
+        self._listener = listener
+        self._server = _Uvicorn(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_S,
+            )
+        )
+
+    async def run(self) -> None:
+        """Serves until the intake is stopped and every answer is written out."""
+        await self._server.serve(sockets=[self._listener])
+        if not self._server.should_exit:
+            raise RuntimeError("the REST server ended by itself")
+
+    def stop_intake(self) -> None:
+        """Takes no more connections; those that are open may get their answers."""
+        self._server.should_exit = True
+
+    def close(self) -> None:
+        """Gives answers that have ended a moment to be written out; then ``run`` ends."""
+        self.stop_intake()
+        asyncio.get_running_loop().call_later(FLUSH_S, self._force)
+
+    def _force(self) -> None:
+        self._server.force_exit = True
+
+
 class Faces:
     """The REST and gRPC servers. ``run`` is the task of REST; gRPC has its own within grpcio."""
 
     def __init__(
-        self, rest: _Uvicorn, listener: socket.socket, rpc: grpc.aio.Server, grpc_port: int
+        self, rest: RestFace, rpc: grpc.aio.Server, grpc_port: int, gateways: Gateways | None
     ) -> None:
-        self.port: int = listener.getsockname()[1]
+        self.port = rest.port
         self.grpc_port = grpc_port
         self._rest = rest
-        self._listener = listener
         self._rpc = rpc
+        self._gateways = gateways
 
     @classmethod
     async def start(
-        cls, service: Service, fleet: Fleet, metrics: Metrics, settings: Settings
+        cls,
+        service: Service,
+        fleet: Fleet,
+        metrics: Metrics,
+        settings: Settings,
+        gateways: Gateways | None = None,
     ) -> "Faces":
-        """Binds both ports and starts gRPC. Raises ``OSError`` with one line if one is taken."""
-        listener = _listen(settings.host, settings.port)
+        """Binds both ports and starts gRPC. Raises ``OSError`` with one line if one is taken.
+
+        ``gateways`` serves the processes that run REST faces elsewhere, if there may be any.
+        """
+        listener = listen(settings.host, settings.port)
         try:
             if settings.grpc_port == 0:
                 settings = replace(settings, grpc_port=_free_port(settings.host))
-            rpc = await start_grpc(service, fleet, settings)
+            rpc = await start_grpc(service, fleet, settings, gateways=gateways)
         except BaseException:
             listener.close()
             raise
-        config = uvicorn.Config(
-            create_app(service, fleet, metrics, settings),
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
-        )
-        return cls(_Uvicorn(config), listener, rpc, settings.grpc_port)
+        app = create_app(service, fleet, metrics, settings)
+        return cls(RestFace(app, listener), rpc, settings.grpc_port, gateways)
 
     async def run(self) -> None:
         """Serves REST until the intake is stopped and every answer is written out."""
-        await self._rest.serve(sockets=[self._listener])
-        if not self._rest.should_exit:
-            raise RuntimeError("the REST server ended by itself")
+        await self._rest.run()
 
     def stop_intake(self) -> None:
         """Takes no more connections; those that are open may get their answers.
 
         A gRPC call that still arrives is refused by the driver, and told to try elsewhere.
         """
-        self._rest.should_exit = True
+        self._rest.stop_intake()
+        if self._gateways is not None:
+            self._gateways.close()
 
     async def close(self) -> None:
         """Gives answers that have ended a moment to be written out, then closes everything."""
         self.stop_intake()
-        asyncio.get_running_loop().call_later(FLUSH_S, self._force)
+        self._rest.close()
         await self._rpc.stop(FLUSH_S)
 
-    def _force(self) -> None:
-        self._rest.force_exit = True
+
+def settle_memory() -> None:
+    """Spares the collector what stays for good: a full pass over it would pause every stream."""
+    gc.collect()
+    gc.freeze()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; ``host`` is an IPv4 or IPv6 address or a name."""
+def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
+    """A listening TCP socket; ``host`` is an IPv4 or IPv6 address or a name.
+
+    With ``reuse_port`` other sockets made so, by the same user, may listen there, too; the system
+    gives each new connection to one of them. Raises ``OSError`` with one line.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -160,6 +207,7 @@ def _listen(host: str, port: int) -> socket.socket:
             address[:2],
             family=family,
             backlog=BACKLOG,
+            reuse_port=reuse_port,
             dualstack_ipv6=dual and host == "::",
         )
     except OSError as error:
@@ -169,6 +217,6 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _free_port(host: str) -> int:
     """A TCP port that nobody listens on now."""
-    with _listen(host, 0) as probe:
+    with listen(host, 0) as probe:
         port: int = probe.getsockname()[1]
         return port

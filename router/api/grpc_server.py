@@ -4,20 +4,24 @@ import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
 from router.api import fmaas, grpc_health, grpc_inference, kserve
+from router.api.gateway_server import Gateways
 from router.api.grpc_health import Health
 from router.api.grpc_inference import Inference
 from router.auth import ApiKeys
 from router.chat import ChatService
 from router.config import Settings
 from router.fleet import Fleet
+from router.gateway_wire import MESSAGE_BYTES_MAX
+from router.gateway_wire import SERVICE as GATEWAY
 from router.service import Service
 
 SERVICES = (grpc_inference.SERVICE, fmaas.SERVICE, kserve.SERVICE)
 
 
-def _options(settings: Settings) -> list[tuple[str, int]]:
+def _options(settings: Settings, bytes_max: int) -> list[tuple[str, int]]:
     return [
-        ("grpc.max_receive_message_length", settings.payload_limit),
+        # What clients may send, each method says for itself; this is the most of all.
+        ("grpc.max_receive_message_length", max(settings.payload_limit, bytes_max)),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),  # a second router on the port is an error, not a lottery
         # Finds clients that vanished without closing, and lets idle ones ping as often as 10 s.
@@ -29,14 +33,20 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
 
 
 async def start(
-    service: Service, fleet: Fleet, settings: Settings, chats: ChatService | None = None
+    service: Service,
+    fleet: Fleet,
+    settings: Settings,
+    chats: ChatService | None = None,
+    gateways: Gateways | None = None,
 ) -> grpc.aio.Server:
     """Starts serving on ``settings.host`` and ``grpc_port``; the caller stops it.
 
-    ``chats`` answers conversations; None means one on top of the service. Raises OSError, with one
-    line, if the port cannot be had.
+    ``chats`` answers conversations; None means one on top of the service. ``gateways`` serves the
+    processes that run REST faces elsewhere, if there may be any. Raises OSError, with one line, if
+    the port cannot be had.
     """
-    server = grpc.aio.server(options=_options(settings))
+    bytes_max = 0 if gateways is None else MESSAGE_BYTES_MAX
+    server = grpc.aio.server(options=_options(settings, bytes_max))
     keys = ApiKeys(settings.api_key)
     chats = chats or ChatService(service)
     handlers = {
@@ -45,6 +55,8 @@ async def start(
         kserve.SERVICE: kserve.InferenceService(service, fleet, keys, settings).handlers(),
         grpc_health.SERVICE: Health(fleet, SERVICES).handlers(),
     }
+    if gateways is not None:
+        handlers[GATEWAY] = gateways.handlers()
     server.add_generic_rpc_handlers(
         tuple(grpc.method_handlers_generic_handler(*pair) for pair in handlers.items())
     )

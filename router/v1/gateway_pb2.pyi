@@ -112,7 +112,7 @@ class Welcome(_message.Message):
     def __init__(self, limits: _Optional[_Union[Limits, _Mapping]] = ..., fleet: _Optional[_Union[Fleet, _Mapping]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_top_n_tokens", "max_input_tokens", "max_total_tokens", "max_batch_prefill_tokens", "max_batch_total_tokens", "max_batch_size", "waiting_served_ratio", "max_waiting_tokens", "max_client_batch_size", "payload_limit", "request_deadline_s")
+    __slots__ = ("max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_top_n_tokens", "max_input_tokens", "max_total_tokens", "max_batch_prefill_tokens", "max_batch_total_tokens", "max_batch_size", "waiting_served_ratio", "max_waiting_tokens", "max_client_batch_size", "payload_limit", "request_deadline_s", "disable_grammar_support")
     MAX_CONCURRENT_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_BEST_OF_FIELD_NUMBER: _ClassVar[int]
     MAX_STOP_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,7 @@ class Limits(_message.Message):
     MAX_CLIENT_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_LIMIT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    DISABLE_GRAMMAR_SUPPORT_FIELD_NUMBER: _ClassVar[int]
     max_concurrent_requests: int
     max_best_of: int
     max_stop_sequences: int
@@ -141,7 +142,8 @@ class Limits(_message.Message):
     max_client_batch_size: int
     payload_limit: int
     request_deadline_s: float
-    def __init__(self, max_concurrent_requests: _Optional[int] = ..., max_best_of: _Optional[int] = ..., max_stop_sequences: _Optional[int] = ..., max_top_n_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_batch_prefill_tokens: _Optional[int] = ..., max_batch_total_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., waiting_served_ratio: _Optional[float] = ..., max_waiting_tokens: _Optional[int] = ..., max_client_batch_size: _Optional[int] = ..., payload_limit: _Optional[int] = ..., request_deadline_s: _Optional[float] = ...) -> None: ...
+    disable_grammar_support: bool
+    def __init__(self, max_concurrent_requests: _Optional[int] = ..., max_best_of: _Optional[int] = ..., max_stop_sequences: _Optional[int] = ..., max_top_n_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_batch_prefill_tokens: _Optional[int] = ..., max_batch_total_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., waiting_served_ratio: _Optional[float] = ..., max_waiting_tokens: _Optional[int] = ..., max_client_batch_size: _Optional[int] = ..., payload_limit: _Optional[int] = ..., request_deadline_s: _Optional[float] = ..., disable_grammar_support: bool = ...) -> None: ...
 
 class Fleet(_message.Message):
     __slots__ = ("groups",)
@@ -214,20 +216,30 @@ class FleetCard(_message.Message):
     def __init__(self, model: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., scheduling: _Optional[str] = ..., world: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., page_tokens: _Optional[int] = ..., sequences_max: _Optional[int] = ..., step_tokens_max: _Optional[int] = ..., length_max: _Optional[int] = ..., shares_prefix: bool = ..., donor_tokens_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., instances: _Optional[_Iterable[str]] = ..., load_seconds: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., ready: bool = ..., adapters: _Optional[_Iterable[str]] = ..., embed_tokens_max: _Optional[int] = ...) -> None: ...
 
 class Delivery(_message.Message):
-    __slots__ = ("requests", "tokens", "logprobs_at", "logprobs", "starts", "closes")
+    __slots__ = ("requests", "tokens", "logprobs_at", "logprobs", "starts", "closes", "prompts")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_AT_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     STARTS_FIELD_NUMBER: _ClassVar[int]
     CLOSES_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
     requests: _containers.RepeatedScalarFieldContainer[int]
     tokens: _containers.RepeatedScalarFieldContainer[int]
     logprobs_at: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_shard_pb2.TokenLogprobs]
     starts: _containers.RepeatedCompositeFieldContainer[Start]
     closes: _containers.RepeatedCompositeFieldContainer[Close]
-    def __init__(self, requests: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs_at: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_shard_pb2.TokenLogprobs, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[Start, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[Close, _Mapping]]] = ...) -> None: ...
+    prompts: _containers.RepeatedCompositeFieldContainer[PromptScores]
+    def __init__(self, requests: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs_at: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_shard_pb2.TokenLogprobs, _Mapping]]] = ..., starts: _Optional[_Iterable[_Union[Start, _Mapping]]] = ..., closes: _Optional[_Iterable[_Union[Close, _Mapping]]] = ..., prompts: _Optional[_Iterable[_Union[PromptScores, _Mapping]]] = ...) -> None: ...
+
+class PromptScores(_message.Message):
+    __slots__ = ("request", "values")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    values: _containers.RepeatedCompositeFieldContainer[_shard_pb2.TokenLogprobs]
+    def __init__(self, request: _Optional[int] = ..., values: _Optional[_Iterable[_Union[_shard_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Start(_message.Message):
     __slots__ = ("request", "cached_tokens", "queued_ms")

@@ -1,10 +1,13 @@
-"""Both faces over the real router and a real worker with the scripted engine, in this process."""
+"""Both faces over the real router and a real worker with the scripted engine, in this process.
+
+REST is served by the router itself, and by a gateway before it: every test holds for both.
+"""
 
 import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +24,19 @@ from router.v1 import router_pb2 as pb
 from router.v1.router_pb2_grpc import InferenceStub
 from tests.service.fake_service import events_of
 from tests.service.fakes import PATIENCE_S, Bench, bench_in, until
+from tests.service.gateways import gateway_before
 
 Body = dict[str, Any]
+ROUTER, GATEWAY = "router", "gateway"
 
 
 class House:
-    """A router with its faces and one worker, ``w``."""
+    """A router with its faces and one worker, ``w``. REST is asked at ``port``."""
 
-    def __init__(self, router: Router, faces: Faces, bench: Bench) -> None:
+    def __init__(self, router: Router, faces: Faces, bench: Bench, port: int) -> None:
         self.router = router
         self.bench = bench
-        self.url = f"http://127.0.0.1:{faces.port}"
+        self.url = f"http://127.0.0.1:{port}"
         self.grpc = f"127.0.0.1:{faces.grpc_port}"
         limits = httpx.Limits(max_connections=None)
         self.client = httpx.AsyncClient(base_url=self.url, timeout=PATIENCE_S, limits=limits)
@@ -58,16 +63,26 @@ class House:
 
 @asynccontextmanager
 async def house_in(
-    folder: Path, worker: dict[str, Any] | None = None, **settings: Any
+    folder: Path, worker: dict[str, Any] | None = None, *, through: str = ROUTER, **settings: Any
 ) -> AsyncIterator[House]:
-    async with asyncio.timeout(3 * PATIENCE_S), bench_in(folder) as bench:
+    async with (
+        asyncio.timeout(3 * PATIENCE_S),
+        bench_in(folder) as bench,
+        AsyncExitStack() as stack,
+    ):
         address = await bench.start("w", **(worker or {}))
         chosen = Settings(host="127.0.0.1", port=0, grpc_port=0, **settings)
         async with Router(chosen, [GroupSpec("g", None, (address,))]) as router:
-            faces = await Faces.start(router.service, router.fleet, router.metrics, chosen)
+            faces = await Faces.start(
+                router.service, router.fleet, router.metrics, chosen, router.gateways
+            )
             rest = router.own(faces.run(), "rest")
             await router.fleet.wait_ready()
-            house = House(router, faces, bench)
+            port = faces.port
+            if through == GATEWAY:
+                gateway = gateway_before(f"127.0.0.1:{faces.grpc_port}")
+                _, port = await stack.enter_async_context(gateway)
+            house = House(router, faces, bench, port)
             try:
                 yield house
             finally:
@@ -76,9 +91,15 @@ async def house_in(
                 await rest
 
 
+@pytest.fixture(params=[ROUTER, GATEWAY])
+def through(request: pytest.FixtureRequest) -> str:
+    """Which process serves REST."""
+    return str(request.param)
+
+
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    async with house_in(tmp_path) as house:
+async def house(tmp_path: Path, through: str) -> AsyncIterator[House]:
+    async with house_in(tmp_path, through=through) as house:
         yield house
 
 
@@ -194,9 +215,9 @@ async def test_texts_of_all_scripts_round_trip(house: House) -> None:
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
 @pytest.mark.parametrize("begun", [False, True])
 async def test_a_client_that_leaves_frees_its_tokens(
-    tmp_path: Path, path: str, begun: bool
+    tmp_path: Path, through: str, path: str, begun: bool
 ) -> None:
-    async with house_in(tmp_path, {"step_ms": "2"}) as house:
+    async with house_in(tmp_path, {"step_ms": "2"}, through=through) as house:
         gate = house.bench.gates["w"]
         if not begun:
             gate.clear()
@@ -250,8 +271,9 @@ async def test_a_slow_reader_stalls_nobody(house: House) -> None:
     writer.close()
 
 
-async def test_too_many_requests_are_told_to_come_back(tmp_path: Path) -> None:
-    async with house_in(tmp_path, {"step_ms": "1"}, max_concurrent_requests=8) as house:
+async def test_too_many_requests_are_told_to_come_back(tmp_path: Path, through: str) -> None:
+    few = {"max_concurrent_requests": 8}
+    async with house_in(tmp_path, {"step_ms": "1"}, through=through, **few) as house:
         body = {"inputs": "x", "parameters": {"max_new_tokens": 300}}
         answers = await asyncio.gather(*(house.post("/generate", body) for _ in range(80)))
         by_status = {
@@ -266,10 +288,9 @@ async def test_too_many_requests_are_told_to_come_back(tmp_path: Path) -> None:
         await until(house.idle)
 
 
-async def test_a_lost_worker_ends_a_stream_with_an_event(tmp_path: Path) -> None:
-    async with house_in(
-        tmp_path, {"step_ms": "2", "lost_after_steps": "10"}, attempts_max=1
-    ) as house:
+async def test_a_lost_worker_ends_a_stream_with_an_event(tmp_path: Path, through: str) -> None:
+    worker = {"step_ms": "2", "lost_after_steps": "10"}
+    async with house_in(tmp_path, worker, through=through, attempts_max=1) as house:
         chat = {"messages": [{"role": "user", "content": "x"}], "stream": True, "temperature": 0}
         events = events_of((await house.post("/v1/chat/completions", chat)).text)
         assert events[-2]["error"]["code"] == "worker_lost"

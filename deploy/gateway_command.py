@@ -1,0 +1,78 @@
+"""``roundhouse gateway``: the REST faces in a process of their own, before a router elsewhere."""
+
+import socket
+from typing import Any
+
+import click
+
+from deploy.options import (
+    LISTEN,
+    ROUTER,
+    SectionedCommand,
+    UserError,
+    option,
+    settings_from,
+    some_router_options,
+)
+from deploy.running import run
+from router.config import ConfigError, Settings, is_address
+
+
+@click.command(cls=SectionedCommand)
+@option(
+    ROUTER, "--router", metavar="ADDR", required=True,
+    help="The router's gRPC address: host:port or unix:///path.",
+)  # fmt: skip
+@option(
+    ROUTER, "--router-api-key", metavar="KEY",
+    help="What the router's --api-key says. --api-key is what clients of this gateway must send.",
+)  # fmt: skip
+@option(
+    LISTEN, "--reuse-port/--exclusive-port", default=True, show_default=True, envvar="REUSE_PORT",
+    help="Share the port with other gateways of this user, or be the only one there.",
+)  # fmt: skip
+@some_router_options(
+    *("hostname", "port", "api-key", "cors-allow-origin"),
+    *("graceful-termination-timeout", "json-output", "log-level"),
+)
+def gateway(router: str, router_api_key: str | None, reuse_port: bool, **options: Any) -> None:
+    """Serve REST before a router that runs elsewhere.
+
+    The gateway parses, tokenises and writes answers, for which a busy router would have less time;
+    the router goes on to schedule, and serves its own ports as well. Limits of requests are the
+    router's. Start as many gateways as there are cores to spare: they share one port.
+
+    \b
+    Examples:
+      roundhouse gateway --router gpu1:50051
+      roundhouse gateway --router gpu1:50051 --port 8080 --api-key SECRET
+      for i in 1 2 3 4; do roundhouse gateway --router localhost:50051 --port 8080 & done
+    """
+    if not is_address(router):
+        raise UserError(f"--router must be host:port or unix:///path, not {router!r}")
+    try:
+        # A gateway has no port of gRPC, so its port of REST may be any.
+        settings = settings_from({**options, "grpc_port": 0})
+    except ConfigError as error:
+        raise UserError(str(error)) from error
+    from deploy.console import Console, Urls
+    from router.gateway import serve
+
+    console = Console(as_json=settings.json_output)
+    listener = _listener(settings, reuse_port)
+
+    def ready(port: int) -> None:
+        console.ready(Urls.of(settings.host, port, None), "", settings.api_key)
+
+    console.say(f"gateway of the router {router}: waiting for it")
+    run(serve(settings, router, router_api_key, listener, ready))
+
+
+def _listener(settings: Settings, reuse_port: bool) -> socket.socket:
+    from router.faces import listen
+
+    try:
+        return listen(settings.host, settings.port, reuse_port=reuse_port)
+    except OSError as error:
+        hint = "choose another port with --port, or another address with --hostname"
+        raise UserError(f"{error}; {hint}") from error

@@ -1,0 +1,297 @@
+"""``router.v1.Gateway``: the router's side of the streams that gateway processes open.
+
+A gateway's request is a request like any other, but that its channel leads into the outbox of the
+gateway's stream. When the stream ends, in whatever way, or its reader is too slow, all requests
+that came on it are ended at once.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from typing import TypeVar
+
+from google.protobuf.message import Message
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from router.api.gateway_outbox import GatewayChannel, Outbox
+from router.api.grpc_calls import BOTH_WAYS, STREAM, UNARY, Context, Handler, guarded, handler
+from router.auth import ApiKeys
+from router.config import Settings
+from router.core.events import Reason, Submitted
+from router.driver import Driver
+from router.errors import Fault, RequestError
+from router.fleet import EmbedCall, Fleet
+from router.gateway_wire import (
+    PROTOCOL,
+    REASON_OF_FAULT,
+    TOKENIZER_PIECE_BYTES,
+    fleet_to_wire,
+    limits_to_wire,
+    reason_of_wire,
+    submitted_of,
+)
+from router.link import LinkDownError
+from router.v1 import gateway_pb2 as pb
+from router.validation import check_vocabulary, invalid
+from shards.v1.shard_pb2 import Embedding, EmbedResponse, TokenizerChunk
+
+log = logging.getLogger(__name__)
+
+HELLO_DEADLINE_S = 10.0
+WRITE_DEADLINE_S = 10.0
+"""A gateway that takes so long to read one message stands still."""
+
+M = TypeVar("M", bound=Message)
+TOO_SLOW = "the gateway reads too slowly: its requests were ended"
+
+
+class Attached:
+    """One gateway: its open requests, by its numbers for them and the driver's, and its outbox."""
+
+    def __init__(self, driver: Driver, fleet: Fleet) -> None:
+        self.outbox = Outbox()
+        self.closing = False
+        self._driver = driver
+        self._fleet = fleet
+        self._open: dict[int, int] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether the router is closing and there is nothing left to say."""
+        return self.closing and not self._open and self.outbox.empty
+
+    def hear(self, message: pb.FromGateway) -> None:
+        """Takes what the gateway sent. Raises RequestError if that breaks the rules."""
+        for submit in message.submits:
+            self._submit(submit)
+        for end in message.ends:
+            request = self._open.pop(end.request, None)
+            if request is not None:
+                self._driver.end(request, reason_of_wire(end.reason))
+        if self.closing:
+            self.outbox.wake()  # that may have been the last one
+
+    def tell_fleet(self) -> None:
+        """Tells the gateway what the fleet is like now."""
+        self.outbox.tell(pb.ToGateway(fleet=fleet_to_wire(self._fleet.groups())))
+
+    def close(self) -> None:
+        """Takes no more requests; the stream ends after the last one."""
+        self.closing = True
+        self.outbox.tell(pb.ToGateway(closing=pb.Closing()))
+
+    def leave(self) -> int:
+        """Ends every open request; says how many there were."""
+        left = list(self._open.values())
+        self._open.clear()
+        for request in left:
+            self._driver.end(request, Reason.CANCELLED)
+        return len(left)
+
+    def _submit(self, wire: pb.Submit) -> None:
+        if wire.request in self._open:
+            raise invalid(f"request {wire.request} was submitted twice", "submits")
+        try:
+            submitted = self._checked(wire)
+            channel_of = partial(GatewayChannel, self.outbox, wire.request, self._open)
+            self._driver.submit(submitted, channel_of)
+        except RequestError as error:
+            reason = REASON_OF_FAULT.get(error.fault, Reason.ENGINE_FAILED)
+            self.outbox.close(wire.request, reason, error.message)
+            self.outbox.wake()
+            return
+        self._open[wire.request] = submitted.request
+
+    def _checked(self, wire: pb.Submit) -> Submitted:
+        """The request, if it fits the fleet as it is now: the gateway may not have heard yet.
+
+        Raises RequestError.
+        """
+        card = self._fleet.model(wire.model)
+        check_vocabulary(wire.prompt, card.vocab_size, "prompt")
+        length = len(wire.prompt) + wire.max_tokens
+        if not (wire.prompt and wire.max_tokens and length <= card.max_total_tokens):
+            raise invalid(f"the model {card.id} holds {card.max_total_tokens} tokens", "prompt")
+        if wire.adapter and wire.adapter not in card.adapters:
+            raise invalid(f"the adapter {wire.adapter[:100]!r} is not loaded", "adapter")
+        request = self._driver.next_request_id()
+        return submitted_of(wire, request, card.id, self._driver.now_ms())
+
+
+class Gateways(Collector):
+    """The gateways that are attached. Serves the methods of the service."""
+
+    def __init__(self, driver: Driver, fleet: Fleet, settings: Settings) -> None:
+        self._driver = driver
+        self._fleet = fleet
+        self._settings = settings
+        self._keys = ApiKeys(settings.api_key)
+        self._attached: list[Attached] = []
+        self._embeds = 0
+        self._closing = False
+
+    def handlers(self) -> dict[str, Handler]:
+        """The methods of the service, by name."""
+        return {
+            "Attach": handler(BOTH_WAYS, self.attach, pb.FromGateway, pb.ToGateway),
+            "GetTokenizer": handler(
+                STREAM, self.get_tokenizer, pb.GetTokenizerRequest, TokenizerChunk
+            ),
+            "Embed": handler(UNARY, self.embed, pb.GroupEmbedRequest, EmbedResponse),
+        }
+
+    def collect(self) -> Iterable[Metric]:
+        """Yields the gauge of gateways."""
+        yield GaugeMetricFamily(
+            "roundhouse_gateways", "Gateway processes attached", value=len(self._attached)
+        )
+
+    def close(self) -> None:
+        """Takes no more gateways; each stream ends once its requests have ended."""
+        self._closing = True
+        for gateway in self._attached:
+            if not gateway.closing:
+                gateway.close()
+
+    async def attach(self, _: object, context: Context) -> None:
+        """Serves one gateway for as long as its stream lasts."""
+        async with self._call(pb.Hello(), context):
+            hello = await _hello(context)
+            gateway = Attached(self._driver, self._fleet)
+            log.info("gateway %s is attached, version %s", context.peer(), hello.version[:40])
+            with self._known(gateway):
+                await context.write(self._welcome())
+                try:
+                    await _serve(gateway, context)
+                finally:
+                    left = gateway.leave()
+                    log.info("gateway %s has left; %d requests ended", context.peer(), left)
+
+    async def get_tokenizer(self, request: pb.GetTokenizerRequest | None, context: Context) -> None:
+        """Streams the files of a tokenizer."""
+        async with self._call(request, context) as known:
+            files = self._fleet.tokenizer_files(known.sha256)
+            if files is None:
+                raise RequestError(Fault.MODEL_NOT_FOUND, "no group has such a tokenizer", "sha256")
+            for name, data in files.items():
+                for start in range(0, max(1, len(data)), TOKENIZER_PIECE_BYTES):
+                    piece = data[start : start + TOKENIZER_PIECE_BYTES]
+                    await context.write(TokenizerChunk(name=name, data=piece))
+
+    async def embed(self, request: pb.GroupEmbedRequest | None, context: Context) -> EmbedResponse:
+        """Has inputs embedded by one group. The call's cancellation and deadline hold."""
+        async with self._call(request, context) as known:
+            call = self._embed_call(known.group)
+            with self._room_to_embed():
+                vectors = await call([one.tokens for one in known.request.inputs])
+            return EmbedResponse(embeddings=[Embedding(values=vector) for vector in vectors])
+        raise AssertionError("either returned or aborted")
+
+    def _embed_call(self, group: str) -> EmbedCall:
+        for spec, card in self._fleet.groups():
+            if spec.name == group and card is not None:
+                call = self._fleet.embed_calls(card.model).get(group)
+                if call is not None:
+                    return call
+        raise RequestError(Fault.WORKER_LOST, f"no group {group[:100]!r} that embeds is up")
+
+    @contextmanager
+    def _room_to_embed(self) -> Iterator[None]:
+        most = self._settings.max_concurrent_requests
+        if self._embeds >= most:
+            raise RequestError(
+                Fault.OVERLOADED,
+                f"{most} requests for embeddings are open, which is the most that the router takes "
+                "(max_concurrent_requests); try again later",
+            )
+        self._embeds += 1
+        try:
+            yield
+        finally:
+            self._embeds -= 1
+
+    def _welcome(self) -> pb.ToGateway:
+        limits, fleet = limits_to_wire(self._settings), fleet_to_wire(self._fleet.groups())
+        return pb.ToGateway(welcome=pb.Welcome(limits=limits, fleet=fleet))
+
+    @contextmanager
+    def _known(self, gateway: Attached) -> Iterator[None]:
+        """Lets the gateway hear of changes and of the end of the router."""
+        self._attached.append(gateway)
+        try:
+            with self._fleet.watched(gateway.tell_fleet):
+                yield
+        finally:
+            self._attached.remove(gateway)
+
+    @asynccontextmanager
+    async def _call(self, request: M | None, context: Context) -> AsyncIterator[M]:
+        """Checks key and request; whatever goes wrong inside becomes the status of the call."""
+        async with guarded(self._keys, request, context) as known:
+            if self._closing:
+                raise RequestError(Fault.UNAVAILABLE, "the router is shutting down")
+            try:
+                yield known
+            except LinkDownError as error:
+                raise RequestError(Fault.WORKER_LOST, str(error)) from None
+
+
+async def _hello(context: Context) -> pb.Hello:
+    """The gateway's first words. Raises RequestError if they are not what is expected."""
+    try:
+        async with asyncio.timeout(HELLO_DEADLINE_S):
+            message = await context.read()
+    except TimeoutError:
+        raise RequestError(Fault.DEADLINE, "a gateway begins with hello, at once") from None
+    if not isinstance(message, pb.FromGateway) or not message.HasField("hello"):
+        raise invalid("a gateway begins with hello", "hello")
+    if message.hello.protocol != PROTOCOL:
+        text = (
+            f"the gateway, version {message.hello.version[:40]}, speaks protocol "
+            f"{message.hello.protocol} and the router {PROTOCOL}: install the same version of both"
+        )
+        raise RequestError(Fault.UNSUPPORTED, text)
+    return message.hello
+
+
+async def _serve(gateway: Attached, context: Context) -> None:
+    """Reads and writes until one of both has ended. Raises RequestError for the gateway's faults.
+
+    The gateway's requests are ended as soon as that has happened.
+    """
+    reading = asyncio.ensure_future(_read(gateway, context))
+    writing = asyncio.ensure_future(_write(gateway, context))
+    work: list[asyncio.Future[None]] = [reading, writing, gateway.outbox.overflown]
+    try:
+        await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+        if gateway.outbox.overflown.done():
+            raise RequestError(Fault.OVERLOADED, TOO_SLOW)
+        for one in (reading, writing):
+            if one.done():
+                one.result()
+    finally:
+        gateway.leave()
+        for left in work:
+            left.cancel()
+        await asyncio.wait(work)
+
+
+async def _read(gateway: Attached, context: Context) -> None:
+    """Hears the gateway until it ends its half of the stream."""
+    while isinstance(message := await context.read(), pb.FromGateway):
+        gateway.hear(message)
+
+
+async def _write(gateway: Attached, context: Context) -> None:
+    """Tells the gateway everything; ends with the last request of a router that closes."""
+    while not gateway.done:
+        await gateway.outbox.wait()
+        for message in gateway.outbox.take():
+            try:
+                async with asyncio.timeout(WRITE_DEADLINE_S):
+                    await context.write(message)
+            except TimeoutError:
+                raise RequestError(Fault.OVERLOADED, TOO_SLOW) from None

@@ -1,0 +1,185 @@
+"""A gateway's connection to its router: the one stream, and the calls beside it.
+
+It is used for one attachment and then thrown away, as ``router.link.Link`` is for a worker. What
+goes wrong is one ``LinkDownError`` with one line that says why.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import grpc
+import grpc.aio
+
+from router.errors import Fault, RequestError
+from router.gateway_wire import PROTOCOL, SERVICE
+from router.link import (
+    EMBED_DEADLINE_S,
+    MESSAGE_BYTES_MAX,
+    TOKENIZER_BYTES_MAX,
+    TOKENIZER_DEADLINE_S,
+    LinkDownError,
+)
+from router.remote import Uplink
+from router.v1 import gateway_pb2 as pb
+from shards.v1.shard_pb2 import EmbedInput, EmbedRequest, EmbedResponse, TokenizerChunk
+
+ATTACH_DEADLINE_S = 10.0
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    # A connection of its own, so that a new attachment never inherits the state of a broken one.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+    # Finds a router that vanished while nothing was asked of it, or that stands still.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+_REFUSALS = {
+    grpc.StatusCode.UNAUTHENTICATED: "it does not accept this key; give it with --router-api-key",
+    grpc.StatusCode.UNIMPLEMENTED: "it is no router that takes gateways of this version",
+}
+_EMBED_FAULTS = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Fault.OVERLOADED,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Fault.DEADLINE,
+    grpc.StatusCode.UNIMPLEMENTED: Fault.UNSUPPORTED,
+    grpc.StatusCode.INVALID_ARGUMENT: Fault.VALIDATION,
+}
+
+
+class RefusedError(LinkDownError):
+    """The router is there, and will never take this gateway as it was started."""
+
+
+class RouterLink:
+    """``address`` is ``host:port`` or ``unix:///path``; ``api_key`` what the router asks for."""
+
+    def __init__(self, address: str, api_key: str | None) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._call: grpc.aio.StreamStreamCall[pb.FromGateway, pb.ToGateway] | None = None
+
+    async def attach(self, version: str) -> pb.Welcome:
+        """Opens the stream and waits to be welcome; ``RefusedError`` says that this cannot be."""
+        attach = self._channel.stream_stream(
+            f"/{SERVICE}/Attach",
+            request_serializer=pb.FromGateway.SerializeToString,
+            response_deserializer=pb.ToGateway.FromString,
+        )
+        self._call = attach(None, metadata=self._metadata)
+        try:
+            async with asyncio.timeout(ATTACH_DEADLINE_S):
+                await self._write(
+                    pb.FromGateway(hello=pb.Hello(protocol=PROTOCOL, version=version))
+                )
+                message = await self._read()
+        except TimeoutError:
+            detail = f"it did not answer within {ATTACH_DEADLINE_S:g} s"
+            raise LinkDownError(f"router {self.address}: {detail}") from None
+        if not message.HasField("welcome"):
+            raise LinkDownError(f"router {self.address}: it did not begin with a welcome")
+        return message.welcome
+
+    async def write_from(self, uplink: Uplink) -> None:
+        """Owner task of the sending half. Ends when the stream does; the reader knows why."""
+        try:
+            while True:
+                await self._write(await uplink.get())
+        except LinkDownError:
+            return
+
+    async def read(self) -> pb.ToGateway:
+        """Waits for the next message. Raises ``LinkDownError`` at the end of the stream."""
+        return await self._read()
+
+    async def tokenizer_files(self, sha256: str) -> Mapping[str, bytes]:
+        """Fetches the tokenizer files with this hash, by name."""
+        ask = self._channel.unary_stream(
+            f"/{SERVICE}/GetTokenizer",
+            request_serializer=pb.GetTokenizerRequest.SerializeToString,
+            response_deserializer=TokenizerChunk.FromString,
+        )
+        call = ask(
+            pb.GetTokenizerRequest(sha256=sha256),
+            timeout=TOKENIZER_DEADLINE_S,
+            metadata=self._metadata,
+        )
+        files: dict[str, bytearray] = {}
+        size = 0
+        try:
+            async for chunk in call:
+                files.setdefault(chunk.name, bytearray()).extend(chunk.data)
+                size += len(chunk.data)
+                if size > TOKENIZER_BYTES_MAX:
+                    detail = f"tokenizer files over {TOKENIZER_BYTES_MAX} bytes"
+                    raise LinkDownError(f"router {self.address}: {detail}")
+        except grpc.aio.AioRpcError as error:
+            self._raise_down(error)
+        return {name: bytes(data) for name, data in files.items()}
+
+    async def embed(self, group: str, inputs: Sequence[Sequence[int]]) -> list[Sequence[float]]:
+        """Has inputs embedded by one group. Cancelled, it cancels that.
+
+        Raises ``RequestError`` for what is refused, ``LinkDownError`` if router or group are lost.
+        """
+        ask = self._channel.unary_unary(
+            f"/{SERVICE}/Embed",
+            request_serializer=pb.GroupEmbedRequest.SerializeToString,
+            response_deserializer=EmbedResponse.FromString,
+        )
+        wanted = EmbedRequest(inputs=[EmbedInput(tokens=tokens) for tokens in inputs])
+        request = pb.GroupEmbedRequest(group=group, request=wanted)
+        try:
+            answer: EmbedResponse = await ask(
+                request, timeout=EMBED_DEADLINE_S, metadata=self._metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            fault = _EMBED_FAULTS.get(error.code())
+            if fault is None:
+                self._raise_down(error)
+            raise RequestError(fault, error.details() or error.code().name) from None
+        except asyncio.CancelledError:
+            self._raise_closed()
+        return [one.values for one in answer.embeddings]
+
+    async def close(self) -> None:
+        """Ends whatever is open."""
+        if self._call is not None:
+            self._call.cancel()
+        await self._channel.close(None)
+
+    async def _write(self, message: pb.FromGateway) -> None:
+        assert self._call is not None
+        try:
+            await self._call.write(message)
+        except grpc.aio.AioRpcError as error:
+            self._raise_down(error)
+        except asyncio.InvalidStateError:
+            raise LinkDownError(f"router {self.address}: the stream has ended") from None
+
+    async def _read(self) -> pb.ToGateway:
+        assert self._call is not None
+        try:
+            message = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            self._raise_down(error)
+        if not isinstance(message, pb.ToGateway):
+            raise LinkDownError(f"router {self.address}: it ended the stream")
+        return message
+
+    def _raise_down(self, error: grpc.aio.AioRpcError) -> NoReturn:
+        refusal = _REFUSALS.get(error.code())
+        if refusal is not None:
+            raise RefusedError(f"router {self.address}: {refusal}") from None
+        details = (error.details() or "no details").splitlines()[0]
+        raise LinkDownError(f"router {self.address}: {error.code().name}: {details}") from None
+
+    def _raise_closed(self) -> NoReturn:
+        """Tells a caller that was cancelled from one whose call was: the link was closed."""
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise asyncio.CancelledError
+        raise LinkDownError(f"router {self.address}: its connection was closed") from None

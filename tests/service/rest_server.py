@@ -8,10 +8,11 @@ from typing import Any
 
 import httpx
 import uvicorn
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from router.api.rest.app import create_app
 from router.config import Settings
-from tests.service.fake_service import FakeFleet, FakeMetrics, FakeService
+from tests.service.fake_service import FakeFleet, FakeMetrics, FakeService, events_of
 
 
 class Current:
@@ -87,7 +88,15 @@ async def post(service: FakeService, path: str, body: object, **settings: Any) -
 
 
 async def chat(service: FakeService, **fields: object) -> httpx.Response:
-    return await post(service, "/v1/chat/completions", {"messages": USER, **fields})
+    """One chat. What comes back must be what OpenAI's SDK says it is, field by field."""
+    answer = await post(service, "/v1/chat/completions", {"messages": USER, **fields})
+    if answer.is_success and fields.get("stream"):
+        for event in events_of(answer.text):
+            if event != "[DONE]" and "error" not in event:
+                ChatCompletionChunk.model_validate(event)
+    elif answer.is_success:
+        ChatCompletion.model_validate(answer.json())
+    return answer
 
 
 async def complete(service: FakeService, **fields: object) -> httpx.Response:

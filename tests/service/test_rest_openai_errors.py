@@ -1,6 +1,6 @@
 import pytest
 
-from router.errors import Fault, RequestError
+from router.errors import Fault, RequestError, TooLongError
 from tests.service.fake_service import FakeService
 from tests.service.rest_server import chat, client_of, complete
 
@@ -9,14 +9,22 @@ from tests.service.rest_server import chat, client_of, complete
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
-        ({"guided_json": {}}, "guided_json"),
-        ({"functions": [{}]}, "functions"),
+        ({"moderation": {"model": "x"}}, "moderation"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"store": True}, "store"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"return_token_ids": True}, "return_token_ids"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning_effort": "some"}, "reasoning_effort"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"service_tier": "gold"}, "service_tier"),
+        ({"metadata": {"k": "x" * 513}}, "metadata"),
+        ({"metadata": {"k" * 65: "x"}}, "metadata"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
+        ({"metadata": {"k": 5}}, "metadata.k"),
         ({"temperature": "hot"}, "temperature"),
         ({"stop": 5}, "stop"),
         ({"stop": ["a"] * 5}, "stop"),
@@ -43,6 +51,22 @@ from tests.service.rest_server import chat, client_of, complete
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
             "messages.0.content.0.text",
+        ),
+        ({"messages": [{"role": "assistant", "audio": {"id": "x"}}]}, "messages.0.audio"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "refusal"}]}]},
+            "messages.0.content.0.text",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "f", "arguments": "{"}}],
+                    }
+                ]
+            },
+            "messages.0.tool_calls.0.function.arguments",
         ),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"add_generation_prompt": True}}, "chat_template_kwargs"),
@@ -76,7 +100,10 @@ async def test_bad_chat_fields_are_named(
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": [1, "a"]}, "prompt"),
         ({"suffix": "s"}, "suffix"),
-        ({"best_of": 3}, "best_of"),
+        ({"best_of": 0}, "best_of"),
+        ({"best_of": 129}, "best_of"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
@@ -95,8 +122,20 @@ async def test_harmless_values_of_unsupported_fields_are_accepted() -> None:
         response_format={"type": "text"},
         modalities=["text"],
         audio=None,
+        store=False,
+        reasoning_effort="none",
+        verbosity="medium",
+        prediction={"type": "content", "content": "x"},
+        safety_identifier="x",
+        prompt_cache_key="x",
+        prompt_cache_options={"mode": "explicit"},
+        prompt_cache_retention="24h",
+        parallel_tool_calls=True,
+        user="x",
+        metadata={"k": "v"},
     )
     assert answer.status_code == 200
+    assert answer.json()["metadata"] == {"k": "v"}
     assert "x-ignored-parameters" not in answer.headers
     assert (await complete(FakeService(), best_of=2, n=2, suffix=None)).status_code == 200
 
@@ -126,14 +165,14 @@ async def test_deeply_nested_template_variables_are_refused() -> None:
 async def test_errors_before_the_first_byte_have_their_status(
     fault: Fault, status: int, kind: str, code: str, stream: bool
 ) -> None:
-    error = RequestError(fault, "`inputs` and `max_new_tokens`", "prompt")
+    error = RequestError(fault, "`inputs` and `max_new_tokens`", "seed")
     answer = await chat(FakeService([error]), stream=stream)
     assert answer.status_code == status
     assert answer.json() == {
         "error": {
             "message": "`prompt` and `max_tokens`",
             "type": kind,
-            "param": "prompt",
+            "param": "seed",
             "code": code,
         }
     }
@@ -159,3 +198,49 @@ async def test_models_and_unknown_ones() -> None:
     assert answer.json()["error"]["code"] == "model_not_found"
     for name in ("tgi", "dummy", "", "http://host:3000/v1", None):
         assert (await chat(FakeService(), model=name)).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_prompts_that_are_too_long_have_the_code_that_clients_shorten_them_on(
+    stream: bool,
+) -> None:
+    for send, field in ((chat, "messages"), (complete, "prompt")):
+        service = FakeService()
+        service.refusal = TooLongError("`inputs` must have less than 9 tokens", "prompt")
+        answer = await send(service, stream=stream)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert error["type"] == "invalid_request_error"
+        assert (error["param"], error["message"]) == (
+            field,
+            f"`{field}` must have less than 9 tokens",
+        )
+
+
+async def test_every_answer_has_a_request_id() -> None:
+    async with client_of(FakeService()) as client:
+        answers = [
+            await client.get("/v1/models"),
+            await client.get("/nowhere"),
+            await client.post("/v1/completions", json={"prompt": "x"}),
+            await client.post("/v1/completions", json={"prompt": "x", "stream": True}),
+            await client.post("/v1/completions", json={}),
+        ]
+        ids = {answer.headers["x-request-id"] for answer in answers}
+        assert len(ids) == len(answers)
+        for given, kept in (("trace-7", True), ("two words", False), ("x" * 129, False)):
+            answer = await client.get("/v1/models", headers={"x-request-id": given})
+            assert (answer.headers["x-request-id"] == given) == kept
+
+
+async def test_browsers_may_send_what_the_sdks_send() -> None:
+    headers = {
+        "origin": "https://example.org",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type,x-stainless-os",
+    }
+    async with client_of(FakeService()) as client:
+        answer = await client.options("/v1/chat/completions", headers=headers)
+    assert answer.status_code == 200
+    assert "x-stainless-os" in answer.headers["access-control-allow-headers"]

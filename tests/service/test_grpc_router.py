@@ -1,0 +1,161 @@
+"""All gRPC services over the real router and a real worker with the scripted engine."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from router.api import grpc_server
+from router.app import Router
+from router.config import GroupSpec, Settings
+from router.faces import _free_port
+from router.v1 import router_pb2 as pb
+from router.v1.router_pb2_grpc import InferenceStub
+from tests.service import foreign, kserve_rig
+from tests.service.fakes import PATIENCE_S, bench_in, until
+from tests.service.grpc_rig import read
+from tests.service.kserve_rig import outputs_of, parameters, raw_request
+
+TGIS = foreign.messages("fmaas", foreign.TGIS)
+Talk = Callable[[grpc.aio.Channel, str, int], Any]
+
+
+@asynccontextmanager
+async def house_in(folder: Path, **worker: Any) -> AsyncIterator[tuple[Router, grpc.aio.Channel]]:
+    async with asyncio.timeout(3 * PATIENCE_S), bench_in(folder) as bench:
+        address = await bench.start("w", **worker)
+        settings = Settings(host="127.0.0.1", grpc_port=_free_port("127.0.0.1"))
+        async with Router(settings, [GroupSpec("g", None, (address,))]) as router:
+            await router.fleet.wait_ready()
+            server = await grpc_server.start(router.service, router.fleet, settings)
+            target = f"127.0.0.1:{settings.grpc_port}"
+            async with grpc.aio.insecure_channel(target) as channel:
+                yield router, channel
+            await server.stop(0)
+
+
+def running(router: Router) -> int:
+    """Requests that the core has."""
+    seen = router.driver._core.snapshot()
+    return seen.running + seen.waiting
+
+
+def inference(channel: grpc.aio.Channel, text: str, tokens: int) -> Any:
+    params = pb.Parameters(max_tokens=tokens, temperature=0)
+    return InferenceStub(channel).Generate(pb.GenerateRequest(text=text, parameters=params))
+
+
+def several(channel: grpc.aio.Channel, text: str, tokens: int) -> Any:
+    params = pb.Parameters(max_tokens=tokens, temperature=0, n=2)
+    return InferenceStub(channel).Generate(pb.GenerateRequest(text=text, parameters=params))
+
+
+def chat(channel: grpc.aio.Channel, text: str, tokens: int) -> Any:
+    params = pb.Parameters(max_tokens=tokens, temperature=0)
+    messages = [pb.ChatMessage(role="user", content=text)]
+    return InferenceStub(channel).Chat(pb.ChatRequest(messages=messages, parameters=params))
+
+
+def tgis(channel: grpc.aio.Channel, text: str, tokens: int) -> Any:
+    request = TGIS["SingleGenerationRequest"](
+        request={"text": text}, params={"stopping": {"max_new_tokens": tokens}}
+    )
+    path = "/fmaas.GenerationService/GenerateStream"
+    return foreign.stream(channel, path, TGIS["GenerationResponse"])(request)
+
+
+def triton(channel: grpc.aio.Channel, text: str, tokens: int) -> Any:
+    given = parameters(max_tokens=tokens, temperature=0, stream=True)
+    return kserve_rig.Client(channel).stream(iter([raw_request(text, parameters=given)]))
+
+
+def triton_text(message: Any) -> str:
+    (text,) = outputs_of(message.infer_response)["text_output"]
+    return str(text)
+
+
+async def test_every_service_gives_the_same_answer(tmp_path: Path) -> None:
+    async with house_in(tmp_path) as (router, channel):
+        text = "".join(m.text for m in await read(inference(channel, "Once upon", 12)))
+        assert text
+        assert "".join(m.text for m in await read(tgis(channel, "Once upon", 12))) == text
+        found = [triton_text(m) for m in await read(triton(channel, "Once upon", 12))]
+        assert "".join(found) == text
+        texts = {0: "", 1: ""}
+        for message in await read(several(channel, "Once upon", 12)):
+            texts[message.choice] += message.text
+        assert texts == {0: text, 1: text}
+        assert running(router) == 0
+
+
+@pytest.mark.parametrize("talk", [inference, several, chat, tgis, triton])
+async def test_leaving_ends_the_request_in_the_core(tmp_path: Path, talk: Talk) -> None:
+    async with house_in(tmp_path, step_ms="5") as (router, channel):
+        call = talk(channel, "Once upon", 1000)
+        await call.read()
+        await until(lambda: running(router) > 0)
+        call.cancel()
+        await until(lambda: running(router) == 0)
+
+
+async def test_a_time_limit_of_tgis_ends_with_what_there_is(tmp_path: Path) -> None:
+    async with house_in(tmp_path, step_ms="5") as (router, channel):
+        request = TGIS["BatchedGenerationRequest"](
+            requests=[{"text": "Once"}, {"text": "Twice"}],
+            params={"stopping": {"max_new_tokens": 1500, "time_limit_millis": 150}},
+        )
+        path = "/fmaas.GenerationService/Generate"
+        answer = await foreign.unary(channel, path, TGIS["BatchedGenerationResponse"])(request)
+        for one in answer.responses:
+            assert one.stop_reason == foreign.TIME_LIMIT
+            assert 0 < one.generated_token_count < 1500
+            assert one.text
+        assert running(router) == 0
+
+
+async def test_chats_are_laid_out_and_scored_prompts_come_whole(tmp_path: Path) -> None:
+    async with house_in(tmp_path) as (_, channel):
+        messages = await read(chat(channel, "Hi", 5))
+        assert "".join(message.text for message in messages)
+        params = pb.Parameters(max_tokens=2, prompt_logprobs=True, top_logprobs=1)
+        stub = InferenceStub(channel)
+        request = pb.GenerateRequest(text="abc", parameters=params)
+        finish = (await read(stub.Generate(request)))[-1].finish
+        assert len(finish.prompt) == finish.prompt_tokens
+        first, *others = finish.prompt
+        assert not first.HasField("logprob")
+        assert others
+        assert all(token.logprob < 0 for token in others)
+        request = TGIS["SingleGenerationRequest"](
+            request={"text": "abc"},
+            params={"response": {"input_tokens": True, "token_logprobs": True}},
+        )
+        path = "/fmaas.GenerationService/GenerateStream"
+        answers = await read(foreign.stream(channel, path, TGIS["GenerationResponse"])(request))
+        found = [token.logprob for token in answers[0].input_tokens]
+        assert found[1:] == [pytest.approx(token.logprob) for token in others]
+
+
+async def test_tools_are_called_over_grpc(tmp_path: Path) -> None:
+    """The engine says what a model would; what it means comes typed."""
+    said = '[{"name": "sum", "arguments": {"a": 1, "b": [2]}}]'
+    async with house_in(tmp_path, answer=said) as (_, channel):
+        schema = '{"type": "object", "properties": {"a": {"type": "integer"}}}'
+        request = pb.ChatRequest(
+            messages=[pb.ChatMessage(role="user", content="Add 1 and 2.")],
+            tools=[pb.Tool(name="sum", description="Adds.", parameters=schema)],
+            parameters=pb.Parameters(temperature=0),
+        )
+        messages = await read(InferenceStub(channel).Chat(request))
+    finish = messages[-1].finish
+    assert finish.reason == pb.FINISH_REASON_TOOL_CALLS
+    (call,) = finish.tool_calls
+    assert call.name == "sum"
+    deltas = [delta for message in messages for delta in message.tool_calls]
+    assert [delta.name for delta in deltas if delta.name] == ["sum"]
+    assert "".join(delta.arguments for delta in deltas) == call.arguments
+    assert call.arguments.replace(" ", "") == '{"a":1,"b":[2]}'

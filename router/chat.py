@@ -137,6 +137,7 @@ class ChatGeneration:
     def __init__(self, answer: Generation, model: ModelCard, reader: AnswerReader) -> None:
         self._answer = answer
         self._reader = reader
+        self._thought = 0
         self.model = model
         self.prompt_tokens = answer.prompt_tokens
 
@@ -146,7 +147,10 @@ class ChatGeneration:
     async def __anext__(self) -> ChatChunk:
         """Waits for what comes next."""
         chunk: Chunk = await anext(self._answer)
+        thinking = self._reader.thinking
         parts = self._reader.push(chunk.text, last=chunk.finish is not None)
+        if thinking or self._reader.thinking or parts.reasoning:
+            self._thought += len(chunk.tokens)
         finish = None if chunk.finish is None else self._finish(chunk.finish)
         return ChatChunk(chunk.tokens, parts.text, parts.reasoning, tuple(parts.calls), finish)
 
@@ -166,7 +170,8 @@ class ChatGeneration:
         reader = self._reader
         calls = reader.calls
         in_order = reader.whole and finish.reason is not Reason.LENGTH
-        return ChatFinish(finish, reader.text, reader.reasoning, calls, bool(calls) and in_order)
+        called = bool(calls) and in_order
+        return ChatFinish(finish, reader.text, reader.reasoning, calls, called, self._thought)
 
 
 def _check(ask: ChatAsk) -> None:

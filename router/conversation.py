@@ -94,6 +94,7 @@ class ChatFinish:
 
     ``finish`` has the reason, the counts and the raw text. ``called`` says that the answer ended in
     order with tool calls, which is OpenAI's ``tool_calls`` and Anthropic's ``tool_use``.
+    ``reasoning_tokens`` counts those of the chunks that came within the thoughts.
     """
 
     finish: Finish
@@ -101,6 +102,7 @@ class ChatFinish:
     reasoning: str
     calls: tuple[Call, ...]
     called: bool
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,11 @@ class AnswerReader:
         return () if self._tools is None else self._tools.calls
 
     @property
+    def thinking(self) -> bool:
+        """Whether the answer is within thoughts."""
+        return self._splitter is not None and self._splitter.thinking
+
+    @property
     def whole(self) -> bool:
         """Whether every call is complete."""
         return self._tools is None or not self._tools.broken

@@ -58,6 +58,11 @@ class ThoughtSplitter:
         self._at_start = True  # of the thoughts, or of the answer behind them
         self._held = ""
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the stream is within thoughts."""
+        return self._open
+
     def push(self, text: str) -> tuple[str, str]:
         """Takes the next piece; returns what it adds to the thoughts and to the answer."""
         if self._over and not self._at_start:

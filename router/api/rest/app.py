@@ -7,10 +7,10 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from router.api.rest import models_chat, models_completions, models_tgi
+from router.api.rest import models_chat, models_completions, models_responses, models_tgi
 from router.api.rest.context import Context
 from router.api.rest.embeddings import embedding_routes
 from router.api.rest.errors import Dialect, HttpError, error_response
@@ -18,6 +18,7 @@ from router.api.rest.hosted import hosted_routes
 from router.api.rest.openai import openai_routes
 from router.api.rest.openapi import docs_page, install_openapi
 from router.api.rest.request_id import naming
+from router.api.rest.responses import responses_routes
 from router.api.rest.sse import SERVER_SEND, known_fault
 from router.api.rest.tgi import tgi_routes, version
 from router.auth import ApiKeys
@@ -52,6 +53,7 @@ def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Setti
     app.include_router(tgi_routes(context))
     app.include_router(hosted_routes(context))
     app.include_router(openai_routes(context))
+    app.include_router(responses_routes(context))
     app.include_router(embedding_routes(context))
     app.add_middleware(
         CORSMiddleware,
@@ -75,9 +77,12 @@ def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Setti
             models_completions.EmbeddingRequest,
             models_chat.ChatCompletionChunk,
             models_completions.Completion,
+            models_responses.ResponsesRequest,
+            models_responses.ResponseEvent,
         ),
     )
     app.get("/docs", include_in_schema=False)(_docs(app))
+    app.get("/api-doc/openapi.json", include_in_schema=False)(_document(app))  # where TGI has it
     return app
 
 
@@ -88,6 +93,13 @@ def _docs(app: FastAPI) -> Callable[[], Awaitable[Response]]:
         return HTMLResponse(page())
 
     return docs
+
+
+def _document(app: FastAPI) -> Callable[[], Awaitable[Response]]:
+    async def document() -> Response:
+        return JSONResponse(app.openapi())
+
+    return document
 
 
 def _dialect(request: Request) -> Dialect:

@@ -63,7 +63,7 @@ def chat_params(body: ChatRequest, settings: Settings) -> Params:
             text = f"max_completion_tokens must be at least 1, not {body.max_completion_tokens}"
             raise invalid(text, "max_completion_tokens")
         body.max_tokens = body.max_completion_tokens
-    _check_metadata(body.metadata or {})
+    check_metadata(body.metadata or {})
     return replace(
         openai_params(body, settings),
         logprobs=bool(body.logprobs),
@@ -71,7 +71,8 @@ def chat_params(body: ChatRequest, settings: Settings) -> Params:
     )
 
 
-def _check_metadata(given: dict[str, str]) -> None:
+def check_metadata(given: dict[str, str]) -> None:
+    """Checks OpenAI's `metadata`. Raises RequestError."""
     if len(given) > METADATA_MAX:
         raise invalid(f"`metadata` may have at most {METADATA_MAX} pairs", "metadata")
     if any(len(key) > KEY_MAX or len(value) > VALUE_MAX for key, value in given.items()):

@@ -32,8 +32,8 @@ def tools_of(body: ChatRequest) -> Choice:
     functions = body.functions or [] if legacy else [tool.function for tool in body.tools or []]
     tools = tuple(map(_tool, functions))
     if legacy:
-        return _chosen(Choice(tools, legacy=True), body.function_call, "function_call")
-    return _chosen(Choice(tools), body.tool_choice, "tool_choice")
+        return chosen(Choice(tools, legacy=True), body.function_call, "function_call")
+    return chosen(Choice(tools), body.tool_choice, "tool_choice")
 
 
 def _tool(function: Function) -> Tool:
@@ -44,8 +44,8 @@ def _tool(function: Function) -> Tool:
     return Tool(function.name, given["parameters"], entry)
 
 
-def _chosen(all_of: Choice, asked: str | dict[str, Any] | None, field: str) -> Choice:
-    """The choice among these tools."""
+def chosen(all_of: Choice, asked: str | dict[str, Any] | None, field: str) -> Choice:
+    """Returns the choice among these tools that ``field`` asks for. Raises RequestError."""
     if asked in (None, "auto"):
         return all_of
     if asked == "none":

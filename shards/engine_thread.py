@@ -191,7 +191,7 @@ class EngineThread:
         try:
             overrides = self._overrides()
             engine = self._make()
-            files = engine.tokenizer_files() | overrides
+            files = _replaced(engine.tokenizer_files(), overrides)
             loaded = Loaded(engine.describe(), files, time.perf_counter() - began)
         except BaseException as error:  # noqa: BLE001 - handed to whoever awaits
             self._call(_settle_error, self.loaded, error)
@@ -288,3 +288,14 @@ def _settle(future: asyncio.Future[_T], value: _T) -> None:
 def _settle_error(future: asyncio.Future[_T], error: BaseException) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+def _replaced(files: dict[str, bytes], overrides: dict[str, bytes]) -> dict[str, bytes]:
+    """A model's files with others in their place.
+
+    A chat template is for all conversations: it takes the place of those with a name, too.
+    """
+    if "chat_template.jinja" in overrides:
+        more = "additional_chat_templates/"
+        files = {name: data for name, data in files.items() if not name.startswith(more)}
+    return files | overrides

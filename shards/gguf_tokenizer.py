@@ -39,14 +39,26 @@ _SPM_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 _PHI3_KEEP = ("<unk>", "<s>", "<|endoftext|>")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
+_NAMED_TEMPLATE = "tokenizer.chat_template."
+_MORE_TEMPLATES = "additional_chat_templates/"
+
 Metadata = Mapping[str, Any]
 
 
 def tokenizer_files(path: Path, metadata: Metadata) -> dict[str, bytes]:
     """The tokenizer files of a GGUF model, from the cache if they are there.
 
+    Further chat templates, which need no conversion, are in ``additional_chat_templates``.
     Raises ``ModelError`` with one line if the vocabulary is of a kind that is not known.
     """
+    return _converted(path, metadata) | {
+        f"{_MORE_TEMPLATES}{key.removeprefix(_NAMED_TEMPLATE)}.jinja": text.encode()
+        for key, text in metadata.items()
+        if key.startswith(_NAMED_TEMPLATE) and isinstance(text, str)
+    }
+
+
+def _converted(path: Path, metadata: Metadata) -> dict[str, bytes]:
     folder = _cache_folder() / _key(metadata)
     with suppress(OSError):
         return {

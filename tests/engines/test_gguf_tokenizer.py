@@ -362,6 +362,14 @@ class TestCache:
         changed = {**metadata, change: "qwen2"}
         assert tokenizer_files(path, changed) == convert(path, changed)
 
+    def test_has_templates_that_have_a_name(self, path: Path) -> None:
+        metadata = read_metadata(path)
+        named = {**metadata, "tokenizer.chat_template.tool_use": "t"}
+        for _ in range(2):
+            files = tokenizer_files(path, named)
+            assert files.pop("additional_chat_templates/tool_use.jinja") == b"t"
+            assert files == tokenizer_files(path, metadata)
+
     def test_folder_that_cannot_be_written_is_done_without(
         self, path: Path, cache_home: Path
     ) -> None:

@@ -36,17 +36,27 @@ class FakeChats:
 
 
 @asynccontextmanager
-async def channel_of(
+async def address_of(
     service: FakeService, chats: FakeChats | None = None, **given: Any
-) -> AsyncIterator[grpc.aio.Channel]:
+) -> AsyncIterator[str]:
     service.fleet = service.fleet or FakeFleet()
     settings = Settings(host="127.0.0.1", grpc_port=_free_port("127.0.0.1"), **given)
     server = await grpc_server.start(service, service.fleet, settings, chats)  # type: ignore[arg-type]
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{settings.grpc_port}") as channel:
-            yield channel
+        yield f"127.0.0.1:{settings.grpc_port}"
     finally:
         await server.stop(0)
+
+
+@asynccontextmanager
+async def channel_of(
+    service: FakeService, chats: FakeChats | None = None, **given: Any
+) -> AsyncIterator[grpc.aio.Channel]:
+    async with (
+        address_of(service, chats, **given) as address,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        yield channel
 
 
 @asynccontextmanager

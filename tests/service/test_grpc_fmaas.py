@@ -1,8 +1,6 @@
 """``fmaas.GenerationService``, called with messages that know its numbers only."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,36 +12,11 @@ from router.core.events import Reason
 from router.errors import Fault, RequestError
 from tests.service import foreign
 from tests.service.fake_service import FakeFleet, FakeService, Step, words
+from tests.service.fmaas_rig import PB, batch, client_of, single
 from tests.service.foreign import EOS_TOKEN, GREEDY, MAX_TOKENS, NOT_FINISHED, SAMPLE
-from tests.service.grpc_rig import channel_of, details_of, failure, field_of, read
+from tests.service.grpc_rig import details_of, failure, field_of, read
 
-PB = foreign.messages("fmaas", foreign.TGIS)
-PATH = "/fmaas.GenerationService"
 TEXT = "Once upon a tîme 🙂"
-
-
-class Client:
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self.generate = foreign.unary(channel, f"{PATH}/Generate", PB["BatchedGenerationResponse"])
-        self.generate_stream = foreign.stream(
-            channel, f"{PATH}/GenerateStream", PB["GenerationResponse"]
-        )
-        self.tokenize = foreign.unary(channel, f"{PATH}/Tokenize", PB["BatchedTokenizeResponse"])
-        self.model_info = foreign.unary(channel, f"{PATH}/ModelInfo", PB["ModelInfoResponse"])
-
-
-@asynccontextmanager
-async def client_of(service: FakeService, **given: Any) -> AsyncIterator[Client]:
-    async with channel_of(service, **given) as channel:
-        yield Client(channel)
-
-
-def batch(*texts: str, **fields: Any) -> Any:
-    return PB["BatchedGenerationRequest"](requests=[{"text": text} for text in texts], **fields)
-
-
-def single(text: str, **fields: Any) -> Any:
-    return PB["SingleGenerationRequest"](request={"text": text}, **fields)
 
 
 async def generate(service: FakeService, text: str = "Hi", **params: Any) -> Any:
@@ -157,6 +130,23 @@ async def test_generated_tokens_in_detail(call: Any) -> None:
     assert [(token.text, token.logprob) for token in tokens] == [("+", -0.5), (",", -0.5)]
     assert [[top.logprob for top in token.top_tokens] for token in tokens] == [[0], [0]]
     assert (service.asks[0].params.logprobs, service.asks[0].params.top_logprobs) == (True, 1)
+
+
+async def test_ranks_are_places_among_the_likeliest() -> None:
+    top = tuple((90 + at, "", -1.0 - at) for at in range(19))
+    outs = (TokenOut(7, "a", False, -2.5, (*top[:2], (7, "a", -2.5), *top[2:])),)
+    outs += (TokenOut(8, "b", False, -9.0, top),)
+    script: list[Step] = [Chunk(outs, "ab", Finish(Reason.LENGTH, "ab", 2, 2))]
+    service = FakeService(script)
+    options = {"generated_tokens": True, "token_ranks": True}
+    answer = await generate(service, response=options)
+    assert [token.rank for token in answer.tokens] == [3, 0]
+    assert not answer.tokens[0].top_tokens
+    assert not answer.tokens[0].logprob
+    assert service.asks[0].params.top_logprobs == 20
+    assert not service.asks[0].params.prompt_logprobs
+    await generate(service, response={"input_tokens": True, "token_ranks": True})
+    assert service.asks[1].params.prompt_logprobs
 
 
 @pytest.mark.parametrize("call", [generate, stream])

@@ -146,7 +146,11 @@ class ChatGeneration:
 
     async def __anext__(self) -> ChatChunk:
         """Waits for what comes next."""
-        chunk: Chunk = await anext(self._answer)
+        chunk: Chunk = await self._answer.__anext__()
+        if chunk.finish is None and self._reader.settled:
+            # Almost every token of almost every chat: there is nothing to be read in it.
+            self._reader.keep(chunk.text)
+            return ChatChunk(chunk.tokens, chunk.text)
         thinking = self._reader.thinking
         parts = self._reader.push(chunk.text, last=chunk.finish is not None)
         if thinking or self._reader.thinking or parts.reasoning:

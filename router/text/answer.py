@@ -46,9 +46,18 @@ class AnswerReader:
         return self._splitter is not None and self._splitter.thinking
 
     @property
+    def settled(self) -> bool:
+        """Whether all that is still to come is text."""
+        return self._tools is None and (self._splitter is None or self._splitter.settled)
+
+    @property
     def whole(self) -> bool:
         """Whether every call is complete."""
         return self._tools is None or not self._tools.broken
+
+    def keep(self, text: str) -> None:
+        """Takes the next piece of an answer that is settled, which comes out as it is."""
+        self._text.append(text)
 
     def push(self, text: str, *, last: bool = False) -> Parts:
         """Takes the next piece; with ``last`` everything that was held back comes out, too."""

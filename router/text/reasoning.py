@@ -59,13 +59,18 @@ class ThoughtSplitter:
         self._held = ""
 
     @property
+    def settled(self) -> bool:
+        """Whether thoughts are over, or never were: what comes is the answer, as it is."""
+        return self._over and not self._at_start
+
+    @property
     def thinking(self) -> bool:
         """Whether the stream is within thoughts."""
         return self._open
 
     def push(self, text: str) -> tuple[str, str]:
         """Takes the next piece; returns what it adds to the thoughts and to the answer."""
-        if self._over and not self._at_start:
+        if self.settled:
             return "", text
         self._held += text
         if not self._open and not self._over:

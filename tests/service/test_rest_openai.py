@@ -37,6 +37,7 @@ async def test_chat_answers_with_openais_shape() -> None:
             "completion_tokens": 5,
             "total_tokens": 12,
             "prompt_tokens_details": {"cached_tokens": 2},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
     (ask,) = service.asks

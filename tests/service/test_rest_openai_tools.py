@@ -84,8 +84,10 @@ async def test_streamed_calls_have_their_head_once() -> None:
 
 async def test_streamed_thoughts_have_both_names() -> None:
     service = model(MAY_THINK, said("<think>", "a", "b", "</think>", "c", ""))
-    events = events_of((await chat(service, stream=True)).text)
-    deltas = [event["choices"][0]["delta"] for event in events[:-1]]
+    answer = await chat(service, stream=True, stream_options={"include_usage": True})
+    *events, usage, _ = events_of(answer.text)
+    assert set(usage["usage"]["completion_tokens_details"]) == {"reasoning_tokens"}
+    deltas = [event["choices"][0]["delta"] for event in events]
     thoughts = "".join(delta.get("reasoning_content", "") for delta in deltas)
     assert thoughts == "".join(delta.get("reasoning", "") for delta in deltas) == "ab"
     assert "".join(delta.get("content") or "" for delta in deltas) == "c"

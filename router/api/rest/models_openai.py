@@ -159,6 +159,12 @@ class PromptDetails(BaseModel):
     cached_tokens: int = Field(description="Prompt tokens that had been computed before.")
 
 
+class CompletionDetails(BaseModel):
+    """About the answers' tokens."""
+
+    reasoning_tokens: int = Field(description="Tokens of thoughts, which are among the answers'.")
+
+
 class Usage(BaseModel):
     """Token counts."""
 
@@ -166,6 +172,9 @@ class Usage(BaseModel):
     completion_tokens: int = Field(description="Tokens of all answers.")
     total_tokens: int = Field(description="Their sum.")
     prompt_tokens_details: PromptDetails = Field(description="More about the prompts.")
+    completion_tokens_details: CompletionDetails | None = Field(
+        default=None, description="More about the answers of chats."
+    )
 
 
 class PromptLogprob(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 
 from router.api.rest.body import ignored_header
-from router.api.rest.collect import Whole, compute_type, timing_headers, together
+from router.api.rest.collect import Whole, WholeChat, compute_type, timing_headers, together
 from router.api.rest.context import json_response
 from router.api.rest.errors import Dialect
 from router.api.rest.models_openai import SamplingFields
@@ -39,16 +39,25 @@ class Job:
     characters: int
     silent: bool = False
 
-    def usage(self, finishes: Sequence[Finish]) -> Json:
+    def usage(self, finishes: Sequence[Finish | ChatFinish]) -> Json:
         """Returns the token counts; a prompt counts once, however many answers it has."""
-        return usage([] if self.silent else finishes, finishes[:: self.tries])
+        chats = [finish for finish in finishes if isinstance(finish, ChatFinish)]
+        bare = [one.finish if isinstance(one, ChatFinish) else one for one in finishes]
+        counts = usage([] if self.silent else bare, bare[:: self.tries])
+        if chats:
+            thoughts = sum(chat.reasoning_tokens for chat in chats)
+            counts["completion_tokens_details"] = {"reasoning_tokens": thoughts}
+        return counts
 
 
 def whole(
     job: Job, answers: Sequence[Whole], choices: Sequence[Json], arrived: float, **more: Any
 ) -> Response:
     """Returns all answers at once. ``answers`` are all that were made, also those not returned."""
-    counts = job.usage([answer.finish for answer in answers])
+    finishes = [
+        answer.chat if isinstance(answer, WholeChat) else answer.finish for answer in answers
+    ]
+    counts = job.usage(finishes)
     value = {**job.head.fields, "choices": choices, "usage": counts, **more}
     headers = timing_headers(arrived, answers, job.characters, job.model)
     return json_response(value, headers | ignored_header(job.body))
@@ -71,13 +80,13 @@ def stream(job: Job, starts: Sequence[Start[C]], choices: Sequence[Events[C]]) -
     return EventStream(produce, Dialect.OPENAI, headers | ignored_header(job.body))
 
 
-async def _pump(start: Start[C], events_of: Events[C], writer: EventWriter) -> Finish:
+async def _pump(start: Start[C], events_of: Events[C], writer: EventWriter) -> Finish | ChatFinish:
     """Runs one answer to its end and writes its events."""
     async with await start() as answer:
         async for chunk in answer:
             events = events_of(chunk)
             if events:
                 await writer.write(events)
-            if (finish := chunk.finish) is not None:
-                return finish.finish if isinstance(finish, ChatFinish) else finish
+            if chunk.finish is not None:
+                return chunk.finish
     raise AssertionError("an answer ends with a finish or an error")

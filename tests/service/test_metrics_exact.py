@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.service.fakes import until
+from router.app import Router
+from router.ask import Ask, Params
+from router.config import GroupSpec, Settings
+from tests.service.fakes import PATIENCE_S, bench_in, until
 from tests.service.test_rest_router import House, house_in
 
 USER = [{"role": "user", "content": "hello"}]
@@ -151,3 +154,26 @@ async def test_what_a_prefix_saves(house: House) -> None:
     assert seen["roundhouse_kv_tokens_used:g"] == 0
     assert seen["roundhouse_kv_tokens_cached:g"] >= length
     assert seen["roundhouse_preemptions_total"] == 0
+
+
+async def test_an_answer_that_goes_on_in_another_group(tmp_path: Path) -> None:
+    async with asyncio.timeout(PATIENCE_S), bench_in(tmp_path) as bench:
+        addresses = {name: await bench.start(name, step_ms="5") for name in ("a", "b")}
+        groups = [GroupSpec(name, None, (address,)) for name, address in addresses.items()]
+        async with Router(Settings(resume_streams=True), groups) as router:
+            await until(lambda: all(router.fleet.groups_up().values()))
+            ask = Ask("one two", Params(max_tokens=30, temperature=0.0))
+            async with await router.service.generate(ask) as answer:
+                await anext(answer)
+                snapshot = router.driver._core.snapshot()
+                (running,) = (group.name for group in snapshot.groups if group.running)
+                await bench.kill(running)
+                chunks = [chunk async for chunk in answer]
+            assert chunks[-1].finish is not None
+            assert chunks[-1].finish.generated_tokens == 30
+            shown = router.metrics.render().decode()
+    name = 'roundhouse_continuations_total{from_engine="scripted",to_engine="scripted"}'
+    assert f"{name} 1.0" in shown
+    assert "roundhouse_resumptions_total 1.0" in shown
+    assert "tgi_request_success 1.0" in shown
+    assert "tgi_request_count 1.0" in shown

@@ -257,7 +257,7 @@ def _priority(values: Values) -> int:
 def _deadline_s(values: Values, left_s: float | None) -> float | None:
     """The sooner of the call's deadline and Triton's ``timeout``, which is in microseconds."""
     timeout = _whole(values, "timeout") or 0
-    limits = [left_s, timeout / 1e6 if timeout > 0 else None]
+    limits = [left_s, min(timeout, 2**63) / 1e6 if timeout > 0 else None]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

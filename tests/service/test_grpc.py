@@ -285,12 +285,16 @@ async def test_health_follows_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None
 async def test_reflection_lists_the_services() -> None:
     async with channel_of(FakeService()) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        call = stub.ServerReflectionInfo(
-            iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-        )
+        asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
+        asked += [
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in SERVICES
+        ]
+        call = stub.ServerReflectionInfo(iter(asked))
         answer = await call.read()
         names = {service.name for service in answer.list_services_response.service}
         assert {*SERVICES, "grpc.health.v1.Health"} <= names
+        for _ in SERVICES:
+            assert (await call.read()).file_descriptor_response.file_descriptor_proto
         call.cancel()
 
 

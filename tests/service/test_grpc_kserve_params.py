@@ -1,12 +1,20 @@
 """What the inputs and parameters of the Open Inference Protocol mean, name by name."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
+from hypothesis import given as for_any
+from hypothesis import strategies as st
 
+from router.api.kserve_params import KNOWN, wish_of
+from router.api.kserve_tensors import inputs_of
 from router.ask import Ask, ConstraintKind, Params
+from router.errors import RequestError
+from router.kserve.v1 import inference_pb2
 from tests.service.fake_service import FakeService
 from tests.service.grpc_rig import failure, field_of
 from tests.service.kserve_rig import client_of, parameters, raw_request
@@ -223,3 +231,32 @@ async def test_no_prompt_is_refused() -> None:
         for texts in ((), ("a", "b", "c")):
             error = await failure(client.infer(raw_request(*texts)))
             assert (error.code(), field_of(error)) == (INVALID, "text_input")
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+@for_any(st.dictionaries(st.sampled_from(sorted(KNOWN)), ANYTHING, max_size=4))
+def test_whatever_is_said_is_read_or_refused(values: dict[str, Any]) -> None:
+    said = {name: value for name, value in values.items() if value is not None}
+    with suppress(RequestError):
+        assert wish_of("x", said, inference_pb2.ModelInferRequest(), None).ask.prompt == "x"
+
+
+@for_any(
+    st.sampled_from(["BYTES", "BOOL", "INT32", "UINT64", "FP16", "FP32", "BF16", ""]),
+    st.lists(st.integers(-1, 3), max_size=3),
+    st.binary(max_size=24),
+)
+def test_whatever_bytes_come_are_read_or_refused(
+    datatype: str, shape: list[int], raw: bytes
+) -> None:
+    request = inference_pb2.ModelInferRequest(raw_input_contents=[raw])
+    request.inputs.add(name="text_input", datatype=datatype, shape=shape)
+    with suppress(RequestError):
+        tensor = inputs_of(request)["text_input"]
+        assert len(tensor.values) == int(np.prod(tensor.shape))

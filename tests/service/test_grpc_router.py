@@ -93,13 +93,16 @@ async def test_every_service_gives_the_same_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("talk", [inference, several, chat, tgis, triton])
-async def test_leaving_ends_the_request_in_the_core(tmp_path: Path, talk: Talk) -> None:
+async def test_leaving_ends_the_request_in_the_core(
+    tmp_path: Path, talk: Talk, caplog: pytest.LogCaptureFixture
+) -> None:
     async with house_in(tmp_path, step_ms="5") as (router, channel):
         call = talk(channel, "Once upon", 1000)
         await call.read()
         await until(lambda: running(router) > 0)
         call.cancel()
         await until(lambda: running(router) == 0)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_a_time_limit_of_tgis_ends_with_what_there_is(tmp_path: Path) -> None:

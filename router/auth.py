@@ -21,20 +21,34 @@ class ApiKeys:
         """Whether a key is asked for at all."""
         return bool(self._keys)
 
-    def check(self, authorization: str | bytes | None) -> None:
+    def check(self, authorization: str | bytes | None, key: str | bytes | None = None) -> None:
         """Checks the value of an ``authorization`` header or gRPC metadata entry.
 
-        Raises RequestError(UNAUTHENTICATED) if it is not ``Bearer KEY`` with an accepted key. The
-        scheme is case-insensitive (RFC 9110, 11.1), the key is not.
+        ``key`` is a bare one, as Anthropic's clients send it in ``x-api-key``; one of the two is
+        enough.
+
+        Raises RequestError(UNAUTHENTICATED) if neither is an accepted key, the former as ``Bearer
+        KEY``. The scheme is case-insensitive (RFC 9110, 11.1), the key is not.
         """
         if not self._keys:
             return
-        if not authorization:
+        if not authorization and not key:
             raise RequestError(
                 Fault.UNAUTHENTICATED, "send the API key as `Authorization: Bearer KEY`"
             )
-        raw = authorization if isinstance(authorization, bytes) else authorization.encode()
-        scheme, _, key = raw.partition(b" ")
-        matches = [hmac.compare_digest(key.strip(), accepted) for accepted in self._keys]
-        if scheme.lower() != b"bearer" or not any(matches):
+        scheme, _, bearer = _bytes(authorization).partition(b" ")
+        # Both are compared in any case, so that the time does not tell which of them is wrong.
+        accepted = (
+            self._accepts(bearer.strip()) & (scheme.lower() == b"bearer"),
+            self._accepts(_bytes(key)),
+        )
+        if not any(accepted):
             raise RequestError(Fault.UNAUTHENTICATED, "this API key is not accepted")
+
+    def _accepts(self, given: bytes) -> bool:
+        matches = [hmac.compare_digest(given, accepted) for accepted in self._keys]
+        return any(matches)
+
+
+def _bytes(value: str | bytes | None) -> bytes:
+    return value if isinstance(value, bytes) else (value or "").encode()

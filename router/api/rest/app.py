@@ -10,14 +10,21 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from router.api.rest import models_chat, models_completions, models_responses, models_tgi
+from router.api.rest import (
+    models_anthropic,
+    models_chat,
+    models_completions,
+    models_responses,
+    models_tgi,
+)
+from router.api.rest.anthropic import anthropic_routes
 from router.api.rest.context import Context
 from router.api.rest.embeddings import embedding_routes
 from router.api.rest.errors import Dialect, HttpError, error_response
 from router.api.rest.hosted import hosted_routes
 from router.api.rest.openai import openai_routes
 from router.api.rest.openapi import docs_page, install_openapi
-from router.api.rest.request_id import naming
+from router.api.rest.request_id import ANTHROPIC_PATH, naming
 from router.api.rest.responses import responses_routes
 from router.api.rest.sse import SERVER_SEND, known_fault
 from router.api.rest.tgi import tgi_routes, version
@@ -28,7 +35,7 @@ from router.fleet import Fleet
 from router.metrics import Metrics
 from router.service import Service
 
-DESCRIPTION = "Text generation: the interfaces of text-generation-inference and of OpenAI."
+DESCRIPTION = "Text generation: the interfaces of TGI, OpenAI and Anthropic."
 
 
 class _App(FastAPI):
@@ -55,13 +62,14 @@ def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Setti
     app.include_router(openai_routes(context))
     app.include_router(responses_routes(context))
     app.include_router(embedding_routes(context))
+    app.include_router(anthropic_routes(context))
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(settings.cors_allow_origin) or ["*"],
         allow_methods=["GET", "POST"],
         # The SDKs of OpenAI and Anthropic send a dozen headers of their own from browsers, too.
         allow_headers=["*"],
-        expose_headers=["x-ignored-parameters", "retry-after", "x-request-id"],
+        expose_headers=["x-ignored-parameters", "retry-after", "x-request-id", "request-id"],
     )
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _bug)
@@ -79,6 +87,7 @@ def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Setti
             models_completions.Completion,
             models_responses.ResponsesRequest,
             models_responses.ResponseEvent,
+            *models_anthropic.DOCUMENTED,
         ),
     )
     app.get("/docs", include_in_schema=False)(_docs(app))
@@ -103,7 +112,10 @@ def _document(app: FastAPI) -> Callable[[], Awaitable[Response]]:
 
 
 def _dialect(request: Request) -> Dialect:
-    return Dialect.OPENAI if request.url.path.startswith("/v1/") else Dialect.TGI
+    path = request.url.path
+    if path.startswith(ANTHROPIC_PATH):
+        return Dialect.ANTHROPIC
+    return Dialect.OPENAI if path.startswith("/v1/") else Dialect.TGI
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -111,7 +123,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     method, path = request.method, request.url.path[:200]
     response = error_response(
-        HttpError(error.status_code, f"{method} {path}: {error.detail}"), _dialect(request)
+        HttpError(error.status_code, f"{method} {path}: {error.detail}"),
+        _dialect(request),
+        request.scope,
     )
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
@@ -119,4 +133,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    return error_response(known_fault(error), _dialect(request))
+    return error_response(known_fault(error), _dialect(request), request.scope)

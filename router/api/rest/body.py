@@ -101,13 +101,15 @@ def unknown_fields(body: BaseModel, prefix: str = "") -> Iterator[str]:
             yield from unknown_fields(value, f"{prefix}{name}.")
 
 
-def ignored_header(body: Body) -> dict[str, str]:
+def ignored_header(body: Body, *more: str) -> dict[str, str]:
     """Returns the ``x-ignored-parameters`` header, or nothing if every field is known.
+
+    ``more`` are known fields that have no effect this time.
 
     Names are the client's own text: cut to a safe alphabet and length, and at most
     IGNORED_NAMES_MAX of them.
     """
-    names = sorted(unknown_fields(body))
+    names = sorted((*unknown_fields(body), *more))
     if not names:
         return {}
     safe = [

@@ -52,7 +52,8 @@ class Context:
         """
         arrived = perf_counter()
         try:
-            self.keys.check(request.headers.get("authorization"))
+            headers = request.headers
+            self.keys.check(headers.get("authorization"), headers.get("x-api-key"))
             body = await parse(request, model, self.settings.payload_limit)
             async with Presence(request.receive):
                 return await (
@@ -61,7 +62,7 @@ class Context:
         except ClientLeft:
             return Response(status_code=499)
         except Exception as error:  # noqa: BLE001 -- logged, and answered as INTERNAL
-            return error_response(known_fault(error), dialect)
+            return error_response(known_fault(error), dialect, request.scope)
 
     async def _counted(self, work: Awaitable[Response]) -> Response:
         """Runs it, and counts what a route refuses by itself; the service counts the rest.

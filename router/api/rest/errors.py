@@ -1,16 +1,19 @@
 """Errors as each REST dialect writes them.
 
 TGI: ``{"error": text, "error_type": tag}``. OpenAI: ``{"error": {message, type, param, code}}``.
-The two differ in some statuses, as OpenAI's clients decide by the status whether to try again.
+Anthropic: ``{"type": "error", "error": {type, message}, "request_id": text}``. They differ in some
+statuses, as the clients of OpenAI and Anthropic decide by the status whether to try again.
 """
 
 from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from typing import Any, assert_never
 
 import orjson
 from starlette.responses import Response
+from starlette.types import Scope
 
+from router.api.rest.request_id import REQUEST_ID
 from router.errors import Fault, RequestError, TooLongError
 
 
@@ -19,6 +22,7 @@ class Dialect(Enum):
 
     TGI = "tgi"
     OPENAI = "openai"
+    ANTHROPIC = "anthropic"
 
 
 class HttpError(RequestError):
@@ -51,6 +55,19 @@ OPENAI_STATUS = {
 }
 """Where OpenAI's status differs from TGI's: its clients retry 429 and 5xx, and nothing else."""
 
+ANTHROPIC_STATUS = {**OPENAI_STATUS, Fault.OVERLOADED: 529}
+"""Anthropic's own: 429 is a limit of the client there, and 529 one of the server."""
+
+ANTHROPIC_TYPE = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+"""Status to type. Other 4xx are invalid requests, other 5xx are ``api_error``."""
+
 OPENAI_CODE = {
     Fault.UNSUPPORTED: "unsupported_parameter",
     Fault.VALIDATION: "invalid_value",
@@ -65,6 +82,8 @@ def status_of(error: RequestError, dialect: Dialect) -> int:
         return error.status
     if dialect is Dialect.OPENAI:
         return OPENAI_STATUS.get(error.fault, error.wire.http)
+    if dialect is Dialect.ANTHROPIC:
+        return ANTHROPIC_STATUS.get(error.fault, error.wire.http)
     return error.wire.http
 
 
@@ -107,13 +126,43 @@ def openai_error(error: RequestError) -> dict[str, Any]:
     }
 
 
+ANTHROPIC_WORDS = {
+    "`max_new_tokens`": "`max_tokens`",
+    "`inputs`": "`messages`",
+    "`prompt`": "`messages`",
+    "`stop`": "`stop_sequences`",
+    ".function.parameters": ".input_schema",
+    ".function.name": ".name",
+}
+"""As ``WORDS``, for Anthropic."""
+
+
+def anthropic_error(error: RequestError) -> dict[str, Any]:
+    """Returns Anthropic's error object, without the request's id."""
+    status = status_of(error, Dialect.ANTHROPIC)
+    kind = ANTHROPIC_TYPE.get(status, "invalid_request_error" if status < 500 else "api_error")
+    message = error.message
+    for native, name in ANTHROPIC_WORDS.items():
+        message = message.replace(native, name)
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
 BODY: dict[Dialect, Callable[[RequestError], dict[str, Any]]] = {
     Dialect.TGI: tgi_error,
     Dialect.OPENAI: openai_error,
+    Dialect.ANTHROPIC: anthropic_error,
 }
 
 
-def error_response(error: RequestError, dialect: Dialect) -> Response:
+def error_body(error: RequestError, dialect: Dialect, scope: Scope | None = None) -> bytes:
+    """Returns what says an error, as JSON. The ``scope`` of the request has its id."""
+    body = BODY[dialect](error)
+    if dialect is Dialect.ANTHROPIC:
+        body["request_id"] = None if scope is None else scope.get(REQUEST_ID)
+    return orjson.dumps(body)
+
+
+def error_response(error: RequestError, dialect: Dialect, scope: Scope | None = None) -> Response:
     """Returns the whole answer for a request that failed before its first byte."""
     headers: dict[str, str] = {}
     if error.wire.retry_after_s is not None:
@@ -123,19 +172,25 @@ def error_response(error: RequestError, dialect: Dialect) -> Response:
     if isinstance(error, TooLargeError) and error.waiting:
         headers["connection"] = "close"
     return Response(
-        orjson.dumps(BODY[dialect](error)),
+        error_body(error, dialect, scope),
         status_of(error, dialect),
         headers,
         media_type="application/json",
     )
 
 
-def error_event(error: RequestError, dialect: Dialect) -> bytes:
+def error_event(error: RequestError, dialect: Dialect, scope: Scope | None = None) -> bytes:
     """Returns the event that ends a stream which failed after its first byte."""
-    body = orjson.dumps(BODY[dialect](error))
-    if dialect is Dialect.TGI:
-        return b"data:" + body + b"\n\n"
-    return b"data: " + body + b"\n\ndata: [DONE]\n\n"
+    body = error_body(error, dialect, scope)
+    match dialect:
+        case Dialect.TGI:
+            return b"data:" + body + b"\n\n"
+        case Dialect.OPENAI:
+            return b"data: " + body + b"\n\ndata: [DONE]\n\n"
+        case Dialect.ANTHROPIC:
+            return b"event: error\ndata: " + body + b"\n\n"
+        case _:
+            assert_never(dialect)
 
 
 def first_fault(error: BaseException) -> RequestError | None:

@@ -38,11 +38,16 @@ def _readable(
     known: dict[str, Any], field: str, model: ModelCard, *, usual: bool
 ) -> dict[str, Any]:
     """The variables that the template reads; there must be one, unless the value is the usual."""
-    names = _names(template_of(model))
-    found = {name: value for name, value in known.items() if name in names}
+    found = readable(known, model)
     if not found and not usual:
         raise unsupported(field, f"the chat template of {model.id} does not read it; leave it out")
     return found
+
+
+def readable(known: dict[str, Any], model: ModelCard) -> dict[str, Any]:
+    """Returns those of the variables that the model's chat template reads."""
+    names = _names(template_of(model))
+    return {name: value for name, value in known.items() if name in names}
 
 
 def template_of(model: ModelCard) -> str:

@@ -21,6 +21,9 @@ SERVER_SEND = "roundhouse.server_send"
 """Where the application keeps the server's own ``send`` in the scope."""
 
 KEEP_ALIVE = b":\n\n"
+"""A comment, which every client skips."""
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+"""What Anthropic sends in silence, and its clients know."""
 
 
 class EventWriter:
@@ -33,7 +36,10 @@ class EventWriter:
     Several tasks may write; an event is never torn.
     """
 
-    def __init__(self, send: Send, server_send: Send, start: Message) -> None:
+    def __init__(
+        self, send: Send, server_send: Send, start: Message, idle: bytes = KEEP_ALIVE
+    ) -> None:
+        self._idle = idle
         self._send = send
         self._server_send = server_send
         self._start = start
@@ -57,9 +63,9 @@ class EventWriter:
         await self._server_send({"type": "http.response.body", "body": events, "more_body": False})
 
     async def keep_alive(self) -> None:
-        """Sends a comment if nothing was written since the last call and the stream has begun."""
+        """Sends ``idle`` if nothing was written since the last call and the stream has begun."""
         if self.started and self._writes == self._writes_seen:
-            await self.write(KEEP_ALIVE)
+            await self.write(self._idle)
         self._writes_seen = self._writes
 
 
@@ -84,7 +90,8 @@ class EventStream(Response):
             "status": 200,
             "headers": self.raw_headers,
         }
-        writer = EventWriter(send, scope.get(SERVER_SEND, send), start)
+        idle = PING if self._dialect is Dialect.ANTHROPIC else KEEP_ALIVE
+        writer = EventWriter(send, scope.get(SERVER_SEND, send), start, idle)
         try:
             async with Presence(receive, writer.keep_alive):
                 last = await self._produce(writer)
@@ -93,9 +100,9 @@ class EventStream(Response):
         except Exception as error:  # noqa: BLE001 -- logged, and answered as INTERNAL
             fault = known_fault(error)
             if not writer.started:
-                await error_response(fault, self._dialect)(scope, receive, send)
+                await error_response(fault, self._dialect, scope)(scope, receive, send)
                 return
-            last = error_event(fault, self._dialect)
+            last = error_event(fault, self._dialect, scope)
         await writer.end(last)
 
 

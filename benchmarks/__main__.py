@@ -13,6 +13,7 @@ from benchmarks import report, vllm_scenarios
 from benchmarks.bare import bare
 from benchmarks.baseline import tune
 from benchmarks.engine_scenarios import contended, decode, shared_prefix
+from benchmarks.gateway_scenario import gateways
 from benchmarks.jobs import LoadError, raise_file_limit
 from benchmarks.llama_server import BuildError
 from benchmarks.loads import say
@@ -26,6 +27,7 @@ SCENARIOS: dict[str, Callable[[bool], list[Row]]] = {
     "ttft_overhead": ttft_overhead,
     "cpu_per_token": cpu_per_token,
     "streams_1000": streams_1000,
+    "gateway": gateways,
     "decode_c1": partial(decode, 1),
     "decode_c8": partial(decode, 8),
     "decode_c32": partial(decode, 32),

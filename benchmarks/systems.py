@@ -118,6 +118,17 @@ def roundhouse(*options: str) -> Iterator[System]:
         yield System("roundhouse", port, grpc_port, router_pid(child))
 
 
+@contextmanager
+def gateway(router: System, port: int) -> Iterator[System]:
+    """``roundhouse gateway`` before a router, on a port that other gateways may share."""
+    command = [sys.executable, "-m", "deploy.cli", "gateway", "--json-output"]
+    command += ["--router", f"127.0.0.1:{router.grpc_port}"]
+    command += ["--hostname", "127.0.0.1", "--port", str(port)]
+    with running(command) as child:
+        child.wait_until(lambda: '"ready"' in child.printed(), START_S)
+        yield System("gateway", port, pid=child.pid)
+
+
 def router_pid(child: Child) -> int:
     """The router among a launcher's processes: the one that is not a worker."""
     pids = [child.pid, *children(child.pid)]

@@ -15,7 +15,7 @@ from deploy.options import (
     some_router_options,
 )
 from deploy.running import run
-from router.config import ConfigError, Settings, is_address
+from router.config import ConfigError, is_address
 
 
 @click.command(cls=SectionedCommand)
@@ -31,11 +31,17 @@ from router.config import ConfigError, Settings, is_address
     LISTEN, "--reuse-port/--exclusive-port", default=True, show_default=True, envvar="REUSE_PORT",
     help="Share the port with other gateways of this user, or be the only one there.",
 )  # fmt: skip
+@option(
+    LISTEN, "--own-port", type=click.IntRange(1, 65_535), metavar="PORT",
+    help="A second port, of this gateway alone: for its /metrics, where it shares the first.",
+)  # fmt: skip
 @some_router_options(
     *("hostname", "port", "api-key", "cors-allow-origin"),
     *("graceful-termination-timeout", "json-output", "log-level"),
 )
-def gateway(router: str, router_api_key: str | None, reuse_port: bool, **options: Any) -> None:
+def gateway(
+    router: str, router_api_key: str | None, reuse_port: bool, own_port: int | None, **options: Any
+) -> None:
     """Serve REST before a router that runs elsewhere.
 
     The gateway parses, tokenises and writes answers, for which a busy router would have less time;
@@ -59,20 +65,21 @@ def gateway(router: str, router_api_key: str | None, reuse_port: bool, **options
     from router.gateway import serve
 
     console = Console(as_json=settings.json_output)
-    listener = _listener(settings, reuse_port)
+    listeners = [_listener(settings.host, settings.port, reuse_port, "--port")]
+    if own_port is not None:
+        listeners.append(_listener(settings.host, own_port, False, "--own-port"))
 
     def ready(port: int) -> None:
         console.ready(Urls.of(settings.host, port, None), "", settings.api_key)
 
-    console.say(f"gateway of the router {router}: waiting for it")
-    run(serve(settings, router, router_api_key, listener, ready))
+    run(serve(settings, router, router_api_key, listeners, ready))
 
 
-def _listener(settings: Settings, reuse_port: bool) -> socket.socket:
+def _listener(host: str, port: int, reuse_port: bool, option_name: str) -> socket.socket:
     from router.faces import listen
 
     try:
-        return listen(settings.host, settings.port, reuse_port=reuse_port)
+        return listen(host, port, reuse_port=reuse_port)
     except OSError as error:
-        hint = "choose another port with --port, or another address with --hostname"
+        hint = f"choose another port with {option_name}, or another address with --hostname"
         raise UserError(f"{error}; {hint}") from error

@@ -92,11 +92,14 @@ class _Uvicorn(uvicorn.Server):
 
 
 class RestFace:
-    """The REST server of an application, on a listening socket. ``run`` is its task."""
+    """The REST server of an application, on listening sockets. ``run`` is its task.
 
-    def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
-        self.port: int = listener.getsockname()[1]
-        self._listener = listener
+    ``port`` is that of the first socket.
+    """
+
+    def __init__(self, app: ASGIApp, *listeners: socket.socket) -> None:
+        self.port: int = listeners[0].getsockname()[1]
+        self._listeners = list(listeners)
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -113,7 +116,7 @@ class RestFace:
 
     async def run(self) -> None:
         """Serves until the intake is stopped and every answer is written out."""
-        await self._server.serve(sockets=[self._listener])
+        await self._server.serve(sockets=self._listeners)
         if not self._server.should_exit:
             raise RuntimeError("the REST server ended by itself")
 

@@ -8,7 +8,7 @@ there (``router/remote.py``). It attaches again and again, for as long as it run
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from random import Random
 from time import monotonic
@@ -126,8 +126,8 @@ class Gateway(Collector):
         self._settings, self._specs = settings, specs
         self.fleet = Fleet(settings, specs)
         self.driver.requests_max = settings.max_concurrent_requests
-        service = Service(self.fleet, self.driver, settings)
-        self.front.app = create_app(service, self.fleet, self.metrics, settings)
+        self.service = Service(self.fleet, self.driver, settings)
+        self.front.app = create_app(self.service, self.fleet, self.metrics, settings)
 
     def _welcome(self, welcome: pb.Welcome) -> None:
         specs = specs_from_wire(welcome.fleet)
@@ -251,18 +251,18 @@ async def serve(
     settings: Settings,
     router: str,
     router_key: str | None,
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],
     on_ready: Callable[[int], None],
 ) -> None:
     """Serves REST before the router until SIGTERM or SIGINT has been obeyed, as a router does.
 
-    ``on_ready`` gets the port of ``listener`` once the gateway is attached and some group is up.
-    Raises ``ConfigError`` if the router will never take this gateway.
+    ``on_ready`` gets the port of the first listener once the gateway is attached and some group is
+    up. Raises ``ConfigError`` if the router will never take this gateway.
     """
     configure(settings)
     with Signals() as signals:
         async with Gateway(settings, router, router_key) as gateway:
-            face = RestFace(gateway.front, listener)
+            face = RestFace(gateway.front, *listeners)
             rest = gateway.own(face.run(), "rest")
             try:
                 if await unless(signals.first, _wait(gateway.ready)):

@@ -237,7 +237,9 @@ class Driver:
     def _perform(self, effect: Effect, now_ms: int) -> None:
         match effect:
             case Deliver():
+                began_s = time.perf_counter()
                 self._deliver(effect, now_ms)
+                self.metrics.batches.delivered(time.perf_counter() - began_s)
             case Close():
                 self._closed(effect, now_ms)
             case RunPlan():

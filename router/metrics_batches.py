@@ -69,6 +69,8 @@ class Batches:
         self._sizes = Histogram("tgi_batch_next_size", "Requests that begin together", SEQUENCES)
         self._calls = {method: Histogram("", "", SECONDS) for method in METHODS}
         self._engines = {method: Histogram("", "", SECONDS) for method in METHODS}
+        self._deliveries = {method: Histogram("", "", SECONDS) for method in METHODS}
+        self._latest = METHODS[0]
         self._steps: dict[str, Histogram] = {}
 
     def group(self, name: str) -> Calls:
@@ -84,6 +86,7 @@ class Batches:
 
     def ended(self, method: str, call_s: float, engine_s: float) -> None:
         """A call was answered."""
+        self._latest = method
         self._successes[method] += 1
         self._calls[method].observe(call_s)
         self._engines[method].observe(engine_s)
@@ -91,6 +94,10 @@ class Batches:
     def failed(self, method: str) -> None:
         """A call will not be answered."""
         self._failures[method] += 1
+
+    def delivered(self, seconds: float) -> None:
+        """The tokens of the latest call were handed to their requests."""
+        self._deliveries[self._latest].observe(seconds)
 
     def stepped(self, group: str, engine_s: float) -> None:
         """An engine took this long for a step."""
@@ -124,9 +131,24 @@ class Batches:
         for name, text, label, histograms in (
             ("tgi_batch_inference_duration", "Seconds of a call", "method", self._calls),
             ("tgi_batch_forward_duration", "Seconds of it in the engine", "method", self._engines),
+            ("tgi_batch_filter_duration", "Seconds to hand out tokens", "method", self._deliveries),
             ("roundhouse_step_seconds", "Seconds of the engine for a step", "group", self._steps),
         ):
             durations = HistogramMetricFamily(name, text, labels=[label])
             for value, histogram in histograms.items():
                 durations.add_metric([value], histogram.cumulated(), histogram.sum)
             yield durations
+        drawing = "Always 0: tokens are drawn within the step of the engine"
+        yield _no_time("tgi_batch_decode_duration", drawing, self._successes)
+        joining = "Always 0: requests join a batch without being copied"
+        yield _no_time("tgi_batch_concat_duration", joining, {"decode": self._joined})
+
+
+def _no_time(name: str, text: str, counts: dict[str, int]) -> Metric:
+    """A histogram of what takes no time of its own here, so that dashboards show that."""
+    family = HistogramMetricFamily(name, text, labels=["method"])
+    for method, number in counts.items():
+        histogram = Histogram("", "", SECONDS)
+        histogram.observe(0.0, number)
+        family.add_metric([method], histogram.cumulated(), histogram.sum)
+    return family

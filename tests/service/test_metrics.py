@@ -33,6 +33,9 @@ TGI_NAMES = {
     "tgi_batch_forward_duration",
     "tgi_batch_next_size",
     "tgi_batch_concat",
+    "tgi_batch_filter_duration",
+    "tgi_batch_decode_duration",
+    "tgi_batch_concat_duration",
     "tgi_request_skipped_tokens",
 }
 
@@ -148,6 +151,20 @@ def test_calls_are_told_apart_as_tgi_does() -> None:
     assert seen["tgi_batch_forward_duration_sum", prefill] == 0.75
     assert seen["tgi_batch_forward_duration_count", decode] == 1
     assert seen["roundhouse_step_seconds_count", (("group", "g"),)] == 5
+    assert seen["tgi_batch_decode_duration_count", prefill] == 3
+    assert seen["tgi_batch_decode_duration_sum", prefill] == 0
+    assert seen["tgi_batch_concat_duration_count", decode] == 1
+
+
+def test_handing_out_tokens_is_timed_by_the_latest_call() -> None:
+    metrics = Metrics()
+    calls = metrics.batches.group("g")
+    calls.sent(plan(1, 0, 2))
+    calls.answered(0.25)
+    metrics.batches.delivered(0.5)
+    seen = samples(metrics)
+    assert seen["tgi_batch_filter_duration_sum", (("method", "decode"),)] == 0.5
+    assert seen["tgi_batch_filter_duration_count", (("method", "prefill"),)] == 0
 
 
 def test_calls_that_overlap_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,10 @@ async def test_calls_of_the_model(house: House) -> None:
     assert 3 + 2 <= decodes <= 3 + 2 + 3
     assert seen["tgi_batch_inference_success:decode"] == decodes
     assert seen["tgi_batch_forward_duration_count:decode"] == decodes
+    delivered = [
+        seen[f"tgi_batch_filter_duration_count:{method}"] for method in ("prefill", "decode")
+    ]
+    assert sum(delivered) >= 1 + 4 + 3  # every token was handed out
     calls = ("prefill", "decode")
     engine_s = sum(seen[f"tgi_batch_forward_duration_sum:{method}"] for method in calls)
     assert 0 < engine_s <= sum(seen[f"tgi_batch_inference_duration_sum:{m}"] for m in calls)

@@ -84,9 +84,10 @@ class Outgoing:
 def finish_of(finish: Finish | ChatFinish, params: pb.Parameters) -> pb.Finish:
     """Returns the message about an answer's end."""
     calls: Sequence[Call] = ()
-    called = False
+    called, thoughts = False, 0
     if isinstance(finish, ChatFinish):
-        calls, called, finish = finish.calls, finish.called, finish.finish
+        calls, called, thoughts = finish.calls, finish.called, finish.reasoning_tokens
+        finish = finish.finish
     return pb.Finish(
         reason=pb.FINISH_REASON_TOOL_CALLS if called else FINISH_REASON[finish.reason],
         prompt_tokens=finish.prompt_tokens,
@@ -98,6 +99,7 @@ def finish_of(finish: Finish | ChatFinish, params: pb.Parameters) -> pb.Finish:
         tool_calls=[
             pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls
         ],
+        reasoning_tokens=thoughts,
     )
 
 

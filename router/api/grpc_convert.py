@@ -146,13 +146,9 @@ def embeddings_of(embedded: Embedded) -> pb.EmbedResponse:
     )
 
 
-def tokens_of(found: Iterable[TokenSpan]) -> pb.TokenizeResponse:
-    """Returns the answer to Tokenize."""
-    return pb.TokenizeResponse(
-        tokens=[
-            pb.Token(id=id_, text=text, start=start, end=end) for id_, text, start, end in found
-        ]
-    )
+def tokens_of(found: Iterable[TokenSpan]) -> list[pb.Token]:
+    """Returns the tokens of a text."""
+    return [pb.Token(id=id_, text=text, start=start, end=end) for id_, text, start, end in found]
 
 
 def model_of(card: ModelCard) -> pb.Model:
@@ -163,6 +159,7 @@ def model_of(card: ModelCard) -> pb.Model:
         max_input_tokens=card.max_input_tokens,
         groups=[_group_of(group) for group in card.groups],
         adapters=card.adapters,
+        features=card.features,
     )
 
 

@@ -84,7 +84,18 @@ class Inference:
             found = await self._service.tokenize(
                 known.model or None, known.text, known.add_special_tokens
             )
-            return convert.tokens_of(found)
+            return pb.TokenizeResponse(tokens=convert.tokens_of(found))
+        raise AssertionError("either returned or aborted")
+
+    async def tokenize_chat(
+        self, request: Received[pb.ChatRequest], context: Context
+    ) -> pb.TokenizeChatResponse:
+        """Turns a conversation into the token ids that a chat would start from."""
+        async with guarded(self._keys, request, context) as known:
+            with renaming(field_name):
+                card, text = await self._chats.render(chat_ask(known, None))
+            found = await self._service.tokenize(card, text, False)
+            return pb.TokenizeChatResponse(text=text, tokens=convert.tokens_of(found))
         raise AssertionError("either returned or aborted")
 
     async def detokenize(
@@ -148,6 +159,9 @@ class Inference:
             "Embed": handler(UNARY, self.embed, pb.EmbedRequest, pb.EmbedResponse, most),
             "Tokenize": handler(
                 UNARY, self.tokenize, pb.TokenizeRequest, pb.TokenizeResponse, most
+            ),
+            "TokenizeChat": handler(
+                UNARY, self.tokenize_chat, pb.ChatRequest, pb.TokenizeChatResponse, most
             ),
             "Detokenize": handler(
                 UNARY, self.detokenize, pb.DetokenizeRequest, pb.DetokenizeResponse, most

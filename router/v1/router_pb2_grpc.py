@@ -56,6 +56,11 @@ class InferenceStub(object):
                 request_serializer=router_dot_v1_dot_router__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=router_dot_v1_dot_router__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.TokenizeChat = channel.unary_unary(
+                '/router.v1.Inference/TokenizeChat',
+                request_serializer=router_dot_v1_dot_router__pb2.ChatRequest.SerializeToString,
+                response_deserializer=router_dot_v1_dot_router__pb2.TokenizeChatResponse.FromString,
+                _registered_method=True)
         self.Detokenize = channel.unary_unary(
                 '/router.v1.Inference/Detokenize',
                 request_serializer=router_dot_v1_dot_router__pb2.DetokenizeRequest.SerializeToString,
@@ -103,6 +108,13 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TokenizeChat(self, request, context):
+        """Lays a conversation out with the model's own chat template, as Chat would, and tokenises it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Detokenize(self, request, context):
         """Turns token ids into text.
         """
@@ -139,6 +151,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=router_dot_v1_dot_router__pb2.TokenizeRequest.FromString,
                     response_serializer=router_dot_v1_dot_router__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'TokenizeChat': grpc.unary_unary_rpc_method_handler(
+                    servicer.TokenizeChat,
+                    request_deserializer=router_dot_v1_dot_router__pb2.ChatRequest.FromString,
+                    response_serializer=router_dot_v1_dot_router__pb2.TokenizeChatResponse.SerializeToString,
             ),
             'Detokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Detokenize,
@@ -261,6 +278,33 @@ class Inference(object):
             '/router.v1.Inference/Tokenize',
             router_dot_v1_dot_router__pb2.TokenizeRequest.SerializeToString,
             router_dot_v1_dot_router__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TokenizeChat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/router.v1.Inference/TokenizeChat',
+            router_dot_v1_dot_router__pb2.ChatRequest.SerializeToString,
+            router_dot_v1_dot_router__pb2.TokenizeChatResponse.FromString,
             options,
             channel_credentials,
             insecure,

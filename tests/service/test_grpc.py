@@ -143,6 +143,21 @@ async def test_chat_uses_the_template() -> None:
         assert [violation.field for violation in fields] == ["messages[0].role"]
 
 
+async def test_a_conversation_is_tokenised_as_chat_would() -> None:
+    service = FakeService()
+    async with stub_of(service) as stub:
+        request = pb.ChatRequest(messages=[pb.ChatMessage(role="user", content="Hi")])
+        answer = await stub.TokenizeChat(request)
+        assert answer.text == "<user>Hi</><assistant>"
+        assert "".join(token.text for token in answer.tokens) == answer.text
+        request.template = "nope"
+        error = await failure(stub.TokenizeChat(request))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        fields = details_of(error)["BadRequest"].field_violations
+        assert [violation.field for violation in fields] == ["template"]
+    assert service.asks == []
+
+
 async def test_tokenize_detokenize_and_models() -> None:
     async with stub_of(FakeService()) as stub:
         tokens = (await stub.Tokenize(pb.TokenizeRequest(text="aî"))).tokens
@@ -154,6 +169,7 @@ async def test_tokenize_detokenize_and_models() -> None:
         ids = [token.id for token in tokens]
         assert (await stub.Detokenize(pb.DetokenizeRequest(token_ids=ids))).text == "aî"
         (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
+        assert "logprobs" in model.features
         assert (model.id, model.max_total_tokens, model.max_input_tokens) == ("m/one", 2048, 2047)
         (group,) = model.groups
         assert (group.name, group.engine, group.device, group.world) == ("g0", "scripted", "cpu", 1)
@@ -224,6 +240,7 @@ async def test_the_key_guards_what_runs_the_model() -> None:
             (stub.Generate, pb.GenerateRequest(text="x")),
             (stub.Chat, pb.ChatRequest(messages=[pb.ChatMessage(role="user")])),
             (stub.Tokenize, pb.TokenizeRequest(text="x")),
+            (stub.TokenizeChat, pb.ChatRequest(messages=[pb.ChatMessage(role="user")])),
             (stub.Detokenize, pb.DetokenizeRequest(token_ids=[1])),
         )
         for method, request in requests:

@@ -20,7 +20,7 @@ CALLS = (Call("c1", "sum", '{"a":1}'), Call("c2", "now", "{}"))
 def answer(called: bool = True, reason: Reason = Reason.EOS) -> list[ChatChunk]:
     """Thoughts, text, and two calls in pieces; a token with each."""
     finish = ChatFinish(
-        Finish(reason, "raw", 7, 4, 2, 5), "So:", "Hm", CALLS if called else (), called
+        Finish(reason, "raw", 7, 4, 2, 5), "So:", "Hm", CALLS if called else (), called, 1
     )
     token = TokenOut(1, "x")
     return [
@@ -54,6 +54,7 @@ async def test_parts_of_an_answer_come_apart() -> None:
     finish = messages[-1].finish
     assert finish.reason == pb.FINISH_REASON_TOOL_CALLS
     assert (finish.prompt_tokens, finish.generated_tokens, finish.seed) == (7, 4, 5)
+    assert finish.reasoning_tokens == 1
     assert list(finish.tool_calls) == [
         pb.ToolCall(id="c1", name="sum", arguments='{"a":1}'),
         pb.ToolCall(id="c2", name="now", arguments="{}"),

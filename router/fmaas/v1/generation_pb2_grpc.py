@@ -67,7 +67,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Continues one prompt. The first message tells of the input, the last one has a stop_reason.
+        """Continues one prompt. The first message tells of the input, the last one has a stop_reason. The
+        first comes at once, or with the first token if the input's tokens are to have details.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

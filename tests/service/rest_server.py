@@ -9,8 +9,11 @@ from typing import Any
 import httpx
 import uvicorn
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
+from router.api.rest import models_chat, models_completions
 from router.api.rest.app import create_app
+from router.api.rest.models_openai import OpenAIError
 from router.config import Settings
 from tests.service.fake_service import FakeFleet, FakeMetrics, FakeService, events_of
 
@@ -90,14 +93,27 @@ async def post(service: FakeService, path: str, body: object, **settings: Any) -
 async def chat(service: FakeService, **fields: object) -> httpx.Response:
     """One chat. What comes back must be what OpenAI's SDK says it is, field by field."""
     answer = await post(service, "/v1/chat/completions", {"messages": USER, **fields})
-    if answer.is_success and fields.get("stream"):
-        for event in events_of(answer.text):
-            if event != "[DONE]" and "error" not in event:
-                ChatCompletionChunk.model_validate(event)
-    elif answer.is_success:
-        ChatCompletion.model_validate(answer.json())
+    for value in documented(answer, models_chat.ChatCompletion, models_chat.ChatCompletionChunk):
+        (ChatCompletionChunk if fields.get("stream") else ChatCompletion).model_validate(value)
     return answer
 
 
 async def complete(service: FakeService, **fields: object) -> httpx.Response:
-    return await post(service, "/v1/completions", {"prompt": "x", **fields})
+    answer = await post(service, "/v1/completions", {"prompt": "x", **fields})
+    documented(answer, models_completions.Completion, models_completions.Completion)
+    return answer
+
+
+def documented(
+    answer: httpx.Response, whole: type[BaseModel], event: type[BaseModel]
+) -> list[dict[str, Any]]:
+    """The answer's objects but for errors. Each has what the OpenAPI page says, no more."""
+    streams = answer.headers["content-type"].startswith("text/event-stream")
+    values = [v for v in events_of(answer.text) if v != "[DONE]"] if streams else [answer.json()]
+    kept = []
+    for value in values:
+        model = OpenAIError if "error" in value else event if streams else whole
+        assert model.model_validate(value).model_dump(mode="json", exclude_unset=True) == value
+        if "error" not in value:
+            kept.append(value)
+    return kept

@@ -87,6 +87,10 @@ async def test_openais_client(house: House) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             await client.embeddings.create(model="m", input="x", dimensions=2)
         assert (caught.value.param, caught.value.code) == ("dimensions", "unsupported_parameter")
+        whole = await client.embeddings.create(model="m", input="x", user="u")
+        size = len(whole.data[0].embedding)
+        same = await client.embeddings.create(model="m", input="x", dimensions=size)
+        assert same.data == whole.data
         with pytest.raises(openai.NotFoundError):
             await client.embeddings.create(model="n", input="x")
 

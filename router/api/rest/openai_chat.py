@@ -61,9 +61,8 @@ class ChatRoute:
         try:
             return await self._context.chat.chat(ask)
         except RequestError as error:
-            if error.field == "prompt":
-                error.field = "messages"
-                error.message = error.message.replace("`inputs`", "`messages`")
+            error.message = error.message.replace("`inputs`", "`messages`")
+            error.field = "messages" if error.field == "prompt" else error.field
             raise
 
 

@@ -5,12 +5,13 @@ import json
 import re
 import string
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from router.errors import Fault, RequestError
 from router.text.template import ChatTemplate
 from router.text.tools.formats import MISTRAL_ID_CHARS, ToolFormat
-from router.text.tools.telling import plain_messages, text_of
+from router.text.tools.telling import joined, plain_messages, text_of, with_calls_as_text
 
 DEPTH_MAX = 64
 """Nesting of what a client hands to the template, well under what ``tojson`` can recurse into."""
@@ -42,17 +43,54 @@ def for_template(
 ) -> list[Message]:
     """What the template can read of messages that ``laid_open`` returned.
 
-    Lists of parts are joined unless it takes them, arguments are JSON text again if it wants that,
-    and ids are as long as Mistral's where only those are taken. Without ``native`` the template
+    Lists of parts are joined unless it takes them, a system message goes into the user's first one
+    if it would be refused or left out, arguments are JSON text again if it wants that,
+    ids are as long as Mistral's where only those are taken, and calls are made one by one by models
+    that do so. Calls that the template would leave out are text. Without ``native`` the template
     has no words for tools: calls and results become text.
     """
     out: Sequence[Message] = messages
     if template is None or not template.takes_parts:
         out = [{**message, "content": text_of(message["content"])} for message in out]
+    if template is not None and not template.takes_system:
+        out = _without_system(out)
     if not native:
         return plain_messages(out)
+    if template is not None and not template.takes_calls:
+        return [with_calls_as_text(message, form) for message in out]
+    out = out if form.several else _one_by_one(out)
     as_text = template is not None and not template.takes_arguments
     return [_called(message, as_text=as_text, short=form.short_ids) for message in out]
+
+
+def _without_system(messages: Sequence[Message]) -> Sequence[Message]:
+    roles = [message["role"] for message in messages[:2]]
+    if roles != ["system", "user"]:
+        return messages
+    system, user, *others = messages
+    return [{**user, "content": joined((system["content"], user["content"]))}, *others]
+
+
+def _one_by_one(messages: Sequence[Message]) -> list[Message]:
+    """Calls of one turn as turns of their own, each with its result behind it."""
+    out: list[Message] = []
+    waiting: list[Message] = list(messages)
+    while waiting:
+        message = waiting.pop(0)
+        calls = message.get("tool_calls", ())
+        if len(calls) < 2:
+            out.append(message)
+            continue
+        results = list(takewhile(lambda one: one["role"] == "tool", waiting))
+        del waiting[: len(results)]
+        for number, call in enumerate(calls):
+            content = {} if number == 0 else {"content": ""}
+            out.append({**message, "tool_calls": [call], **content})
+            own = [one for one in results if one.get("tool_call_id") == call.get("id")]
+            out += own
+            results = [one for one in results if one not in own]
+        out += results
+    return out
 
 
 def speaks_of_tools(messages: Sequence[Message]) -> bool:

@@ -12,6 +12,7 @@ grows too large.
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from datetime import datetime
 from functools import cached_property
@@ -90,14 +91,16 @@ class ChatTemplate:
 
     def try_out(self) -> None:
         """Finds out what the template can do, so that no request has to wait for it."""
-        _ = self.takes_parts, self.takes_system, self.takes_tools, self.takes_arguments
+        _ = self.takes_parts, self.takes_system, self.takes_tools
+        _ = self.takes_calls, self.takes_arguments
 
     @cached_property
     def takes_parts(self) -> bool:
         """Whether a message's content may be a list of typed parts: tried out, not guessed."""
         shown = self._try(_asked([{"type": "text", "text": _PROBE}]))
         # A template that expects text writes the list down as Python would.
-        return _PROBE in shown and "'type'" not in shown and '"type"' not in shown
+        listed = "'type': 'text'", '"type": "text"'
+        return _PROBE in shown and not any(text in shown for text in listed)
 
     @cached_property
     def takes_system(self) -> bool:
@@ -107,7 +110,12 @@ class ChatTemplate:
     @cached_property
     def takes_tools(self) -> bool:
         """Whether the model is shown the tools."""
-        return _PROBE in self._try(_asked("a"), tools=[_PROBE_TOOL])
+        return _PROBE in self._try(_asked("a"), tools=[_tool(_PROBE)])
+
+    @cached_property
+    def takes_calls(self) -> bool:
+        """Whether the model is shown the calls that it made; a few templates leave them out."""
+        return any(_PROBE in self._try(_called(given)) for given in ({"a": 1}, '{"a": 1}'))
 
     @cached_property
     def takes_arguments(self) -> bool:
@@ -115,11 +123,11 @@ class ChatTemplate:
         return bool(self._try(_called({_PROBE: 1}))) or not self._try(_called('{"a": 1}'))
 
     def _try(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """What the template makes of a conversation; "" if it objects."""
-        try:
-            return self.render(messages, variables, seconds_max=TRY_S_MAX)
-        except RequestError:
-            return ""
+        """What the template makes of a conversation; "" if it objects, with tools and without."""
+        for more in ({}, {"tools": [_tool("f")]}):
+            with suppress(RequestError):
+                return self.render(messages, {**more, **variables}, seconds_max=TRY_S_MAX)
+        return ""
 
     def _compile(self) -> "jinja2.Template | RequestError":
         if len(self.source) > SOURCE_CHARS_MAX:
@@ -131,14 +139,12 @@ class ChatTemplate:
 
 
 _PROBE = "probe_of_the_template"
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": _PROBE,
-        "description": "",
-        "parameters": {"type": "object", "properties": {}, "required": []},
-    },
-}
+
+
+def _tool(name: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {}, "required": []}
+    function = {"name": name, "description": "", "parameters": parameters}
+    return {"type": "function", "function": function}
 
 
 def _asked(content: Any) -> tuple[dict[str, Any]]:

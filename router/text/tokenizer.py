@@ -82,11 +82,11 @@ class Tokenizer:
         """The chat template of this name, or None if there is none.
 
         Without a name it is the default one; for conversations with tools ``tool_use``, where
-        there is one.
+        there is one that shows them.
         """
         if name is None:
             special = self.templates.get("tool_use") if tools else None
-            return special or self.chat_template
+            return special if special is not None and special.takes_tools else self.chat_template
         return self.chat_template if name == "default" else self.templates.get(name)
 
     def token_id(self, text: str) -> int | None:

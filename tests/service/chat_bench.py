@@ -97,7 +97,7 @@ def tokenizer(template: str, more: tuple[tuple[str, str], ...] = ()) -> Tokenize
     made.add_tokens([AddedToken(text, special=False) for text in ADDED])
     files = {
         "tokenizer.json": made.to_str().encode(),
-        "tokenizer_config.json": b'{"bos_token": "<s>"}',
+        "tokenizer_config.json": b'{"bos_token": "<s>", "eos_token": "</s>"}',
         "chat_template.jinja": template.encode(),
     }
     files |= {f"additional_chat_templates/{name}.jinja": text.encode() for name, text in more}

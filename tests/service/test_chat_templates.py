@@ -25,28 +25,32 @@ DEEPSEEK = (
     "{{ '<call>' + c.function.name + '```json\\n' + c.function.arguments + '```' }}"
     "{% endfor %}{% endfor %}"
 )
+SMOLLM3 = HERMES.replace("m.tool_calls", "m.nothing")
+"""Shows the tools, and not the calls."""
+TOOLS_ONLY = HERMES.replace("{% if tools %}", "").replace("\n{% endif %}{% for m in", "{% for m in")
+"""Cannot do without tools, as those named tool_use."""
 BROKEN = "{% for %}"
 
 
 @pytest.mark.parametrize(
-    ("source", "parts", "system", "tools", "arguments"),
+    ("source", "taken"),
     [
-        (CHATML, False, True, False, True),
-        (HERMES, True, True, True, True),
-        (LLAMA, False, True, True, True),
-        (MISTRAL, False, False, True, True),
-        (GEMMA, True, False, False, True),
-        (DEEPSEEK, False, True, False, False),
-        (BROKEN, False, False, False, True),
+        (CHATML, "system arguments"),
+        (HERMES, "parts system tools calls arguments"),
+        (LLAMA, "system tools calls arguments"),
+        (MISTRAL, "tools calls arguments"),
+        (GEMMA, "parts arguments"),
+        (DEEPSEEK, "system calls"),
+        (SMOLLM3, "parts system tools arguments"),
+        (TOOLS_ONLY, "parts system tools calls arguments"),
+        (BROKEN, "arguments"),
     ],
 )
-def test_what_a_template_takes(
-    source: str, parts: bool, system: bool, tools: bool, arguments: bool
-) -> None:
+def test_what_a_template_takes(source: str, taken: str) -> None:
     template = ChatTemplate(source, "<s>", "</s>")
     template.try_out()
-    found = (template.takes_parts, template.takes_system, template.takes_tools)
-    assert (*found, template.takes_arguments) == (parts, system, tools, arguments)
+    kinds = ("parts", "system", "tools", "calls", "arguments")
+    assert [kind for kind in kinds if getattr(template, f"takes_{kind}")] == taken.split()
 
 
 def test_a_template_that_never_ends_is_tried_for_a_moment_only() -> None:
@@ -63,7 +67,7 @@ def files(config: dict[str, Any], **more: str) -> dict[str, bytes]:
 LISTED = {
     "chat_template": [
         {"name": "default", "template": "d"},
-        {"name": "tool_use", "template": "t"},
+        {"name": "tool_use", "template": "t{{ tools }}"},
         {"name": "broken"},
         "nonsense",
     ]
@@ -79,17 +83,25 @@ def test_named_templates_of_a_list() -> None:
     made = Tokenizer.from_files(files(LISTED))
     assert source(made, None) == "d"
     assert source(made, "default") == "d"
-    assert source(made, None, tools=True) == "t"
-    assert source(made, "tool_use") == "t"
+    assert source(made, None, tools=True) == "t{{ tools }}"
+    assert source(made, "tool_use") == "t{{ tools }}"
     assert source(made, "broken") is None
 
 
 def test_named_templates_of_files() -> None:
     made = Tokenizer.from_files(
-        files({}, chat_template="d", additional_chat_templates__tool_use="t")
+        files({}, chat_template="d", additional_chat_templates__tool_use="t{{ tools }}")
     )
     assert source(made, None) == "d"
-    assert source(made, None, tools=True) == "t"
+    assert source(made, None, tools=True) == "t{{ tools }}"
+
+
+def test_a_template_that_shows_no_tools_is_not_for_them() -> None:
+    made = Tokenizer.from_files(
+        files({}, chat_template="d", additional_chat_templates__tool_use="t")
+    )
+    assert source(made, None, tools=True) == "d"
+    assert source(made, "tool_use") == "t"
 
 
 def test_a_template_of_its_own_takes_the_place_of_the_list() -> None:
@@ -111,12 +123,14 @@ def test_a_template_that_is_no_text_is_named() -> None:
 
 
 def test_a_folder_gives_all_its_templates(tmp_path: Path) -> None:
-    for name, data in files({}, chat_template="d", additional_chat_templates__tool_use="t").items():
+    for name, data in files(
+        {}, chat_template="d", additional_chat_templates__tool_use="t{{ tools }}"
+    ).items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
     made = Tokenizer.from_files(tokenizer_files(tmp_path))
-    assert source(made, None, tools=True) == "t"
+    assert source(made, None, tools=True) == "t{{ tools }}"
 
 
 def test_markers_are_tokens_where_the_vocabulary_has_them() -> None:

@@ -6,9 +6,12 @@ write it; Llama 3.1's "JSON based tool calling" (github.com/meta-llama/llama-mod
 (github.com/NousResearch/Hermes-Function-Calling), which Qwen 2.5 and 3 and SmolLM3 share.
 """
 
+import json
 import secrets
 import string
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 _ALPHANUMERIC = string.ascii_letters + string.digits
 MISTRAL_ID_CHARS = 9
@@ -19,18 +22,18 @@ MISTRAL_ID_CHARS = 9
 class ToolFormat:
     """One way to write calls.
 
-    ``signs`` are texts of which a chat template of this format has every one, and ``lacks`` one it
-    has not. ``opener`` is what goes before calls and ``closer`` what goes behind one; with ``bare``
-    calls may stand without, at the start of a line. ``separator`` is what goes between two calls.
-    ``key`` is the member that has the arguments. ``listed`` calls form a JSON array, ``tagged``
-    ones are ``name[ARGS]{...}`` and not an object each, ``numbered`` ones have ``[CALL_ID]`` and an
-    id before that. ``several`` says that the model was
-    trained to write more than one call in an answer. ``short_ids`` asks for ids as Mistral's.
+    ``signs`` are texts of which a chat template of this format has every one, and ``lacks`` those
+    of which it has none. ``opener`` is what goes before calls and ``closer`` what goes behind one;
+    with ``bare`` calls may stand without, at the start of a line. ``separator`` is what goes
+    between two calls. ``key`` is the member that has the arguments. ``listed`` calls form a JSON
+    array, ``tagged`` ones are ``name[ARGS]{...}`` and not an object each, ``numbered`` ones have
+    ``[CALL_ID]`` and an id before that. ``several`` says that the model was trained to write more
+    than one call in an answer. ``short_ids`` asks for ids as Mistral's.
     """
 
     name: str
     signs: tuple[str, ...] = ()
-    lacks: str | None = None
+    lacks: tuple[str, ...] = ()
     opener: str = ""
     closer: str = ""
     bare: bool = False
@@ -48,6 +51,21 @@ class ToolFormat:
             return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(MISTRAL_ID_CHARS))
         return f"call_{secrets.token_hex(12)}"
 
+    def written(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """Calls in OpenAI's shape, with arguments as objects, as the model writes them."""
+        if self.tagged:
+            named = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+            return "".join(f"{self.opener}{name}[ARGS]{_json(given)}" for name, given in named)
+        texts = [
+            _json({"name": call["function"]["name"], self.key: call["function"]["arguments"]})
+            for call in calls
+        ]
+        if self.closer:
+            return self.separator.join(f"{self.opener}\n{text}\n{self.closer}" for text in texts)
+        listed = self.listed and (len(texts) > 1 or not self.bare)
+        text = self.separator.join(texts)
+        return ("" if self.bare else self.opener) + (f"[{text}]" if listed else text)
+
     def markers(self) -> tuple[str, ...]:
         """Texts that may be special tokens of the model, and must be seen to read its calls."""
         tags = ("[CALL_ID]", "[ARGS]") if self.opener == "[TOOL_CALLS]" else ()
@@ -56,6 +74,16 @@ class ToolFormat:
 
 PLAIN = ToolFormat("json", bare=True, listed=True, separator=", ")
 """For models that have no format of their own: the prompt tells them of this one."""
+
+_LLAMA = ToolFormat(
+    "llama3",
+    ("<|python_tag|>",),
+    opener="<|python_tag|>",
+    bare=True,
+    separator="; ",
+    key="parameters",
+    several=False,
+)
 
 FORMATS = (
     ToolFormat(
@@ -81,24 +109,18 @@ FORMATS = (
         separator=", ",
         short_ids=True,
     ),
-    # Qwen3-Coder has the same marker around XML, which is not this format.
+    # Qwen3-Coder and GLM have the same marker around XML, which is not this format.
     ToolFormat(
         "hermes",
         ("<tool_call>",),
-        lacks="<function=",
+        lacks=("<function=", "<arg_key>"),
         opener="<tool_call>",
         closer="</tool_call>",
         separator="\n",
     ),
-    ToolFormat(
-        "llama3",
-        ("<|python_tag|>",),
-        opener="<|python_tag|>",
-        bare=True,
-        separator="; ",
-        key="parameters",
-        several=False,
-    ),
+    _LLAMA,
+    # Llama 3.2 has no tools of its own, so its template has no use for the marker.
+    replace(_LLAMA, signs=("<|start_header_id|>", '"parameters"'), lacks=("<function=",)),
 )
 """The native formats; the first that fits a template is its own."""
 
@@ -108,8 +130,11 @@ def format_of(template: str | None) -> ToolFormat:
     if template is None:
         return PLAIN
     for row in FORMATS:
-        if all(sign in template for sign in row.signs) and (
-            row.lacks is None or row.lacks not in template
-        ):
+        fits = all(sign in template for sign in row.signs)
+        if fits and not any(text in template for text in row.lacks):
             return row
     return PLAIN
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from router.text.tools.formats import PLAIN, ToolFormat
+
 Message = Mapping[str, Any]
 
 _TOOLS = """\
@@ -45,7 +47,7 @@ def with_tools(
     if system and first["role"] != "system":
         return [{"role": "system", "content": text}, *messages]
     parts = (first["content"], text) if first["role"] == "system" else (text, first["content"])
-    return [{**first, "content": _joined(parts)}, *messages[1:]]
+    return [{**first, "content": joined(parts)}, *messages[1:]]
 
 
 def plain_messages(messages: Iterable[Message]) -> list[Message]:
@@ -54,7 +56,7 @@ def plain_messages(messages: Iterable[Message]) -> list[Message]:
     was_result = False
     for message in messages:
         if message["role"] != "tool":
-            out.append(_plain_call(message) if message.get("tool_calls") else message)
+            out.append(with_calls_as_text(message, PLAIN))
             was_result = False
             continue
         text = _result(message)
@@ -66,14 +68,13 @@ def plain_messages(messages: Iterable[Message]) -> list[Message]:
     return out
 
 
-def _plain_call(message: Message) -> Message:
-    calls = [
-        {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
-        for call in message["tool_calls"]
-    ]
-    text = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
+def with_calls_as_text(message: Message, form: ToolFormat) -> Message:
+    """The message with its calls as the model wrote them."""
+    if not message.get("tool_calls"):
+        return message
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
-    return {**rest, "content": _joined((message["content"], text))}
+    text = form.written(message["tool_calls"])
+    return {**rest, "content": joined((message["content"], text))}
 
 
 def _result(message: Message) -> str:
@@ -81,7 +82,8 @@ def _result(message: Message) -> str:
     return f"Result of {name}:\n{text_of(message['content'])}"
 
 
-def _joined(contents: Iterable[Any]) -> str:
+def joined(contents: Iterable[Any]) -> str:
+    """Contents of messages as one text, a paragraph for each."""
     return "\n\n".join(filter(None, map(text_of, contents)))
 
 

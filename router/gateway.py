@@ -70,7 +70,7 @@ class Gateway(Collector):
         clock: Callable[[], int] = monotonic_ms,
     ) -> None:
         self.front = Front()
-        self.metrics = Metrics(registry)
+        self.metrics = Metrics(registry, schedules=False)
         self.metrics.registry.register(self)
         self.ready = asyncio.Event()
         self._router = router

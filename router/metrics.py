@@ -62,9 +62,16 @@ class Lifetime:
 
 
 class Metrics(Collector):
-    """All metrics of one router. Registers itself with the registry that it is given."""
+    """All metrics of one router. Registers itself with the registry that it is given.
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    A process that schedules nothing, a gateway, tells of its requests alone: their router tells of
+    calls and groups.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry | None = None, *, schedules: bool = True
+    ) -> None:
+        self._schedules = schedules
         self.registry = registry if registry is not None else CollectorRegistry()
         self._requests = 0
         self._successes = 0
@@ -207,6 +214,8 @@ class Metrics(Collector):
                 buckets=histogram.cumulated(),
                 sum_value=histogram.sum,
             )
+        if not self._schedules:
+            return
         yield from self.batches.collect()
         yield self._of_continued()
         if self._snapshot is not None:

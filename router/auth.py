@@ -32,16 +32,17 @@ class ApiKeys:
         """
         if not self._keys:
             return
-        if not authorization and not key:
+        given = []
+        if authorization:
+            scheme, _, bearer = _bytes(authorization).partition(b" ")
+            given.append(bearer.strip() if scheme.lower() == b"bearer" else b"")
+        if key:
+            given.append(_bytes(key))
+        if not given:
             raise RequestError(
                 Fault.UNAUTHENTICATED, "send the API key as `Authorization: Bearer KEY`"
             )
-        scheme, _, bearer = _bytes(authorization).partition(b" ")
-        # Both are compared in any case, so that the time does not tell which of them is wrong.
-        accepted = (
-            self._accepts(bearer.strip()) & (scheme.lower() == b"bearer"),
-            self._accepts(_bytes(key)),
-        )
+        accepted = [self._accepts(one) for one in given]
         if not any(accepted):
             raise RequestError(Fault.UNAUTHENTICATED, "this API key is not accepted")
 
@@ -50,5 +51,5 @@ class ApiKeys:
         return any(matches)
 
 
-def _bytes(value: str | bytes | None) -> bytes:
-    return value if isinstance(value, bytes) else (value or "").encode()
+def _bytes(value: str | bytes) -> bytes:
+    return value if isinstance(value, bytes) else value.encode()

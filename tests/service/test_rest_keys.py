@@ -72,6 +72,9 @@ async def test_a_guarded_route_answers_nobody_without_the_key(route: str) -> Non
             assert answer.json()["error"]
         for header in (f"Bearer {KEY}", f"bearer {KEY}"):
             assert (await ask(client, route, header)).status_code != 401
+        method, path = route.split(" ", 1)
+        bare = await client.request(method, path, json={}, headers={"x-api-key": KEY})
+        assert bare.status_code != 401  # as Anthropic's clients send it
     assert service.asks == []
 
 
@@ -100,6 +103,10 @@ async def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hmac, "compare_digest", counting)
     keys = ApiKeys(["one", "two", "three"])
     keys.check("Bearer one")
-    with pytest.raises(RequestError):
-        keys.check("Bearer four")
-    assert seen == [b"one", b"two", b"three"] * 2
+    accepted = seen[:]
+    assert accepted[:3] == [b"one", b"two", b"three"]
+    for wrong in ("Bearer four", "Bearer ", "Basic one", "x"):
+        seen.clear()
+        with pytest.raises(RequestError):
+            keys.check(wrong)
+        assert seen == accepted

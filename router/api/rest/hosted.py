@@ -53,7 +53,8 @@ class HostedRoutes:
         The body goes on, as it came, to the route that it is meant for.
         """
         try:
-            self._context.keys.check(request.headers.get("authorization"))
+            headers = request.headers
+            self._context.keys.check(headers.get("authorization"), headers.get("x-api-key"))
             raw, value = await read_json(request, self._context.settings.payload_limit)
             handler = self._face(value)
         except ClientLeft:

@@ -87,7 +87,10 @@ TENSORS = frozenset({"text_input", "sampling_parameters"})
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What is asked for one prompt. ``outputs`` are the names of the tensors to answer with."""
+    """What is asked for one prompt.
+
+    ``echo`` puts the prompt before the answer; ``outputs`` are the names of the tensors to send.
+    """
 
     ask: Ask
     stream: bool
@@ -144,7 +147,8 @@ def wish_of(
         deadline_s=_deadline_s(values, left_s),
         adapter=str(values.get("lora_name", "")),
     )
-    return Wish(ask, stream, not _switch(values, "exclude_input_in_output", True), outputs)
+    # Triton's vLLM backend puts the prompt before an answer unless it streams, or is told not to.
+    return Wish(ask, stream, not _switch(values, "exclude_input_in_output", stream), outputs)
 
 
 def _refuse(values: Values) -> None:

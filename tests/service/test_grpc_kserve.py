@@ -32,7 +32,7 @@ async def test_prompts_are_answered_in_their_shape() -> None:
     async with client_of(service) as client:
         answer = await client.infer(raw_request("x", "y", id="7", model_name="m/one"))
         assert (answer.id, answer.model_name, answer.model_version) == ("7", "m/one", "1")
-        assert outputs_of(answer) == {"text_output": ["a", "b"]}
+        assert outputs_of(answer) == {"text_output": ["xa", "yb"]}
         assert list(answer.outputs[0].shape) == [2]
         assert not answer.parameters
         request = raw_request("x", "y")
@@ -68,7 +68,7 @@ async def test_typed_lists_are_answered_with_typed_lists() -> None:
     async with client_of(service) as client:
         answer = await client.infer(request)
     text, count = answer.outputs
-    assert [one.decode() for one in text.contents.bytes_contents] == [TEXT]
+    assert [one.decode() for one in text.contents.bytes_contents] == [f"tîme{TEXT}"]
     assert list(count.contents.uint_contents) == [7]
     assert not answer.raw_output_contents
     assert (service.asks[0].prompt, service.asks[0].params.max_tokens) == ("tîme", 5)
@@ -86,7 +86,7 @@ async def test_what_there_is_to_know_of_an_answer() -> None:
     async with client_of(service) as client:
         request = raw_request("x", "y", inputs=flags, parameters=parameters(logprobs=1))
         found = outputs_of(await client.infer(request))
-    assert found["text_output"] == ["ab", "c"]
+    assert found["text_output"] == ["xab", "yc"]
     assert found["finish_reason"] == ["stop", "length"]
     assert found["cumulative_logprob"] == found["cum_log_probs"] == [-1.0, -0.5]
     assert found["num_input_tokens"] == [7, 7]
@@ -104,16 +104,24 @@ async def test_listed_outputs_alone_are_sent() -> None:
     async with client_of(service) as client:
         wanted = [{"name": "num_output_tokens"}, {"name": "text_output"}]
         found = outputs_of(await client.infer(raw_request("x", outputs=wanted)))
-        assert found == {"num_output_tokens": [5], "text_output": [TEXT]}
+        assert found == {"num_output_tokens": [5], "text_output": [f"x{TEXT}"]}
         error = await failure(client.infer(raw_request("x", outputs=[{"name": "logits"}])))
         assert (error.code(), field_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "outputs")
 
 
-async def test_the_input_comes_back_if_it_is_asked_for() -> None:
+async def test_the_input_is_before_an_answer_unless_it_streams_or_is_excluded() -> None:
     async with client_of(FakeService()) as client:
-        given = parameters(exclude_input_in_output=False)
-        found = outputs_of(await client.infer(raw_request("Hi: ", parameters=given)))
-        assert found["text_output"] == [f"Hi: {TEXT}"]
+        for fields, begin in (
+            ({}, "Hi: "),
+            ({"exclude_input_in_output": False}, "Hi: "),
+            ({"exclude_input_in_output": True}, ""),
+        ):
+            request = raw_request("Hi: ", parameters=parameters(**fields))
+            assert outputs_of(await client.infer(request))["text_output"] == [f"{begin}{TEXT}"]
+            request = raw_request("Hi: ", parameters=parameters(stream=True, **fields))
+            messages = await read(client.stream(iter([request])))
+            pieces = [outputs_of(one.infer_response)["text_output"][0] for one in messages]
+            assert "".join(pieces) == (f"{begin}{TEXT}" if fields and begin else TEXT)
 
 
 async def test_a_stream_carries_several_requests() -> None:
@@ -136,7 +144,7 @@ async def test_a_stream_carries_several_requests() -> None:
                 errors[answer.id] = message.error_message
             else:
                 texts[answer.id] += outputs_of(answer)["text_output"]
-    assert texts == {"a": ["Once", " upon", " a", " tîme", " 🙂"], "b": ["x"]}
+    assert texts == {"a": ["Once", " upon", " a", " tîme", " 🙂"], "b": ["twox"]}
     assert sorted(ends) == ["a", "b", "c"]
     assert list(errors) == ["c"]
     assert "nope" in errors["c"]

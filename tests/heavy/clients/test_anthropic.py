@@ -24,7 +24,7 @@ from tests.heavy.clients.world import (
 )
 from tests.system.server import Server
 
-# The newest models of the package's makers take no temperature, and its signatures no longer either.
+# The package's makers no longer let their newest models be asked for a temperature.
 GREEDY = {"temperature": 0}
 ASK: dict[str, Any] = {
     "model": "tgi",

@@ -20,8 +20,8 @@ from router.config import ConfigError, is_address
 
 @click.command(cls=SectionedCommand)
 @option(
-    ROUTER, "--router", metavar="ADDR", required=True,
-    help="The router's gRPC address: host:port or unix:///path.",
+    ROUTER, "--router", metavar="HOST:PORT", required=True,
+    help="The router's gRPC address: its host and --grpc-port.",
 )  # fmt: skip
 @option(
     ROUTER, "--router-api-key", metavar="KEY",
@@ -55,7 +55,7 @@ def gateway(
       for i in 1 2 3 4; do roundhouse gateway --router localhost:50051 --port 8080 & done
     """
     if not is_address(router):
-        raise UserError(f"--router must be host:port or unix:///path, not {router!r}")
+        raise UserError(f"--router must be host:port, not {router!r}")
     try:
         # A gateway has no port of gRPC, so its port of REST may be any.
         settings = settings_from({**options, "grpc_port": 0})

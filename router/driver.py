@@ -285,7 +285,7 @@ class Driver:
                     gap_ms = now_ms - channel.last_ms
                     gaps[gap_ms] = gaps.get(gap_ms, 0) + 1
                 channel.last_ms = now_ms
-                channel.life.tokens += 1
+            channel.life.tokens += 1
             channel.push(token, logprob)
             self._wake_later(channel)
         self.metrics.token_gaps(gaps)

@@ -12,12 +12,22 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TypeVar
 
+import grpc.aio
 from google.protobuf.message import Message
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from router.api.gateway_outbox import GatewayChannel, Outbox
-from router.api.grpc_calls import BOTH_WAYS, STREAM, UNARY, Context, Handler, guarded, handler
+from router.api.grpc_calls import (
+    BOTH_WAYS,
+    STREAM,
+    UNARY,
+    Context,
+    Handler,
+    guarded,
+    handler,
+    understood,
+)
 from router.auth import ApiKeys
 from router.config import Settings
 from router.core.events import Reason, Submitted
@@ -35,7 +45,7 @@ from router.gateway_wire import (
 )
 from router.link import LinkDownError
 from router.v1 import gateway_pb2 as pb
-from router.validation import check_vocabulary, invalid
+from router.validation import PRIORITY_MAX, check_vocabulary, invalid
 from shards.v1.shard_pb2 import Embedding, EmbedResponse, TokenizerChunk
 
 log = logging.getLogger(__name__)
@@ -49,11 +59,15 @@ TOO_SLOW = "the gateway reads too slowly: its requests were ended"
 
 
 class Attached:
-    """One gateway: its open requests, by its numbers for them and the driver's, and its outbox."""
+    """One gateway: its open requests, by its numbers for them and the driver's, and its outbox.
+
+    ``left`` counts the requests that it had when it left.
+    """
 
     def __init__(self, driver: Driver, fleet: Fleet) -> None:
         self.outbox = Outbox()
         self.closing = False
+        self.left = 0
         self._driver = driver
         self._fleet = fleet
         self._open: dict[int, int] = {}
@@ -83,13 +97,13 @@ class Attached:
         self.closing = True
         self.outbox.tell(pb.ToGateway(closing=pb.Closing()))
 
-    def leave(self) -> int:
-        """Ends every open request; says how many there were."""
+    def leave(self) -> None:
+        """Ends every open request."""
         left = list(self._open.values())
         self._open.clear()
         for request in left:
             self._driver.end(request, Reason.CANCELLED)
-        return len(left)
+        self.left += len(left)
 
     def _submit(self, wire: pb.Submit) -> None:
         if wire.request in self._open:
@@ -117,6 +131,8 @@ class Attached:
             raise invalid(f"the model {card.id} holds {card.max_total_tokens} tokens", "prompt")
         if wire.adapter and wire.adapter not in card.adapters:
             raise invalid(f"the adapter {wire.adapter[:100]!r} is not loaded", "adapter")
+        if wire.priority > PRIORITY_MAX:
+            raise invalid(f"there is no priority {wire.priority}", "priority")
         request = self._driver.next_request_id()
         return submitted_of(wire, request, card.id, self._driver.now_ms())
 
@@ -167,8 +183,8 @@ class Gateways(Collector):
                 try:
                     await _serve(gateway, context)
                 finally:
-                    left = gateway.leave()
-                    log.info("gateway %s has left; %d requests ended", context.peer(), left)
+                    gone = "gateway %s has left; %d requests ended with it"
+                    log.info(gone, context.peer(), gateway.left)
 
     async def get_tokenizer(self, request: pb.GetTokenizerRequest | None, context: Context) -> None:
         """Streams the files of a tokenizer."""
@@ -246,7 +262,7 @@ async def _hello(context: Context) -> pb.Hello:
             message = await context.read()
     except TimeoutError:
         raise RequestError(Fault.DEADLINE, "a gateway begins with hello, at once") from None
-    if not isinstance(message, pb.FromGateway) or not message.HasField("hello"):
+    if message is grpc.aio.EOF or not understood(message).HasField("hello"):
         raise invalid("a gateway begins with hello", "hello")
     if message.hello.protocol != PROTOCOL:
         text = (
@@ -281,8 +297,8 @@ async def _serve(gateway: Attached, context: Context) -> None:
 
 async def _read(gateway: Attached, context: Context) -> None:
     """Hears the gateway until it ends its half of the stream."""
-    while isinstance(message := await context.read(), pb.FromGateway):
-        gateway.hear(message)
+    while (message := await context.read()) is not grpc.aio.EOF:
+        gateway.hear(understood(message))
 
 
 async def _write(gateway: Attached, context: Context) -> None:

@@ -67,6 +67,7 @@ class Place:
     def __init__(self, small: House, gateways: Gateways, channel: grpc.aio.Channel) -> None:
         self.small = small
         self.gateways = gateways
+        self.channel = channel
         self.stub = GatewayStub(channel)  # type: ignore[no-untyped-call]
 
     @asynccontextmanager
@@ -187,7 +188,10 @@ async def test_an_end_reaches_the_core_and_what_still_comes_does_not_matter() ->
         assert list((await wire.delivery()).requests) == [2]
 
 
-async def test_a_gateway_that_leaves_takes_its_requests_along() -> None:
+async def test_a_gateway_that_leaves_takes_its_requests_along(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
     async with place() as here, here.attached() as other:
         await other.send(submit(1))
         await here.submitted(1)
@@ -197,6 +201,7 @@ async def test_a_gateway_that_leaves_takes_its_requests_along() -> None:
         await until(lambda: len(here.small.core.ended) == 2)
         assert here.small.core.ended == [Ended(one, Reason.CANCELLED) for one in ids[1:]]
         assert here.small.driver.open_requests == 1
+        await until(lambda: "has left; 2 requests ended" in caplog.text)
         here.small.driver.post(Said([Deliver(ids[:1], [5], [])]))
         assert list((await other.delivery()).tokens) == [5]
 
@@ -210,6 +215,7 @@ async def test_a_gateway_that_leaves_takes_its_requests_along() -> None:
         ({"prompt": [65] * 150, "max_tokens": 51}, Reason.TOO_LONG),
         ({"max_tokens": 0}, Reason.TOO_LONG),
         ({"adapter": "verse"}, Reason.TOO_LONG),
+        ({"priority": 4}, Reason.TOO_LONG),
     ],
 )
 async def test_what_does_not_fit_the_fleet_is_refused(changes: Any, reason: Reason) -> None:
@@ -253,6 +259,18 @@ async def test_a_gateway_that_breaks_the_rules_is_thrown_out() -> None:
             assert code is grpc.StatusCode.INVALID_ARGUMENT
             assert "submitted twice" in details
         await until(lambda: here.small.driver.open_requests == 0)
+
+
+async def test_bytes_that_are_no_message_end_a_stream_with_an_error() -> None:
+    async with place() as here:
+        raw = here.channel.stream_stream("/router.v1.Gateway/Attach")
+        for first in (b"\xff", HELLO.SerializeToString()):
+            call = raw()
+            await call.write(first)
+            if first != b"\xff":
+                assert pb.ToGateway.FromString(await call.read()).HasField("welcome")
+                await call.write(b"\xff")
+            assert (await failure(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_keys_are_asked_for() -> None:

@@ -24,10 +24,10 @@ from router.api.grpc_calls import (
     time_left_s,
     understood,
 )
-from router.api.grpc_errors import known_fault
+from router.api.grpc_errors import known_fault, renaming
 from router.api.kserve_answers import Piece, logprob_sum, outputs_of
 from router.api.kserve_models import VERSION, config_of, index_of, is_ready, metadata_of
-from router.api.kserve_params import Wish, values_of, wish_of
+from router.api.kserve_params import Wish, field_name, values_of, wish_of
 from router.api.kserve_tensors import Tensor, add_outputs, inputs_of
 from router.api.rest.collect import collect_all
 from router.api.rest.tgi import version
@@ -155,11 +155,8 @@ class InferenceService:
     ) -> pb.ModelInferResponse:
         """Continues prompts, and answers when all have ended. One failure ends the others."""
         async with guarded(self._keys, request, context) as known:
-            job = self._job(known, time_left_s(context))
-            if job.wishes[0].stream:
-                text = "`stream` needs ModelStreamInfer: ModelInfer has one answer"
-                raise RequestError(Fault.VALIDATION, text, "stream")
-            return await self._whole(job)
+            with renaming(field_name):
+                return await self._once(self._job(known, time_left_s(context)))
         raise AssertionError("either returned or aborted")
 
     async def model_stream_infer(
@@ -204,6 +201,12 @@ class InferenceService:
             )
             failed.infer_response.parameters[FINAL].bool_param = True
             await send(failed)
+
+    async def _once(self, job: Job) -> pb.ModelInferResponse:
+        if job.wishes[0].stream:
+            text = "`stream` needs ModelStreamInfer: ModelInfer has one answer"
+            raise RequestError(Fault.VALIDATION, text, "stream")
+        return await self._whole(job)
 
     async def _whole(self, job: Job) -> pb.ModelInferResponse:
         answers = await collect_all(self._service, [wish.ask for wish in job.wishes])

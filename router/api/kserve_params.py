@@ -85,6 +85,20 @@ KNOWN = (
 TENSORS = frozenset({"text_input", "sampling_parameters"})
 
 
+FIELDS = {
+    "prompt": "text_input",
+    "adapter": "lora_name",
+    "top_logprobs": "logprobs",
+    "model": "model_name",
+    "truncate": "truncate_prompt_tokens",
+}
+
+
+def field_name(field: str) -> str:
+    """Returns what a field of an ask is called here."""
+    return FIELDS.get(field, field)
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What is asked for one prompt.

@@ -240,6 +240,9 @@ async def test_errors_of_a_call_are_statuses() -> None:
         given = raw_request("x", "y", parameters=parameters(stream=True))
         (message,) = [one async for one in client.stream(iter([given]))]
         assert "one prompt" in message.error_message
+        service.refusal = RequestError(Fault.VALIDATION, "no", "adapter")
+        for texts in (("x",), ("x", "y")):
+            assert field_of(await failure(client.infer(raw_request(*texts)))) == "lora_name"
         service.refusal = RequestError(Fault.OVERLOADED, "full")
         error = await failure(client.infer(raw_request("x", "y")))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

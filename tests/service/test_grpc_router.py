@@ -1,7 +1,7 @@
 """All gRPC services over the real router and a real worker with the scripted engine."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,30 @@ async def test_every_service_gives_the_same_answer(tmp_path: Path) -> None:
         for message in await read(several(channel, "Once upon", 12)):
             texts[message.choice] += message.text
         assert texts == {0: text, 1: text}
+        assert running(router) == 0
+
+
+def texts_of(messages: Sequence[Any]) -> str:
+    """The text of a stream of any of the services; of several answers, the first one's."""
+    if hasattr(messages[0], "infer_response"):
+        return "".join(map(triton_text, messages))
+    return "".join(m.text for m in messages if not getattr(m, "choice", 0))
+
+
+async def test_sixty_four_streams_of_all_kinds_lose_and_mix_nothing(tmp_path: Path) -> None:
+    async with house_in(tmp_path) as (router, channel):
+        prompts = [f"Story {number}:" for number in range(16)]
+        alone = [
+            texts_of(await read(inference(channel, prompt, 5 + number)))
+            for number, prompt in enumerate(prompts)
+        ]
+        assert len(set(alone)) == len(alone)
+        talks = [
+            read(talk(channel, prompt, 5 + number))
+            for talk in (inference, several, tgis, triton)
+            for number, prompt in enumerate(prompts)
+        ]
+        assert [texts_of(found) for found in await asyncio.gather(*talks)] == 4 * alone
         assert running(router) == 0
 
 

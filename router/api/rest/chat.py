@@ -8,11 +8,9 @@ from router.api.rest.models_chat import ChatRequest, Message
 from router.api.rest.openai_hints import hints_of
 from router.api.rest.openai_tools import Choice, tools_of, with_tool_prompt
 from router.ask import Params
-from router.chat import ChatService
 from router.config import Settings
 from router.conversation import ChatAsk, ToolMode
 from router.fleet import Fleet, ModelCard
-from router.service import Service
 
 METADATA_MAX, KEY_MAX, VALUE_MAX = 16, 64, 512
 """OpenAI's limits of `metadata`: pairs, and characters of each part."""
@@ -115,20 +113,3 @@ def _content(message: Message) -> str | list[dict[str, Any]]:
         {"type": "text", "text": part.get("refusal")} if part.get("type") == "refusal" else part
         for part in message.content
     ]
-
-
-async def render(service: Service, model: ModelCard, body: ChatRequest) -> str:
-    """Returns the prompt that the model's chat template makes of a request. Raises RequestError."""
-    choice = tools_of(body)
-    ask = ChatAsk(
-        messages=messages_of(body),
-        model=model.id,
-        tools=choice.tools,
-        mode=choice.mode,
-        tool=choice.tool,
-        variables=variables_of(body, model),
-        opening=not body.continue_final_message and body.add_generation_prompt is not False,
-        continuing=bool(body.continue_final_message),
-        template=body.chat_template,
-    )
-    return (await ChatService(service).render(ask))[1]

@@ -14,7 +14,7 @@ from router.api.rest import models_tgi as m
 from router.api.rest import tgi_shapes as shapes
 from router.api.rest.asks import invalid, model_name
 from router.api.rest.body import ignored_header
-from router.api.rest.chat import render
+from router.api.rest.chat import chat_ask
 from router.api.rest.collect import collect_all, compute_type, timing_headers
 from router.api.rest.context import Context, json_response
 from router.api.rest.errors import Dialect, error_response
@@ -121,9 +121,10 @@ class TgiRoutes:
         """Returns what the chat template makes of a conversation, and its tokens."""
 
         async def work(body: ChatRequest, _: float) -> Response:
-            model = self._context.fleet.model(model_name(body.model))
-            text = await render(self._context.service, model, body)
-            found = await self._context.service.tokenize(model, text, add_special_tokens=False)
+            context = self._context
+            ask, _ = chat_ask(body, context.settings, context.fleet)
+            model, text = await context.chat.render(ask)
+            found = await context.service.tokenize(model, text, add_special_tokens=False)
             tokens = shapes.simple_tokens(text, found)
             value = {"tokenize_response": tokens, "templated_text": text}
             return json_response(value, ignored_header(body))

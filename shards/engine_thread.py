@@ -15,7 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from queue import Full, Queue
 from typing import TypeVar
@@ -31,6 +31,7 @@ from shards.engines.base import (
     PlanError,
     Vectors,
 )
+from shards.grammar import FEATURE, Grammar, TokenizerError, grammar_for
 from shards.wire import Digest
 
 _T = TypeVar("_T")
@@ -128,6 +129,7 @@ class Loaded:
     info: EngineInfo
     files: dict[str, bytes]
     seconds: float
+    grammar: Grammar | None = None
 
 
 class EngineThread:
@@ -192,7 +194,8 @@ class EngineThread:
             overrides = self._overrides()
             engine = self._make()
             files = _replaced(engine.tokenizer_files(), overrides)
-            loaded = Loaded(engine.describe(), files, time.perf_counter() - began)
+            info, grammar = guided(engine, files)
+            loaded = Loaded(info, files, time.perf_counter() - began, grammar)
         except BaseException as error:  # noqa: BLE001 - handed to whoever awaits
             self._call(_settle_error, self.loaded, error)
             return
@@ -201,6 +204,8 @@ class EngineThread:
             self._serve(engine)
         finally:
             engine.close()
+            if grammar is not None:
+                grammar.close()
 
     def _serve(self, engine: Engine) -> None:
         while True:
@@ -278,6 +283,24 @@ class EngineThread:
         except RuntimeError:
             if not self._loop.is_closed():
                 raise
+
+
+def guided(engine: Engine, files: dict[str, bytes]) -> tuple[EngineInfo, Grammar | None]:
+    """Gives an engine that follows constraints its compiler; says what the engine is then.
+
+    It is made while the model is loaded, because it holds up everything else.
+    """
+    info = engine.describe()
+    if FEATURE not in info.features:
+        return info, None
+    try:
+        grammar = grammar_for(engine, files)
+    except TokenizerError as error:
+        features = tuple(feature for feature in info.features if feature != FEATURE)
+        warning = f"constraints are not offered, because of the model's tokenizer: {error}"
+        return replace(info, features=features, warnings=(*info.warnings, warning)), None
+    engine.guide_with(grammar)
+    return info, grammar
 
 
 def _settle(future: asyncio.Future[_T], value: _T) -> None:

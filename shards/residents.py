@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from shards.engines.base import Admit, Plan, PlanError, SamplingParams
+from shards.grammar_masks import Guide
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Resident:
     plain: bool
     adapter: str = ""
     failed: bool = False
+    guide: Guide | None = None
 
 
 def is_plain(sampling: SamplingParams) -> bool:

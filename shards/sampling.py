@@ -1,8 +1,9 @@
 """The one sampler: draws the next token of each sequence from a batch of logits.
 
-Order, per row: logit bias, penalties, the min_tokens mask, temperature, top_k, then top_p, min_p
-and typical_p, then one draw. This is the order of the ``transformers`` library [1], where each
-filter sees the distribution that the former one left, renormalised. Sources:
+Order, per row: logit bias, penalties, the min_tokens mask, the mask of a constraint, temperature,
+top_k, then top_p, min_p and typical_p, then one draw. This is the order of the ``transformers``
+library [1], where each filter sees the distribution that the former one left, renormalised.
+Sources:
 
 - top_p: arXiv:1904.09751. min_p: arXiv:2407.01082. typical_p: arXiv:2202.00666.
 - repetition penalty: arXiv:1909.05858, section 4.1. Frequency and presence penalty: as in the
@@ -27,6 +28,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.allowed import GuideError, Guiding, holds, pick
 from shards.engines.base import Logprobs, SamplingParams
 
 Floats = NDArray[np.float32]
@@ -64,6 +66,10 @@ class Row(Protocol):
     @property
     def plain(self) -> bool:
         """Whether the argmax of the raw logits is all that is wanted."""
+
+    @property
+    def guide(self) -> Guiding | None:
+        """The constraint, if there is one; then the row is not plain."""
 
 
 @dataclass(slots=True)
@@ -142,10 +148,22 @@ class Sampler:
             if not math.isfinite(peak):
                 self._fail(drawn, index, "bias, penalties and min_tokens leave no token to draw")
                 return
+        ids: Ids | None = None
+        if row.guide is not None:
+            try:
+                words = row.guide.allowed()
+                if sampling.temperature > 0.0 or not holds(words, best):
+                    logits, ids, best = pick(logits, words, best, self._adjusted)
+            except GuideError as error:
+                self._fail(drawn, index, str(error))
+                return
+            peak = float(logits[best])
         token = best
         if sampling.temperature > 0.0:
             chance = uniform(sampling.seed, len(row.tokens))
-            token = self._sample(logits, sampling, peak, chance)
+            token = self._sample(logits, ids, sampling, peak, chance)
+        elif ids is not None:
+            token = int(ids[best])
         drawn.tokens[index] = token
         if sampling.logprobs:
             drawn.logprobs[index] = self._logprobs(raw, token, top, sampling.top_logprobs)
@@ -171,12 +189,23 @@ class Sampler:
             logits[stops] = _MINUS_INF
         return logits
 
-    def _sample(self, logits: Floats, sampling: SamplingParams, peak: float, chance: float) -> int:
-        """Temperature, filters, draw. ``peak`` is the largest logit."""
-        ids: Ids | None = None
-        if 0 < sampling.top_k < self._vocab:
-            ids = largest(logits, sampling.top_k)
-            logits = logits[ids]
+    def _sample(
+        self,
+        logits: Floats,
+        ids: Ids | None,
+        sampling: SamplingParams,
+        peak: float,
+        chance: float,
+    ) -> int:
+        """Temperature, filters, draw.
+
+        ``ids`` are the tokens that the logits belong to, None for all; ``peak`` is the largest
+        logit.
+        """
+        if 0 < sampling.top_k < len(logits):
+            likeliest = largest(logits, sampling.top_k)
+            ids = likeliest if ids is None else ids[likeliest]
+            logits = logits[likeliest]
         weights = self._weigh(logits, sampling.temperature, peak)
         kept = _filter(weights, sampling)
         if kept is not None:
@@ -184,7 +213,7 @@ class Sampler:
             weights = weights[kept]
         elif ids is None:
             return _invert_blocks(self._padded, chance)
-        assert ids is not None, "a filter was applied"
+        assert ids is not None, "tokens were picked"
         return int(ids[_invert(weights, chance)])
 
     def _weigh(self, logits: Floats, temperature: float, peak: float) -> Floats:

@@ -116,6 +116,14 @@ def constraint_from_wire(message: shard_pb2.Constraint) -> Constraint | None:
     return None if kind is None else Constraint(ConstraintKind(kind), getattr(message, kind))
 
 
+def prepared_constraint(message: shard_pb2.PrepareRequest) -> Constraint:
+    """The constraint of a call. Raises ``PlanError`` if there is none."""
+    constraint = constraint_from_wire(message.constraint)
+    if constraint is None:
+        raise PlanError("the call has no constraint")
+    return constraint
+
+
 def outcome_to_wire(
     epoch: int, plan_id: int, outcome: Outcome, digest: int, step_us: int, rank: int
 ) -> shard_pb2.Outcome:

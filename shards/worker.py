@@ -8,7 +8,7 @@ one reads plans, checks their count, and queues them; the other writes answers a
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -20,6 +20,8 @@ from grpc_reflection.v1alpha import reflection
 from shards.embed_queue import BusyError
 from shards.engine_thread import Answer, Begun, End, Ending, EngineThread, Loaded, Session
 from shards.engines.base import Engine, EngineLost, FeatureError, PlanError
+from shards.grammar import ConstraintError
+from shards.grammar_queue import GrammarQueue, TooManyError
 from shards.v1 import shard_pb2, shard_pb2_grpc
 from shards.wire import (
     embed_batches,
@@ -28,6 +30,7 @@ from shards.wire import (
     info_to_wire,
     outcome_to_wire,
     plan_from_wire,
+    prepared_constraint,
     vectors_to_wire,
 )
 
@@ -45,10 +48,12 @@ _CODES = {
     Ending.STOPPING: grpc.StatusCode.UNAVAILABLE,
 }
 
-_EMBED_CODES: dict[type[Exception], grpc.StatusCode] = {
+_CALL_CODES: dict[type[Exception], grpc.StatusCode] = {
     FeatureError: grpc.StatusCode.UNIMPLEMENTED,
     PlanError: grpc.StatusCode.INVALID_ARGUMENT,
+    ConstraintError: grpc.StatusCode.INVALID_ARGUMENT,
     BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TooManyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     EngineLost: grpc.StatusCode.INTERNAL,
 }
 
@@ -63,6 +68,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         self._engine = engine
         self._instance_id = uuid.uuid4().hex
         self._session: Session | None = None
+        self._grammars: GrammarQueue | None = None
         self._stopping = False
 
     async def Describe(
@@ -92,8 +98,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         """Serves the log of plans; see the .proto file."""
         loaded = await self._loaded(context)
         session = self._take_over()
-        adapters = loaded.info.adapters
-        reader = asyncio.create_task(self._read(session, context, adapters), name="plans")
+        reader = asyncio.create_task(self._read(session, context, loaded), name="plans")
         try:
             end = await self._write(session, context, loaded.info.rank)
         finally:
@@ -115,9 +120,27 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         try:
             for batch in embed_batches(embed_inputs(request, info), info.embed_tokens_max):
                 vectors += await self._engine.embeds.embed(batch)
-        except tuple(_EMBED_CODES) as error:
-            await context.abort(_EMBED_CODES[type(error)], str(error))
+        except tuple(_CALL_CODES) as error:
+            await context.abort(_CALL_CODES[type(error)], str(error))
         return vectors_to_wire(vectors)
+
+    async def Prepare(
+        self,
+        request: shard_pb2.PrepareRequest,
+        context: grpc.aio.ServicerContext[shard_pb2.PrepareRequest, shard_pb2.PrepareResponse],
+    ) -> shard_pb2.PrepareResponse:
+        """Compiles a constraint beside the steps; see the .proto file."""
+        queue = self._compiling(await self._loaded(context))
+        try:
+            await queue.prepare(prepared_constraint(request))
+        except tuple(_CALL_CODES) as error:
+            await context.abort(_CALL_CODES[type(error)], str(error))
+        return shard_pb2.PrepareResponse()
+
+    def _compiling(self, loaded: Loaded) -> GrammarQueue:
+        if self._grammars is None:
+            self._grammars = GrammarQueue(loaded.grammar, loaded.info.engine)
+        return self._grammars
 
     def stop(self) -> None:
         """Tells the stream that is open to end; new ones are turned away."""
@@ -148,8 +171,11 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             session.over = True
             session.hear(end)
 
-    async def _read(self, session: Session, context: _Context, adapters: Collection[str]) -> None:
-        """Queues plans until the stream ends or one breaks the protocol."""
+    async def _read(self, session: Session, context: _Context, loaded: Loaded) -> None:
+        """Queues plans until the stream ends or one breaks the protocol.
+
+        A plan whose constraints have yet to be compiled waits for that, and so do those behind it.
+        """
         last_id, epoch = 0, None
         while True:
             message: object = await context.read()
@@ -164,11 +190,14 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
                 return
             last_id += 1
             try:
-                plan = plan_from_wire(message, adapters)
+                plan = plan_from_wire(message, loaded.info.adapters)
             except PlanError as error:
                 bad = End(Ending.BAD_PLAN, f"plan {last_id}: {error}")
                 self._engine.finish(session, bad)
                 return
+            constraints = [admit.sampling.constraint for admit in plan.admits]
+            if any(constraints):
+                await self._compiling(loaded).prepare_all(filter(None, constraints))
             await session.room.acquire()
             self._engine.step(session, epoch, last_id, plan)
 

@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shards.grammar import Grammar
 
 
 class Scheduling(Enum):
@@ -205,6 +209,13 @@ class Engine(ABC):
         the engine cannot, ``EngineLost`` when nothing can be trusted any more.
         """
         raise FeatureError(f"engine {self.describe().engine} does not support embeddings")
+
+    def guide_with(self, grammar: "Grammar") -> None:
+        """Gives the engine what compiles constraints, before its first step.
+
+        Called if it has the feature "grammar". One that was given none makes its own when it first
+        meets a constraint.
+        """
 
     @abstractmethod
     def tokenizer_files(self) -> dict[str, bytes]:

@@ -9,6 +9,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 from shards.engines.base import Engine, Outcome, Plan
+from shards.grammar import Grammar
+from shards.grammar_masks import Masks
 from shards.prompt_logprobs import Scores, parts_of
 from shards.residents import Limits, Resident, Residents
 from shards.sampling import Drawn
@@ -23,6 +25,11 @@ class CallerEngine(Engine):
     def __init__(self, limits: Limits) -> None:
         self._residents = Residents(limits)
         self._scores = Scores()
+        self._masks = Masks()
+
+    def guide_with(self, grammar: Grammar) -> None:
+        """See ``Engine``."""
+        self._masks.grammar = grammar
 
     def reset(self) -> None:
         """See ``Engine``."""
@@ -36,6 +43,8 @@ class CallerEngine(Engine):
             self._let_go(residents.drop(sequence))
         for admit in plan.admits:
             resident = residents.admit(admit)
+            if admit.sampling.constraint is not None:
+                resident.guide = self._masks.guide(admit.sampling.constraint, self)
             if admit.share_len:
                 donor = residents.by_sequence[admit.share_from]
                 self._share(donor, resident, admit.share_len)
@@ -50,6 +59,7 @@ class CallerEngine(Engine):
         for part in parts_of(work):
             going = [(one, count) for one, count in part if not one.failed]
             rows = [one for one, count in going if one.computed + count == len(one.tokens)]
+            self._masks.begin(rows)
             drawn = self._compute(going, rows) if going else Drawn([])
             for resident, count in going:
                 self._residents.compute(resident, count)

@@ -168,7 +168,7 @@ class LlamaCppEngine(CallerEngine):
 
     def _describe(self, options: EngineOptions) -> EngineInfo:
         features = ["logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p"]
-        features.append("prompt_logprobs")
+        features += ["prompt_logprobs", "grammar"]
         if self._model.shares_prefix:
             features.append("prefix_sharing")
         if options.adapters:

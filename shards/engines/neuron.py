@@ -51,7 +51,7 @@ _NARROW = (
 Words = tuple[float, float, float]
 # The likeliest token, whatever the temperature.
 _GREEDY: Words = (1.0, 1.0, 1.0)
-_FEATURES = ("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p")
+_FEATURES = ("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p", "grammar")
 
 
 class NeuronEngine(CallerEngine):
@@ -163,6 +163,8 @@ def _on_device(sampling: SamplingParams, among: int) -> Words:
 
 def _unable(sampling: SamplingParams, among: int) -> str:
     """What the device would ignore, in one line; or nothing."""
+    if sampling.constraint is not None:
+        return "neuron does not support constraints in a model that draws on the device"
     if sampling.temperature == 0.0:
         return ""
     if sampling.min_p > 0.0:

@@ -3,7 +3,8 @@
 It keeps the contract to the letter, so it is the reference for other engines. The likeliest next
 token is a pure function of the tokens so far; what the text says comes from ``scripted_text``. The
 logits are noise in [0, 1) with that token lifted above it, so every kind of sampling has a
-meaning.
+meaning. Under a constraint the scripted token is taken if it is allowed, else another one by the
+noise; every few tokens what leads to an end comes first, so that every constrained answer has one.
 
 Engine options (``--engine-option key=value``):
 
@@ -35,8 +36,11 @@ from shards.engines.base import (
     Progress,
     Scheduling,
 )
+from shards.engines.caller import settle
 from shards.engines.scripted_text import Script
 from shards.extras import Extras
+from shards.grammar import Grammar
+from shards.grammar_masks import Masks
 from shards.prompt_logprobs import Scores, targets_of
 from shards.residents import Limits, Resident, Residents
 from shards.sampling import Sampler, splitmix64
@@ -45,6 +49,8 @@ from shards.sampling import Sampler, splitmix64
 GAP_MAX_S = 0.001
 LIFT = 4.0
 CRASH_CODE = 70
+# Of this many tokens under a constraint, one ends what can be ended: a string, a list, the answer.
+CLOSE_EVERY = 4
 _MASK = (1 << 64) - 1
 
 
@@ -78,6 +84,8 @@ class ScriptedEngine(Engine):
         )
         self._residents = Residents(self._limits)
         self._sampler = Sampler(self._limits.vocab_size)
+        self._masks = Masks()
+        self._closing = [self._script.eos, *self._script.encode('"}],')]
         self._scores = Scores()
         self._info = self._describe(options)
         self._steps = 0
@@ -109,6 +117,7 @@ class ScriptedEngine(Engine):
                 "typical_p",
                 "prefix_sharing",
                 "prompt_logprobs",
+                "grammar",
             ),
             rank=options.rank,
             world=options.world,
@@ -126,6 +135,10 @@ class ScriptedEngine(Engine):
         """See ``Engine``."""
         self._residents.clear()
 
+    def guide_with(self, grammar: Grammar) -> None:
+        """See ``Engine``."""
+        self._masks.grammar = grammar
+
     def close(self) -> None:
         """Lets a wedged step go."""
         self._closed.set()
@@ -138,7 +151,9 @@ class ScriptedEngine(Engine):
         for sequence in plan.drops:
             residents.drop(sequence)
         for admit in plan.admits:
-            residents.admit(admit)
+            resident = residents.admit(admit)
+            if admit.sampling.constraint is not None:
+                resident.guide = self._masks.guide(admit.sampling.constraint, self)
         outcome = Outcome()
         if plan.work:
             self._fault()
@@ -196,17 +211,17 @@ class ScriptedEngine(Engine):
         return self._script.follow(known)
 
     def _sample(self, rows: list[Resident], outcome: Outcome) -> None:
+        self._masks.begin(rows)
         logits = np.stack([self._logits(row) for row in rows])
-        drawn = self._sampler.draw(logits, rows)
-        for index, row in enumerate(rows):
-            row.tokens.append(drawn.tokens[index])
-            outcome.sequences.append(row.sequence)
-            outcome.tokens.append(drawn.tokens[index])
-            if index in drawn.logprobs:
-                outcome.logprobs[row.sequence] = drawn.logprobs[index]
+        settle(rows, self._sampler.draw(logits, rows), outcome)
 
     def _logits(self, row: Resident) -> NDArray[np.float32]:
-        return self._noise(row.tokens, self._next(row))
+        """What follows; under a constraint, every few tokens, rather what leads to its end."""
+        logits = self._noise(row.tokens, self._next(row))
+        drawn = len(row.tokens) - row.prompt_len
+        if row.guide is not None and not self._answer and drawn % CLOSE_EVERY == CLOSE_EVERY - 1:
+            logits[self._closing] += np.float32(2 * LIFT)
+        return logits
 
     def _noise(self, known: Sequence[int], scripted: int) -> NDArray[np.float32]:
         """Noise that depends on the last two tokens and the position, and the scripted token."""

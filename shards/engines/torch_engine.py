@@ -62,6 +62,7 @@ PEER_TIMEOUT_S = 5.0
 _FEATURES = (
     *("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p", "prefix_sharing"),
     "prompt_logprobs",
+    "grammar",
 )
 # Logits that are brought to float32 at once to score prompts: 16 MiB of them.
 SCORED_AT_ONCE = 1 << 22

@@ -79,6 +79,7 @@ FEATURES = (
     "min_tokens",
     "typical_p",
     "prefix_sharing",
+    "grammar",
 )
 EXIT_LOST = 3
 

@@ -24,6 +24,7 @@ from shards.engines.llamacpp import (
 )
 from shards.gguf_file import read_metadata
 from tests.engines.contract import EngineContract, admit, decode, generate
+from tests.engines.contract_grammar import GrammarContract
 from tests.engines.contract_prompts import PromptContract
 
 # Rounding of the logits between ways to compute the same; measured up to 1.1 with AMX.
@@ -74,7 +75,7 @@ TEXTS = (
 )
 
 
-class TestContract(PromptContract, EngineContract):
+class TestContract(GrammarContract, PromptContract, EngineContract):
     @pytest.fixture
     def engine(self, exact: Engine) -> Engine:
         exact.reset()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from shards.allowed import Guiding
 from shards.engines.base import SamplingParams
 from shards.residents import is_plain
 from shards.sampling import Sampler, largest, splitmix64, uniform
@@ -21,6 +22,7 @@ class Row:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     tokens: list[int] = field(default_factory=lambda: [5, 6, 7])
     prompt_len: int = 3
+    guide: Guiding | None = None
 
     @property
     def plain(self) -> bool:

@@ -16,6 +16,7 @@ from shards.engines.base import (
     SamplingParams,
 )
 from tests.engines.contract import EngineContract, admit, decode, generate
+from tests.engines.contract_grammar import GrammarContract
 from tests.engines.contract_prompts import PromptContract
 
 
@@ -30,7 +31,7 @@ def text_of(engine: Engine, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=False)
 
 
-class TestContract(PromptContract, EngineContract):
+class TestContract(GrammarContract, PromptContract, EngineContract):
     @pytest.fixture
     def engine(self) -> Iterator[Engine]:
         engine = make()

@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TypeVar
 
-import grpc.aio
 from google.protobuf.message import Message
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -24,6 +23,7 @@ from router.api.grpc_calls import (
     UNARY,
     Context,
     Handler,
+    Received,
     guarded,
     handler,
     understood,
@@ -55,6 +55,7 @@ WRITE_DEADLINE_S = 10.0
 """A gateway that takes so long to read one message stands still."""
 
 M = TypeVar("M", bound=Message)
+Messages = AsyncIterator[Received[pb.FromGateway]]
 TOO_SLOW = "the gateway reads too slowly: its requests were ended"
 
 
@@ -172,16 +173,16 @@ class Gateways(Collector):
             if not gateway.closing:
                 gateway.close()
 
-    async def attach(self, _: object, context: Context) -> None:
+    async def attach(self, messages: Messages, context: Context) -> None:
         """Serves one gateway for as long as its stream lasts."""
         async with self._call(pb.Hello(), context):
-            hello = await _hello(context)
+            hello = await _hello(messages)
             gateway = Attached(self._driver, self._fleet)
             log.info("gateway %s is attached, version %s", context.peer(), hello.version[:40])
             with self._known(gateway):
                 await context.write(self._welcome())
                 try:
-                    await _serve(gateway, context)
+                    await _serve(gateway, messages, context)
                 finally:
                     gone = "gateway %s has left; %d requests ended with it"
                     log.info(gone, context.peer(), gateway.left)
@@ -255,30 +256,31 @@ class Gateways(Collector):
                 raise RequestError(Fault.WORKER_LOST, str(error)) from None
 
 
-async def _hello(context: Context) -> pb.Hello:
+async def _hello(messages: Messages) -> pb.Hello:
     """The gateway's first words. Raises RequestError if they are not what is expected."""
     try:
         async with asyncio.timeout(HELLO_DEADLINE_S):
-            message = await context.read()
+            message = understood(await anext(messages, None))
     except TimeoutError:
         raise RequestError(Fault.DEADLINE, "a gateway begins with hello, at once") from None
-    if message is grpc.aio.EOF or not understood(message).HasField("hello"):
+    if not message.HasField("hello"):
         raise invalid("a gateway begins with hello", "hello")
-    if message.hello.protocol != PROTOCOL:
+    hello = message.hello
+    if hello.protocol != PROTOCOL:
         text = (
-            f"the gateway, version {message.hello.version[:40]}, speaks protocol "
-            f"{message.hello.protocol} and the router {PROTOCOL}: install the same version of both"
+            f"the gateway, version {hello.version[:40]}, speaks protocol {hello.protocol} and the "
+            f"router {PROTOCOL}: install the same version of both"
         )
         raise RequestError(Fault.UNSUPPORTED, text)
-    return message.hello
+    return hello
 
 
-async def _serve(gateway: Attached, context: Context) -> None:
+async def _serve(gateway: Attached, messages: Messages, context: Context) -> None:
     """Reads and writes until one of both has ended. Raises RequestError for the gateway's faults.
 
     The gateway's requests are ended as soon as that has happened.
     """
-    reading = asyncio.ensure_future(_read(gateway, context))
+    reading = asyncio.ensure_future(_read(gateway, messages))
     writing = asyncio.ensure_future(_write(gateway, context))
     work: list[asyncio.Future[None]] = [reading, writing, gateway.outbox.overflown]
     try:
@@ -295,9 +297,9 @@ async def _serve(gateway: Attached, context: Context) -> None:
         await asyncio.wait(work)
 
 
-async def _read(gateway: Attached, context: Context) -> None:
+async def _read(gateway: Attached, messages: Messages) -> None:
     """Hears the gateway until it ends its half of the stream."""
-    while (message := await context.read()) is not grpc.aio.EOF:
+    async for message in messages:
         gateway.hear(understood(message))
 
 

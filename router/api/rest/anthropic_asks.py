@@ -249,7 +249,7 @@ def _result(block: AnthropicToolResult, where: str) -> Message:
 
 def _one(former: Message, message: Message) -> bool:
     """Whether two messages that follow each other are one; results are always apart."""
-    return former["role"] == message["role"] != "tool"
+    return bool(former["role"] == message["role"] != "tool")
 
 
 def _merged(former: Message, message: Message) -> Message:

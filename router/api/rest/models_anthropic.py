@@ -107,8 +107,8 @@ class AnthropicToolChoice(Body):
 class AnthropicThoughts(Body):
     """Whether the model should think before it answers, where its chat template can be told."""
 
-    type: Literal["enabled", "disabled", "adaptive"] = Field(
-        description="`adaptive` is as `enabled`. Unset: as the template has it."
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"] = Field(
+        description="All but `disabled` let the model think. Unset: as the template has it."
     )
     budget_tokens: int | None = Field(
         default=None, description="Ignored, and named in `x-ignored-parameters`."

@@ -79,6 +79,11 @@ WHOLE: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     (PLAIN, '[{"name": "f", "arguments": {}},\n {"name": "f"}]', "", [("f", "{}"), ("f", "{}")]),
     (PLAIN, '{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}',
      "", [("f", '{"a": 1}')]),
+    (PLAIN, '```json\n{"name": "f", "arguments": {"a": 1}}\n```', "", [("f", '{"a": 1}')]),
+    (PLAIN, 'Sure:\n```\n[{"name": "f"}]\n```\nDone.\n```\nx\n```',
+     "Sure:\nDone.\n```\nx\n```", [("f", "{}")]),
+    (PLAIN, '```json\n{"name": "f"}\n```\n```json\n{"name": "f"}\n```', "", [("f", "{}")] * 2),
+    (LLAMA, '```\n{"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
 ]  # fmt: skip
 
 TEXTS: list[tuple[ToolFormat, str]] = [
@@ -97,6 +102,9 @@ TEXTS: list[tuple[ToolFormat, str]] = [
     (LLAMA, "<|python_tag|>print(1)"),
     (PLAIN, "[a link](there)\n[1] and [2]\n{x | x > 1}"),
     (PLAIN, '{"name": "f", "note": 1}'),
+    (PLAIN, '```json\n{"a": 1}\n```\n```python\nprint()\n```'),
+    (PLAIN, "```json \n\n"),
+    (PLAIN, "``` x"),
     (MISTRAL, "[TOOL_CALLS] none [1]"),
     (TAGGED, "[TOOL_CALLS]g[ARGS]{}"),
     (TAGGED, "[TOOL_CALLS]f[OTHER]{}"),
@@ -129,7 +137,7 @@ ATOMS = st.sampled_from(
      "}", "[", "]", '"name"', ":", '"f"', '"arguments"', '"parameters"', ",", ";", " ", "\n", "f",
      "é",
      '{"name": "f", "arguments": {', '{"name": "f", "parameters": {', '"a": 1', "}}", "\\", '"',
-     "<tool", "nul", "null", "-1.5e3", " " * 70]
+     "<tool", "nul", "null", "```", "```json\n", "-1.5e3", " " * 70]
 )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from router.text.tools.formats import ToolFormat
 from router.text.tools.scan import SPACE
 
 _SPACE_HELD_MAX = 64
+_FENCES = ("```json", "```")
+"""What models like to put around bare JSON; it is theirs no more than white space."""
 
 
 @dataclass(slots=True)
@@ -55,7 +57,7 @@ class ToolReader:
         self._limit = limit
         self._closers = tuple(filter(None, (form.closer, *(";,]" if form.bare else ""))))
         self._drops = tuple(hidden - {form.opener, form.closer})
-        marks = (form.opener, form.closer, *self._drops, *("{[" if form.bare else ""))
+        marks = (form.opener, form.closer, *self._drops, *("{[`" if form.bare else ""))
         self._firsts = frozenset(mark[0] for mark in marks if mark)
         self._at = _At.TEXT
         self._held = ""  # TEXT: white space, and what may be a marker
@@ -63,7 +65,7 @@ class ToolReader:
         self._spoken = False  # whether there is any text yet
         self._line_start = True
         self._lead = self._marker = self._raw = ""  # else: what led here, and what came since
-        self._in_list = False
+        self._in_list = self._fenced = False
         self._body: CallReader | None = None
         self._begun = self._muted = False
         self._text: list[str] = []
@@ -140,37 +142,64 @@ class ToolReader:
         while self._held:
             word = self._held.lstrip(SPACE)
             space = self._held[: len(self._held) - len(word)]
-            if not word:
-                if len(space) > _SPACE_HELD_MAX:
-                    self._say(space)
-                return ""
-            if word == self._form.opener:
-                self._open(space, word)
-                return ""
-            if self._is_bare_start(space, word):
-                self._open(space, "")
-                return word
-            if word in self._drops or (self._behind_call and word in self._closers):
-                self._held = "" if self._behind_call else space
-                return ""
-            if self._may_grow(word):
-                return ""
+            again = self._marked(space, word) if word else self._spaced(space)
+            if again is not None:
+                return again
             layout = self._behind_call and not self._spoken
             self._say(("" if layout else space) + word[0])
             self._held = word[1:]
         return ""
 
-    def _is_bare_start(self, space: str, word: str) -> bool:
-        return self._form.bare and word in ("{", "[") and (self._line_start or "\n" in space)
+    def _spaced(self, space: str) -> str:
+        if len(space) > _SPACE_HELD_MAX:
+            self._say(space)
+        return ""
+
+    def _marked(self, space: str, word: str) -> str | None:
+        """Takes what is a marker or may become one; None if it is none.
+
+        Returns what has to be read anew, as in ``_step``.
+        """
+        closing = self._behind_call and (word in self._closers or self._ends_fence(word))
+        start = None if closing else self._bare_start(space, word)
+        if word == self._form.opener:
+            self._open(space, word)
+        elif start in ("{", "["):
+            self._open(self._held[:-1], "")
+            return start
+        elif closing or word in self._drops:
+            self._held = "" if self._behind_call else space
+        elif start != "" and not self._may_grow(word):
+            return None
+        return ""
+
+    def _ends_fence(self, word: str) -> bool:
+        if not self._fenced or word != _FENCES[-1]:
+            return False
+        self._fenced = False
+        return True
+
+    def _bare_start(self, space: str, word: str) -> str | None:
+        """What there is of a call without a marker; None if the line does not begin like one."""
+        if not self._form.bare or not (self._line_start or "\n" in space):
+            return None
+        for fence in _FENCES:
+            rest = word.removeprefix(fence)
+            if rest != word and (not rest or rest[0] in SPACE):
+                held = len(rest) - len(rest.lstrip(SPACE)) <= _SPACE_HELD_MAX
+                return rest.lstrip(SPACE) if held else None
+        return "" if _FENCES[0].startswith(word) else word
 
     def _may_grow(self, word: str) -> bool:
-        marks = (self._form.opener, *self._drops, *(self._closers if self._behind_call else ()))
+        behind = (*self._closers, *(_FENCES if self._fenced else ()))
+        marks = (self._form.opener, *self._drops, *(behind if self._behind_call else ()))
         return any(mark.startswith(word) for mark in marks)
 
     def _is_layout(self, held: str) -> bool:
         """Whether what is left at the end belongs to the calls: space, part of a closing marker."""
         word = held.strip(SPACE)
-        return self._behind_call and any(mark.startswith(word) for mark in self._closers)
+        marks = (*self._closers, *(_FENCES if self._fenced else ()))
+        return self._behind_call and (not word or any(mark.startswith(word) for mark in marks))
 
     def _say(self, text: str) -> None:
         self._text.append(text)
@@ -186,6 +215,7 @@ class ToolReader:
         self._lead = "" if self._behind_call else space
         self._marker, self._raw, self._held = marker, "", ""
         self._in_list = False
+        self._fenced = "`" in space
         self._at = _At.OPEN
 
     def _in_open(self, char: str) -> str:
@@ -278,7 +308,7 @@ class ToolReader:
             self._leave()
             self._spoken, self._behind_call, self._line_start = True, False, False
             return char
-        self._body = None
+        self._body, self._fenced = None, False
         again = self._raw + char
         first = "" if self._marker else again[0]
         self._say(self._lead + self._shown(self._marker) + first)

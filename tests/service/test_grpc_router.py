@@ -133,7 +133,7 @@ async def test_a_time_limit_of_tgis_ends_with_what_there_is(tmp_path: Path) -> N
     async with house_in(tmp_path, step_ms="5") as (router, channel):
         request = TGIS["BatchedGenerationRequest"](
             requests=[{"text": "Once"}, {"text": "Twice"}],
-            params={"stopping": {"max_new_tokens": 1500, "time_limit_millis": 150}},
+            params={"stopping": {"max_new_tokens": 1500, "time_limit_millis": 500}},
         )
         path = "/fmaas.GenerationService/Generate"
         answer = await foreign.unary(channel, path, TGIS["BatchedGenerationResponse"])(request)

@@ -70,7 +70,21 @@ def check_ask(ask: Ask, card: ModelCard, settings: Settings) -> None:
     if params.constraint is not None and settings.disable_grammar_support:
         text = "grammar is not supported: this server was started with disable_grammar_support"
         raise invalid(text, params.constraint.field)
+    _check_constraint(params)
     _check_features(params, card)
+
+
+def _check_constraint(params: Params) -> None:
+    """A constraint decides where an answer may end, and sometimes that it must."""
+    if params.constraint is None:
+        return
+    for name in ("min_tokens", "ignore_eos"):
+        if getattr(params, name):
+            raise invalid(
+                f"`{name}` cannot be combined with `{params.constraint.field}`: an answer ends "
+                "where it is complete",
+                name,
+            )
 
 
 def _check_ranges(params: Params) -> None:
@@ -177,6 +191,8 @@ def _check_features(params: Params, card: ModelCard) -> None:
 
 def _field(need: str, params: Params) -> str:
     """The parameter that asks for a feature."""
+    if need == "grammar" and params.constraint is not None:
+        return params.constraint.field
     if need != "penalties":
         return need
     if params.repetition_penalty != 1.0:
@@ -257,14 +273,12 @@ def sampling_of(params: Params, seed: int | None, stop_tokens: frozenset[int]) -
         logprobs=params.logprobs or params.top_logprobs > 0,
         top_logprobs=params.top_logprobs,
         prompt_logprobs=params.prompt_logprobs,
-        constraint=constraint_of(params.constraint),
+        constraint=None if params.constraint is None else constraint_of(params.constraint),
     )
 
 
-def constraint_of(constraint: Constraint | None) -> shard_pb2.Constraint | None:
-    """The ``shards.v1.Constraint`` of a request, if it has one."""
-    if constraint is None:
-        return None
+def constraint_of(constraint: Constraint) -> shard_pb2.Constraint:
+    """The constraint as ``shards.v1`` has it."""
     match constraint.kind:
         case ConstraintKind.JSON_SCHEMA:
             return shard_pb2.Constraint(json_schema=constraint.text)

@@ -15,7 +15,15 @@ from router.errors import Fault, RequestError
 from router.fleet import GroupCard, ModelCard
 from router.text.tokenizer import Tokenizer, TokenSpan
 
-FEATURES = ("logprobs", "penalties", "seed", "logit_bias", "min_tokens")
+FEATURES = (
+    "logprobs",
+    "penalties",
+    "seed",
+    "logit_bias",
+    "min_tokens",
+    "prompt_logprobs",
+    "grammar",
+)
 WORDS = ("Once", " upon", " a", " tîme", " 🙂")
 
 Step = Chunk | RequestError | asyncio.Event
@@ -149,6 +157,7 @@ class FakeFleet:
 
     def __init__(self) -> None:
         self.tokenizer = byte_tokenizer()
+        self.features = FEATURES
         self.up = True
         self.known = True
 
@@ -157,10 +166,11 @@ class FakeFleet:
             return ()
         group = GroupCard(
             "g0", "m/one", "scripted", "1.0", "cpu", "f32", "caller", 1,
-            Limits(4096, 1, 64, 512, 2048, True), FEATURES, (0,), 256, "hash", ("i",),
+            Limits(4096, 1, 64, 512, 2048, True), self.features, (0,), 256, "hash", ("i",),
             ready=self.up,
         )  # fmt: skip
-        return (ModelCard("m/one", self.tokenizer, (0,), 2047, 2048, 256, FEATURES, (group,)),)
+        numbers = (0,), 2047, 2048, 256
+        return (ModelCard("m/one", self.tokenizer, *numbers, self.features, (group,)),)
 
     def groups_up(self) -> dict[str, bool]:
         return {"g0": self.up and self.known}

@@ -3,7 +3,7 @@ import pytest
 
 from router.ask import Chunk, Finish, TokenOut
 from router.core.events import Reason
-from tests.service.fake_service import FakeService, Step, events_of, words
+from tests.service.fake_service import FakeFleet, FakeService, Step, events_of, words
 from tests.service.rest_server import complete, serving
 
 PROMPT = (
@@ -168,6 +168,18 @@ async def test_best_of_returns_those_with_the_highest_mean_logprob() -> None:
     assert (await complete(service, best_of=2, stream=True)).json()["error"]["param"] == "best_of"
     same = await complete(service, n=2, best_of=2, stream=True)
     assert same.status_code == 200
+
+
+async def test_what_no_engine_can_score_is_refused_by_the_clients_name_for_it() -> None:
+    service = FakeService()
+    service.fleet = FakeFleet()
+    service.fleet.features = ("penalties",)
+    for fields, param in (
+        ({"echo": True, "logprobs": 0}, "echo"),
+        ({"best_of": 2}, "best_of"),
+    ):
+        error = (await complete(service, **fields)).json()["error"]
+        assert (error["param"], error["code"]) == (param, "unsupported_parameter")
 
 
 async def test_prompts_of_all_kinds_in_index_order() -> None:

@@ -102,6 +102,8 @@ async def test_bad_chat_fields_are_named(
         ({"suffix": "s"}, "suffix"),
         ({"best_of": 0}, "best_of"),
         ({"best_of": 129}, "best_of"),
+        ({"best_of": 2**62}, "best_of"),
+        ({"n": 2**62}, "n"),
         ({"logprobs": 21}, "logprobs"),
         ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"logprobs": -1}, "logprobs"),

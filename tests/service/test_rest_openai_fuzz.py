@@ -62,7 +62,7 @@ async def test_strange_chats_are_answered(fields: dict[str, Any], conversation: 
 
 
 @FUZZED
-@given(fields=bodies(CompletionRequest), prompt=values | st.just("x"))
+@given(fields=bodies(CompletionRequest), prompt=st.just("x") | values)
 async def test_strange_completions_are_answered(fields: dict[str, Any], prompt: Any) -> None:
     answer = await complete(templated(), **{**fields, "prompt": prompt})
     assert answer.status_code in (200, 400, 404), answer.text

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from router.ask import Ask, Params
+from router.ask import Ask, Constraint, ConstraintKind, Params
 from router.config import Settings
-from router.errors import Fault, RequestError
+from router.errors import Fault, RequestError, TooLongError
 from router.service import INLINE_CHARS
 from router.text.tokenizer import Tokenizer
 from tests.service.scripted_core import House, house
@@ -20,6 +20,7 @@ TOKENIZER = Tokenizer(byte_level_with_bos(), chat_template=TEMPLATE)
 EOS = byte_level().token_to_id(SPECIALS[2])
 LAST = TOKENIZER.vocab_size - 1
 MANY = tuple(range(1025))
+FORMAT = Constraint(ConstraintKind.REGEX, "a+", "response_format")
 
 
 @pytest.fixture
@@ -122,6 +123,11 @@ async def test_an_ask_that_cannot_be(small: House, ask: Ask, field: str, words: 
     assert b'tgi_request_failure{err="validation"} 1.0' in small.driver.metrics.render()
 
 
+async def test_too_long_prompts_are_told_apart(small: House) -> None:
+    for ask in (Ask((1,) * 200), Ask("a", Params(max_tokens=200))):
+        assert isinstance(await refused(small, ask), TooLongError)
+
+
 async def test_a_prompt_of_the_greatest_length_has_room_for_one_token(small: House) -> None:
     await small.service.generate(Ask((1,) * 199))
     await small.settle()
@@ -148,6 +154,7 @@ async def test_an_unknown_model(small: House) -> None:
         ("penalties", Params(frequency_penalty=0.1), "frequency_penalty"),
         ("penalties", Params(presence_penalty=0.1), "presence_penalty"),
         ("seed", Params(seed=1), "seed"),
+        ("grammar", Params(constraint=FORMAT), "response_format"),
         ("logit_bias", Params(logit_bias=((1, 1.0),)), "logit_bias"),
         ("min_tokens", Params(min_tokens=1), "min_tokens"),
         ("typical_p", Params(typical_p=0.9), "typical_p"),

@@ -109,8 +109,13 @@ def completion_asks(body: CompletionRequest, model: ModelCard, settings: Setting
     Raises RequestError.
     """
     params = completion_params(body, model, settings)
+    prompts = prompts_of(body, settings)
+    count, limit = len(prompts) * tries_of(body), settings.max_concurrent_requests
+    if count > limit:
+        field = "best_of" if body.best_of else "n"
+        raise invalid(f"prompts times {field} must be at most {limit}, not {count}", field)
     asks: list[Ask] = []
-    for prompt in prompts_of(body, settings):
+    for prompt in prompts:
         ask = Ask(
             prompt=prompt,
             params=params,
@@ -118,11 +123,6 @@ def completion_asks(body: CompletionRequest, model: ModelCard, settings: Setting
             priority=priority(body),
         )
         asks += fan_out(ask, tries_of(body))
-    limit = settings.max_concurrent_requests
-    if len(asks) > limit:
-        field = "best_of" if body.best_of else "n"
-        text = f"prompts times {field} must be at most {limit}, not {len(asks)}"
-        raise invalid(text, field)
     return asks
 
 
@@ -131,6 +131,9 @@ def completion_params(body: CompletionRequest, model: ModelCard, settings: Setti
     choosing = tries_of(body) > (body.n or 1)
     _check_best_of(body, model, choosing)
     scored = bool(body.echo) and body.logprobs is not None
+    if scored and "prompt_logprobs" not in model.features:
+        text = f"no engine of {model.id} scores prompts; leave it or logprobs out"
+        raise unsupported("echo", text)
     if body.max_tokens == 0:
         if not body.echo:
             raise invalid("max_tokens must be at least 1, or 0 with echo", "max_tokens")

@@ -14,7 +14,7 @@ from router.core.events import Limits
 from router.errors import Fault, RequestError
 from router.text.agreement import difference
 from router.text.tokenizer import Tokenizer
-from shards.v1.shard_pb2 import DescribeResponse, SchedulingKind
+from shards.v1.shard_pb2 import Constraint, DescribeResponse, SchedulingKind
 
 DEFAULT_NAMES = frozenset({"", "tgi", "dummy"})
 """Model names that clients of TGI and of OpenAI send when they do not care."""
@@ -22,6 +22,8 @@ DEFAULT_NAMES = frozenset({"", "tgi", "dummy"})
 
 EmbedCall = Callable[[Sequence[Sequence[int]]], Awaitable[list[Sequence[float]]]]
 """Turns token ids into vectors on one group; see ``Link.embed``."""
+PrepareCall = Callable[[Constraint], Awaitable[None]]
+"""Has a constraint compiled by every rank of one group; see ``Link.prepare``."""
 
 
 class MismatchError(Exception):
@@ -169,6 +171,7 @@ class Fleet:
         self._watchers: list[Callable[[], None]] = []
         self._models: dict[str, ModelCard] = {}
         self._embed_calls: dict[str, EmbedCall] = {}
+        self._prepare_calls: dict[str, PrepareCall] = {}
         self._ready = asyncio.Event()
 
     # --- for users
@@ -212,6 +215,17 @@ class Fleet:
         return {
             name: call
             for name, call in self._embed_calls.items()
+            if self._cards[name].model == model
+        }
+
+    def prepare_calls(self, model: str) -> dict[tuple[str, ...], PrepareCall]:
+        """How the groups of a model that are up and follow constraints are asked to compile one.
+
+        By the instances of their ranks, which tell each life of a worker from the others.
+        """
+        return {
+            self._cards[name].instances: call
+            for name, call in self._prepare_calls.items()
             if self._cards[name].model == model
         }
 
@@ -317,10 +331,18 @@ class Fleet:
             if other.name != card.name and other.model == card.model
         ]
 
-    def up(self, card: GroupCard, tokenizer: Tokenizer, embed: EmbedCall | None = None) -> None:
-        """A group has come up. ``embed`` asks it to embed, if it can."""
+    def up(
+        self,
+        card: GroupCard,
+        tokenizer: Tokenizer,
+        embed: EmbedCall | None = None,
+        prepare: PrepareCall | None = None,
+    ) -> None:
+        """A group has come up. ``embed`` asks it to embed, ``prepare`` to compile, if it can."""
         if embed is not None and "embeddings" in card.features:
             self._embed_calls[card.name] = embed
+        if prepare is not None and "grammar" in card.features:
+            self._prepare_calls[card.name] = prepare
         self._tokenizers[card.tokenizer_sha256] = tokenizer
         self._cards[card.name] = card
         self._rebuild()
@@ -329,6 +351,7 @@ class Fleet:
     def down(self, name: str) -> None:
         """A group has gone down. What it said of itself stays known."""
         self._embed_calls.pop(name, None)
+        self._prepare_calls.pop(name, None)
         self._cards[name] = replace(self._cards[name], ready=False)
         self._rebuild()
 

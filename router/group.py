@@ -13,7 +13,7 @@ wrong. The group tries again for as long as the router runs.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
 from time import monotonic
@@ -23,10 +23,11 @@ from router.config import GroupSpec
 from router.core.effects import Abandon, RunPlan
 from router.core.events import Event, GroupDown, GroupUp, StepDone
 from router.fleet import Fleet, GroupCard, MismatchError, card_of
-from router.link import Backoff, Link, LinkDownError, encode, one_line
+from router.link import Backoff, Link, LinkDownError, encode
 from router.metrics import Metrics
 from router.text.tokenizer import Tokenizer
-from shards.v1.shard_pb2 import DescribeResponse, Outcome, PromptLogprobs, TokenLogprobs
+from router.together import all_of, together
+from shards.v1.shard_pb2 import Constraint, DescribeResponse, Outcome, PromptLogprobs, TokenLogprobs
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -98,13 +99,13 @@ class Group:
         """Tries to connect every rank, and lives on until one fails."""
         links = [Link(address, self._slots) for address in self.spec.addresses]
         try:
-            described = await _all(link.describe() for link in links)
+            described = await all_of(link.describe() for link in links)
             card = card_of(self.spec, described)
             links = [links[place] for place in _places(described)]
             with self._fleet.claim(card):
                 tokenizer = await self._tokenizer(card, links[0])
                 await self._fleet.agree(card, tokenizer)
-                await _all(link.open() for link in links)
+                await all_of(link.open() for link in links)
                 await self._live(card, tokenizer, links)
         finally:
             for link in links:
@@ -127,7 +128,7 @@ class Group:
         name, epoch = card.name, self._epochs()
         life = self._life = Life(name, epoch, links, self._stepped)
         began_s = monotonic()
-        self._fleet.up(card, tokenizer, links[0].embed)
+        self._fleet.up(card, tokenizer, links[0].embed, partial(_prepare, links))
         self._inbox.post(
             GroupUp(name, epoch, card.model, card.engine, card.limits, card.features, card.adapters)
         )
@@ -190,7 +191,7 @@ class Life:
         for rank, link in enumerate(self._links):
             work.append(asyncio.create_task(link.write_plans()))
             work.append(asyncio.create_task(link.read_outcomes(partial(self._answered, rank))))
-        await _together(work)
+        await together(work)
 
     def _answered(self, rank: int, outcome: Outcome) -> None:
         """A rank has answered a plan; a step is done when the last of them has."""
@@ -245,31 +246,9 @@ def _scores(prompt: PromptLogprobs) -> list[object]:
     ]
 
 
-async def _all(calls: Iterable[Coroutine[None, None, T]]) -> list[T]:
-    """Runs calls to all ranks at once and returns what they return."""
-    return await _together([asyncio.create_task(call) for call in calls])
-
-
-async def _together(work: Sequence[asyncio.Future[T]]) -> list[T]:
-    """Owns the work until all of it is done; the first failure cancels the rest and is raised.
-
-    Not ``asyncio.TaskGroup``: where a task fails just as the group is cancelled, that reports the
-    failure and forgets the cancellation (Python 3.11, 3.12), and the router would not end.
-    """
-    try:
-        await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
-    finally:
-        for one in work:
-            one.cancel()
-        await asyncio.wait(work)
-    failures = [one.exception() for one in work if not one.cancelled()]
-    causes = [failure for failure in failures if failure is not None]
-    for cause in causes:
-        if not isinstance(cause, LinkDownError):
-            raise cause
-    if causes:
-        raise LinkDownError(one_line(causes))
-    return [one.result() for one in work]
+async def _prepare(links: Sequence[Link], constraint: Constraint) -> None:
+    """Has a constraint compiled by every rank. Raises as ``Link.prepare``."""
+    await all_of(link.prepare(constraint) for link in links)
 
 
 def _places(described: Sequence[DescribeResponse]) -> list[int]:

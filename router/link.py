@@ -10,14 +10,16 @@ with one line that says why.
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
-from typing import cast
+from typing import TypeVar, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from router.core.effects import RunPlan
 from router.errors import Fault, RequestError
 from shards.v1.shard_pb2 import (
+    Constraint,
     DescribeRequest,
     DescribeResponse,
     EmbedInput,
@@ -26,19 +28,24 @@ from shards.v1.shard_pb2 import (
     GetTokenizerRequest,
     Outcome,
     Plan,
+    PrepareRequest,
+    PrepareResponse,
     Sampling,
     TokenizerChunk,
 )
+
+T = TypeVar("T")
 
 DESCRIBE_DEADLINE_S = 5.0
 OPEN_DEADLINE_S = 10.0
 TOKENIZER_DEADLINE_S = 120.0
 EMBED_DEADLINE_S = 300.0
+PREPARE_DEADLINE_S = 60.0
 TOKENIZER_BYTES_MAX = 256 * 2**20
 MESSAGE_BYTES_MAX = 64 * 2**20
 """A plan may admit many long prompts at once: 64 of 128,000 tokens take 25 MB."""
 
-_EMBED_FAULTS = {
+_CALL_FAULTS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Fault.OVERLOADED,
     grpc.StatusCode.DEADLINE_EXCEEDED: Fault.DEADLINE,
     grpc.StatusCode.UNIMPLEMENTED: Fault.UNSUPPORTED,
@@ -161,16 +168,28 @@ class Link:
 
         Raises ``RequestError`` for what the worker refuses, ``LinkDownError`` if it is lost.
         """
-        ask = self._channel.unary_unary(
-            "/shards.v1.Shard/Embed",
-            request_serializer=EmbedRequest.SerializeToString,
-            response_deserializer=EmbedResponse.FromString,
-        )
         request = EmbedRequest(inputs=[EmbedInput(tokens=tokens) for tokens in inputs])
+        answer = await self._beside("Embed", request, EmbedResponse.FromString, EMBED_DEADLINE_S)
+        return [one.values for one in answer.embeddings]
+
+    async def prepare(self, constraint: Constraint) -> None:
+        """Has a constraint compiled and kept by the worker; otherwise as ``embed``."""
+        request = PrepareRequest(constraint=constraint)
+        await self._beside("Prepare", request, PrepareResponse.FromString, PREPARE_DEADLINE_S)
+
+    async def _beside(
+        self, method: str, request: Message, answered: Callable[[bytes], T], timeout_s: float
+    ) -> T:
+        """A call that is no part of the log of plans."""
+        ask = self._channel.unary_unary(
+            f"/shards.v1.Shard/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=answered,
+        )
         try:
-            answer: EmbedResponse = await ask(request, timeout=EMBED_DEADLINE_S)
+            answer: T = await ask(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            fault = _EMBED_FAULTS.get(error.code())
+            fault = _CALL_FAULTS.get(error.code())
             if fault is None:
                 raise self._down(error) from None
             raise RequestError(fault, error.details() or error.code().name) from None
@@ -180,7 +199,7 @@ class Link:
                 raise
             # Not the caller was cancelled, but the call: this link was closed under it.
             raise LinkDownError(f"{self.address}: its connection was closed") from None
-        return [one.values for one in answer.embeddings]
+        return answer
 
     async def open(self) -> None:
         """Opens the stream of plans and waits until the worker has emptied its engine for it."""

@@ -22,6 +22,7 @@ from router.driver import Driver
 from router.embedding import Embedder
 from router.errors import FAULT_OF_REASON, Fault, RequestError
 from router.fleet import Fleet, ModelCard
+from router.preparing import Preparer
 from router.scores import PromptScores, next_batch
 from router.text.messages import weight
 from router.text.stop import StopMatcher
@@ -53,14 +54,14 @@ class Service:
         self._driver = driver
         self._settings = settings
         self._embedder = Embedder(fleet, settings, lambda: driver.accepting)
+        self._preparer = Preparer(fleet, settings)
         # A token without log probabilities looks the same each time: one object will do.
         self._outs: WeakKeyDictionary[Tokenizer, Outs] = WeakKeyDictionary()
 
     async def generate(self, ask: Ask) -> "Generation":
         """Checks, tokenises and submits a request.
 
-        Raises RequestError: VALIDATION or UNSUPPORTED with the field at fault, MODEL_NOT_FOUND,
-        OVERLOADED, UNAVAILABLE.
+        Raises RequestError, with the field at fault if there is one.
         """
         began = perf_counter()
         try:
@@ -69,6 +70,7 @@ class Service:
             check_ask(ask, card, self._settings)
             prompt = await self._prompt(card, ask)
             work = self._work(card, ask, prompt)
+            await self._preparer.prepare(card.id, ask)
             self._driver.metrics.validated(perf_counter() - began)
             channel = self._driver.submit(work.submitted)
         except RequestError as error:

@@ -70,9 +70,9 @@ def check_ports(settings: Settings) -> None:
 async def serve(settings: Settings, groups: Sequence[LocalGroup], console: Console) -> None:
     """Serves one model, by all groups, until SIGTERM or SIGINT has been obeyed.
 
-    The router begins when the workers have loaded: until then its ports are closed. Raises
-    ``StartError`` if a worker cannot start, ``OSError`` if a port cannot be had, ``CancelledError``
-    on a signal while loading.
+    The router begins when the workers have loaded: its ports are closed until it reaches one.
+    Raises ``StartError`` if a worker cannot start, ``OSError`` if a port cannot be had,
+    ``CancelledError`` on a signal while loading.
     """
     check_ports(settings)
     folder = socket_folder()
@@ -118,7 +118,7 @@ async def _together(
             # The router's own handlers take over when it begins.
             loop.add_signal_handler(signal.SIGTERM, this.cancel)
             await supervisor.all_ready()
-            await app.serve(settings, groups, on_ready)
+            await app.serve(settings, groups, on_ready, open_when_ready=True)
             keeper.cancel()
     except ExceptionGroup as failures:
         # One failure cancels the other task, so there is one to tell of.

@@ -115,9 +115,16 @@ class Router:
 
 
 async def serve(
-    settings: Settings, groups: Iterable[GroupSpec], on_ready: Callable[[int, int], None]
+    settings: Settings,
+    groups: Iterable[GroupSpec],
+    on_ready: Callable[[int, int], None],
+    *,
+    open_when_ready: bool = False,
 ) -> None:
     """Serves REST and gRPC until SIGTERM or SIGINT has been obeyed.
+
+    With ``open_when_ready`` its ports are closed until a first group is up, as TGI's are, whose
+    clients try again when a connection is refused; without it, requests get a 503 until then.
 
     The first signal stops the intake and lets running answers end, for at most
     ``graceful_termination_timeout_s``; a second one closes them at once. ``on_ready`` gets the
@@ -127,6 +134,8 @@ async def serve(
     configure(settings)
     with Signals() as signals:
         async with Router(settings, groups) as router:
+            if open_when_ready and not await unless(signals.first, router.fleet.wait_ready()):
+                return
             faces = await Faces.start(
                 router.service, router.fleet, router.metrics, settings, router.gateways
             )

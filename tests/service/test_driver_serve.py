@@ -96,6 +96,46 @@ async def test_both_doors_are_open_when_it_says_so(bench: Bench) -> None:
         await router.ended()
 
 
+@pytest.mark.parametrize("open_when_ready", [False, True])
+async def test_where_its_ports_are_closed_until_a_worker_is_up(
+    bench: Bench, open_when_ready: bool
+) -> None:
+    with socket.create_server((HOST, 0)) as probe:
+        port = probe.getsockname()[1]
+    ready = asyncio.Event()
+    settings = Settings(host=HOST, port=port, grpc_port=0)
+    groups = [GroupSpec("g", None, (bench.address("a"),))]
+    work = serve(settings, groups, lambda *_: ready.set(), open_when_ready=open_when_ready)
+    task = asyncio.create_task(work)
+    url = f"http://{HOST}:{port}"
+    try:
+        async with httpx.AsyncClient(base_url=url) as client:
+            if open_when_ready:
+                for _ in range(20):  # it tries to reach its worker meanwhile
+                    assert refused(port)
+                    await asyncio.sleep(0.01)
+            else:
+                await until(lambda: not refused(port))
+                assert (await client.post("/generate", json={"inputs": "x"})).status_code == 503
+            await bench.start("a", answer="water")
+            await asyncio.wait_for(ready.wait(), PATIENCE_S)
+            assert (await client.get("/health")).status_code == 200
+            kill(signal.SIGTERM)
+            await asyncio.wait_for(task, PATIENCE_S)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_a_signal_ends_it_before_any_worker_is_up(bench: Bench) -> None:
+    settings = Settings(host=HOST, port=0, grpc_port=0)
+    groups = [GroupSpec("g", None, (bench.address("a"),))]
+    task = asyncio.create_task(serve(settings, groups, print, open_when_ready=True))
+    await until(lambda: signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)
+    kill(signal.SIGTERM)
+    await asyncio.wait_for(task, PATIENCE_S)
+
+
 async def test_the_first_signal_lets_answers_end_and_takes_no_more(bench: Bench) -> None:
     async with served(bench, {}) as router:
         bench.gates["a"].clear()

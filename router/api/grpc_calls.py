@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from router.api.grpc_errors import abort
+from router.api.grpc_errors import abort, first_of
 from router.auth import ApiKeys
 from router.errors import Fault, RequestError
 
@@ -82,7 +82,10 @@ async def failing_well(context: Context) -> AsyncIterator[None]:
     except (grpc.aio.AbortError, asyncio.CancelledError):
         raise
     except Exception as error:  # noqa: BLE001 -- logged, and answered as INTERNAL
-        await abort(context, error)
+        # grpcio's own errors say that a message could not be sent: the client has left, and a task
+        # beside the handler's own has seen it first.
+        if not isinstance(first_of(error), grpc.aio.BaseError):
+            await abort(context, error)
 
 
 @asynccontextmanager

@@ -49,14 +49,14 @@ def renaming(name: Callable[[str], str]) -> Iterator[None]:
     try:
         yield
     except (RequestError, ExceptionGroup) as error:
-        first = _first(error)
+        first = first_of(error)
         if not isinstance(first, RequestError) or first.field is None:
             raise
         raise RequestError(first.fault, first.message, name(first.field)) from error
 
 
-def _first(error: Exception) -> Exception:
-    """Of several failures at once, the first."""
+def first_of(error: Exception) -> Exception:
+    """Returns the first of several failures at once, or the failure itself."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
@@ -67,7 +67,7 @@ def known_fault(error: Exception) -> RequestError:
 
     Anything but a RequestError is a bug: logged, and told as INTERNAL.
     """
-    error = _first(error)
+    error = first_of(error)
     if isinstance(error, RequestError):
         return error
     logger.error("call failed", exc_info=error)

@@ -34,6 +34,7 @@ from router.remote import RemoteCore, Uplink
 from router.remote_link import RefusedError, RouterLink
 from router.service import Service
 from router.text.tokenizer import Tokenizer
+from router.together import all_of
 from router.v1 import gateway_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,8 @@ class Gateway(Collector):
                 continue
             card = card_from_wire(group.name, group.card)
             tokenizer = await self._tokenizer(link, card.tokenizer_sha256)
-            self.fleet.up(card, tokenizer, partial(link.embed, card.name))
+            embed, prepare = partial(link.embed, card.name), partial(link.prepare, card.name)
+            self.fleet.up(card, tokenizer, embed, prepare)
             if not card.ready or self._closing:
                 self.fleet.down(card.name)
         if any(self.fleet.groups_up().values()):
@@ -212,19 +214,13 @@ class Gateway(Collector):
 
     async def _live(self, link: RouterLink, uplink: Uplink) -> None:
         """Writes and reads until the stream ends."""
-        writing = asyncio.ensure_future(link.write_from(uplink))
         news = asyncio.Queue[pb.Fleet](maxsize=1)
-        adopting = asyncio.ensure_future(self._adopt_all(link, news))
-        reading = asyncio.ensure_future(self._read_all(link, news))
-        try:
-            await asyncio.wait((reading, adopting), return_when=asyncio.FIRST_COMPLETED)
-            for one in (reading, adopting):
-                if one.done():
-                    one.result()
-        finally:
-            for one in (writing, reading, adopting):
-                one.cancel()
-            await asyncio.wait((writing, reading, adopting))
+        work = (
+            link.write_from(uplink),
+            self._adopt_all(link, news),
+            self._read_all(link, news),
+        )
+        await all_of(work)
 
     async def _adopt_all(self, link: RouterLink, news: asyncio.Queue[pb.Fleet]) -> None:
         """Fetching a tokenizer takes its time; tokens do not wait for that."""

@@ -5,24 +5,36 @@ goes wrong is one ``LinkDownError`` with one line that says why.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from router.errors import Fault, RequestError
 from router.gateway_wire import PROTOCOL, SERVICE
 from router.link import (
     EMBED_DEADLINE_S,
     MESSAGE_BYTES_MAX,
+    PREPARE_DEADLINE_S,
     TOKENIZER_BYTES_MAX,
     TOKENIZER_DEADLINE_S,
     LinkDownError,
 )
 from router.remote import Uplink
 from router.v1 import gateway_pb2 as pb
-from shards.v1.shard_pb2 import EmbedInput, EmbedRequest, EmbedResponse, TokenizerChunk
+from shards.v1.shard_pb2 import (
+    Constraint,
+    EmbedInput,
+    EmbedRequest,
+    EmbedResponse,
+    PrepareRequest,
+    PrepareResponse,
+    TokenizerChunk,
+)
+
+T = TypeVar("T")
 
 ATTACH_DEADLINE_S = 10.0
 
@@ -41,7 +53,7 @@ _REFUSALS = {
     grpc.StatusCode.UNAUTHENTICATED: "it does not accept this key; give it with --router-api-key",
     grpc.StatusCode.UNIMPLEMENTED: "it is no router that takes gateways of this version",
 }
-_EMBED_FAULTS = {
+_CALL_FAULTS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Fault.OVERLOADED,
     grpc.StatusCode.DEADLINE_EXCEEDED: Fault.DEADLINE,
     grpc.StatusCode.UNIMPLEMENTED: Fault.UNSUPPORTED,
@@ -125,25 +137,36 @@ class RouterLink:
 
         Raises ``RequestError`` for what is refused, ``LinkDownError`` if router or group are lost.
         """
-        ask = self._channel.unary_unary(
-            f"/{SERVICE}/Embed",
-            request_serializer=pb.GroupEmbedRequest.SerializeToString,
-            response_deserializer=EmbedResponse.FromString,
-        )
         wanted = EmbedRequest(inputs=[EmbedInput(tokens=tokens) for tokens in inputs])
         request = pb.GroupEmbedRequest(group=group, request=wanted)
+        answer = await self._beside("Embed", request, EmbedResponse.FromString, EMBED_DEADLINE_S)
+        return [one.values for one in answer.embeddings]
+
+    async def prepare(self, group: str, constraint: Constraint) -> None:
+        """Has a constraint compiled by one group; otherwise as ``embed``."""
+        wanted = PrepareRequest(constraint=constraint)
+        request = pb.GroupPrepareRequest(group=group, request=wanted)
+        await self._beside("Prepare", request, PrepareResponse.FromString, PREPARE_DEADLINE_S)
+
+    async def _beside(
+        self, method: str, request: Message, answered: Callable[[bytes], T], timeout_s: float
+    ) -> T:
+        """A call that is no part of the stream."""
+        ask = self._channel.unary_unary(
+            f"/{SERVICE}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=answered,
+        )
         try:
-            answer: EmbedResponse = await ask(
-                request, timeout=EMBED_DEADLINE_S, metadata=self._metadata
-            )
+            answer: T = await ask(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            fault = _EMBED_FAULTS.get(error.code())
+            fault = _CALL_FAULTS.get(error.code())
             if fault is None:
                 self._raise_down(error)
             raise RequestError(fault, error.details() or error.code().name) from None
         except asyncio.CancelledError:
             self._raise_closed()
-        return [one.values for one in answer.embeddings]
+        return answer
 
     async def close(self) -> None:
         """Ends whatever is open."""

@@ -33,7 +33,7 @@ from router.config import Settings
 from router.core.events import Reason, Submitted
 from router.driver import Driver
 from router.errors import Fault, RequestError
-from router.fleet import EmbedCall, Fleet
+from router.fleet import Fleet, GroupCard
 from router.gateway_wire import (
     PROTOCOL,
     REASON_OF_FAULT,
@@ -46,7 +46,7 @@ from router.gateway_wire import (
 from router.link import LinkDownError
 from router.v1 import gateway_pb2 as pb
 from router.validation import PRIORITY_MAX, check_vocabulary, invalid
-from shards.v1.shard_pb2 import Embedding, EmbedResponse, TokenizerChunk
+from shards.v1.shard_pb2 import Embedding, EmbedResponse, PrepareResponse, TokenizerChunk
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Gateways(Collector):
         self._settings = settings
         self._keys = ApiKeys(settings.api_key)
         self._attached: list[Attached] = []
-        self._embeds = 0
+        self._calls = 0
         self._closing = False
 
     def handlers(self) -> dict[str, Handler]:
@@ -158,6 +158,7 @@ class Gateways(Collector):
                 STREAM, self.get_tokenizer, pb.GetTokenizerRequest, TokenizerChunk
             ),
             "Embed": handler(UNARY, self.embed, pb.GroupEmbedRequest, EmbedResponse),
+            "Prepare": handler(UNARY, self.prepare, pb.GroupPrepareRequest, PrepareResponse),
         }
 
     def collect(self) -> Iterable[Metric]:
@@ -201,34 +202,50 @@ class Gateways(Collector):
     async def embed(self, request: pb.GroupEmbedRequest | None, context: Context) -> EmbedResponse:
         """Has inputs embedded by one group. The call's cancellation and deadline hold."""
         async with self._call(request, context) as known:
-            call = self._embed_call(known.group)
-            with self._room_to_embed():
+            call = self._fleet.embed_calls(self._card(known.group).model).get(known.group)
+            if call is None:
+                raise _not_up(known.group)
+            with self._room():
                 vectors = await call([one.tokens for one in known.request.inputs])
             return EmbedResponse(embeddings=[Embedding(values=vector) for vector in vectors])
         raise AssertionError("either returned or aborted")
 
-    def _embed_call(self, group: str) -> EmbedCall:
+    async def prepare(
+        self, request: pb.GroupPrepareRequest | None, context: Context
+    ) -> PrepareResponse:
+        """Has a constraint compiled by every rank of one group; otherwise as ``embed``."""
+        async with self._call(request, context) as known:
+            card = self._card(known.group)
+            call = self._fleet.prepare_calls(card.model).get(card.instances)
+            if call is None:
+                raise _not_up(known.group)
+            with self._room():
+                await call(known.request.constraint)
+            return PrepareResponse()
+        raise AssertionError("either returned or aborted")
+
+    def _card(self, group: str) -> GroupCard:
+        """What a group last said of itself. Raises RequestError if it never has."""
         for spec, card in self._fleet.groups():
             if spec.name == group and card is not None:
-                call = self._fleet.embed_calls(card.model).get(group)
-                if call is not None:
-                    return call
-        raise RequestError(Fault.WORKER_LOST, f"no group {group[:100]!r} that embeds is up")
+                return card
+        raise _not_up(group)
 
     @contextmanager
-    def _room_to_embed(self) -> Iterator[None]:
+    def _room(self) -> Iterator[None]:
+        """Bounds the calls beside the streams, of all gateways together."""
         most = self._settings.max_concurrent_requests
-        if self._embeds >= most:
+        if self._calls >= most:
             raise RequestError(
                 Fault.OVERLOADED,
-                f"{most} requests for embeddings are open, which is the most that the router takes "
+                f"{most} calls of gateways are open, which is the most that the router takes "
                 "(max_concurrent_requests); try again later",
             )
-        self._embeds += 1
+        self._calls += 1
         try:
             yield
         finally:
-            self._embeds -= 1
+            self._calls -= 1
 
     def _welcome(self) -> pb.ToGateway:
         limits, fleet = limits_to_wire(self._settings), fleet_to_wire(self._fleet.groups())
@@ -254,6 +271,10 @@ class Gateways(Collector):
                 yield known
             except LinkDownError as error:
                 raise RequestError(Fault.WORKER_LOST, str(error)) from None
+
+
+def _not_up(group: str) -> RequestError:
+    return RequestError(Fault.WORKER_LOST, f"no group {group[:100]!r} that could is up")
 
 
 async def _hello(messages: Messages) -> pb.Hello:

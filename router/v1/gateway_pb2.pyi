@@ -267,6 +267,14 @@ class GetTokenizerRequest(_message.Message):
     sha256: str
     def __init__(self, sha256: _Optional[str] = ...) -> None: ...
 
+class GroupPrepareRequest(_message.Message):
+    __slots__ = ("group", "request")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    request: _shard_pb2.PrepareRequest
+    def __init__(self, group: _Optional[str] = ..., request: _Optional[_Union[_shard_pb2.PrepareRequest, _Mapping]] = ...) -> None: ...
+
 class GroupEmbedRequest(_message.Message):
     __slots__ = ("group", "request")
     GROUP_FIELD_NUMBER: _ClassVar[int]

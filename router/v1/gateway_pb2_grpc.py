@@ -50,6 +50,11 @@ class GatewayStub(object):
                 request_serializer=router_dot_v1_dot_gateway__pb2.GroupEmbedRequest.SerializeToString,
                 response_deserializer=shards_dot_v1_dot_shard__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.Prepare = channel.unary_unary(
+                '/router.v1.Gateway/Prepare',
+                request_serializer=router_dot_v1_dot_gateway__pb2.GroupPrepareRequest.SerializeToString,
+                response_deserializer=shards_dot_v1_dot_shard__pb2.PrepareResponse.FromString,
+                _registered_method=True)
 
 
 class GatewayServicer(object):
@@ -80,6 +85,14 @@ class GatewayServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Prepare(self, request, context):
+        """Has a constraint compiled by every rank of one group, so that submitting a request with it stalls
+        nobody. INVALID_ARGUMENT says what cannot be compiled and where; UNAVAILABLE as in Embed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +110,11 @@ def add_GatewayServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=router_dot_v1_dot_gateway__pb2.GroupEmbedRequest.FromString,
                     response_serializer=shards_dot_v1_dot_shard__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Prepare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prepare,
+                    request_deserializer=router_dot_v1_dot_gateway__pb2.GroupPrepareRequest.FromString,
+                    response_serializer=shards_dot_v1_dot_shard__pb2.PrepareResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +198,33 @@ class Gateway(object):
             '/router.v1.Gateway/Embed',
             router_dot_v1_dot_gateway__pb2.GroupEmbedRequest.SerializeToString,
             shards_dot_v1_dot_shard__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prepare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/router.v1.Gateway/Prepare',
+            router_dot_v1_dot_gateway__pb2.GroupPrepareRequest.SerializeToString,
+            shards_dot_v1_dot_shard__pb2.PrepareResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,6 +4,7 @@ That each route answers as the router's own does is shown in ``test_rest_router`
 """
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ import httpx
 import pytest
 
 from router.app import Router
-from router.ask import Ask, Finish, Params, TokenOut
+from router.ask import Ask, Constraint, ConstraintKind, Finish, Params, TokenOut
 from router.config import ConfigError, GroupSpec, Settings
 from router.errors import Fault, RequestError
 from router.faces import Faces, _free_port
@@ -83,6 +84,24 @@ async def test_an_answer_is_the_same_on_both_sides(tmp_path: Path, params: Param
         ask = Ask("the same question", params)
         assert await answer(gateway.service, ask) == await answer(house.router.service, ask)
         await until(house.idle)
+
+
+async def test_constraints_are_compiled_and_kept_through_a_gateway(tmp_path: Path) -> None:
+    async with house_in(tmp_path) as house, before(house) as (gateway, _):
+        pair = (gateway.service, house.router.service)
+        wanted = Constraint(ConstraintKind.REGEX, "(yes|no){3}")
+        ask = Ask("well?", Params(max_tokens=40, seed=3, constraint=wanted))
+        ours, theirs = [await answer(service, ask) for service in pair]
+        assert ours == theirs
+        assert re.fullmatch(wanted.text, ours[1].text)
+        broken = replace(ask, params=Params(constraint=Constraint(ConstraintKind.REGEX, "(")))
+        faults = []
+        for service in pair:
+            with pytest.raises(RequestError) as caught:
+                await service.generate(broken)
+            faults.append((caught.value.fault, caught.value.field, caught.value.message))
+        assert faults[0] == faults[1]
+        assert faults[0][:2] == (Fault.VALIDATION, "grammar")
 
 
 async def test_two_gateways_share_a_port_and_nothing_is_counted_twice(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from router.v1 import gateway_pb2 as pb
 from router.v1.gateway_pb2_grpc import GatewayStub
 from shards.v1.shard_pb2 import TokenLogprobs
 from tests.service.fakes import PATIENCE_S, until
-from tests.service.scripted_core import House, Said, house
+from tests.service.scripted_core import House, Said, group_card, house
 from tests.service.vocabularies import SPECIALS, byte_level
 
 TOKENIZER = Tokenizer(byte_level())
@@ -271,6 +271,32 @@ async def test_bytes_that_are_no_message_end_a_stream_with_an_error() -> None:
                 assert pb.ToGateway.FromString(await call.read()).HasField("welcome")
                 await call.write(b"\xff")
             assert (await failure(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_calls_beside_the_stream_are_bounded_and_name_what_is_not_there() -> None:
+    async with place(max_concurrent_requests=1) as here:
+        called = asyncio.Event()
+
+        async def embed(_: Sequence[Sequence[int]]) -> list[Sequence[float]]:
+            called.set()
+            return await asyncio.Future()
+
+        card = group_card(TOKENIZER, (EOS,), features=("embeddings",))
+        here.small.fleet.up(card, TOKENIZER, embed)
+        request = pb.GroupEmbedRequest(group="g0", request={"inputs": [{"tokens": [1]}]})
+        waiting = here.stub.Embed(request)
+        await called.wait()
+        for call, code in (
+            (here.stub.Embed(request), grpc.StatusCode.RESOURCE_EXHAUSTED),
+            (here.stub.Embed(pb.GroupEmbedRequest(group="h")), grpc.StatusCode.UNAVAILABLE),
+            (here.stub.Prepare(pb.GroupPrepareRequest(group="g0")), grpc.StatusCode.UNAVAILABLE),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is code
+        waiting.cancel()
+        missing = here.stub.GetTokenizer(pb.GetTokenizerRequest(sha256="x"))
+        assert (await failure(missing))[0] is grpc.StatusCode.NOT_FOUND
 
 
 async def test_keys_are_asked_for() -> None:

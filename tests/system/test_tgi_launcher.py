@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -140,16 +142,42 @@ def test_what_cannot_be_is_one_line(
     assert told in line
 
 
-def test_the_embedded_model_answers_with_a_template_of_the_users_own(tmp_path: Path) -> None:
+def test_the_embedded_model_does_what_tgis_clients_ask(tmp_path: Path) -> None:
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}!"}))
     arguments = ("--port", "0", "--json-output", "--tokenizer-config-path", str(config))
-    with launched(tmp_path, *arguments) as server:
-        parameters = {"max_new_tokens": 4, "details": True, "decoder_input_details": False}
-        body = {"inputs": "The capital of France is", "parameters": parameters}
-        answer = server.client.post("/generate", json=body).json()
+    with launched(tmp_path, *arguments, ENABLE_PREFILL_LOGPROBS="true") as server:
+
+        def generate(inputs: str, **parameters: object) -> dict[str, Any]:
+            body = {"inputs": inputs, "parameters": parameters}
+            answer = server.client.post("/generate", json=body)
+            assert answer.status_code == 200, answer.text
+            found: dict[str, Any] = answer.json()
+            return found
+
+        prompt = "The capital of France is"
+        answer = generate(prompt, max_new_tokens=4, decoder_input_details=True)
         assert "Paris" in answer["generated_text"]
-        assert answer["details"]["generated_tokens"] == 4
+        details = answer["details"]
+        assert details["generated_tokens"] == 4
+        assert "".join(token["text"] for token in details["prefill"]) == prompt
+        first, *others = (token["logprob"] for token in details["prefill"])
+        assert first is None
+        assert all(logprob < 0 for logprob in others)
+
+        regex = {"type": "regex", "value": "[0-9]{2}-(red|blue)"}
+        text = generate("A code:", max_new_tokens=20, grammar=regex)["generated_text"]
+        assert re.fullmatch(regex["value"], text)
+        schema = {
+            "type": "object",
+            "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"enum": [1, 2]}},
+            "required": ["name", "age"],
+            "additionalProperties": False,
+        }
+        shape = {"type": "json", "value": json.dumps(schema)}
+        text = generate("A person:", max_new_tokens=60, grammar=shape)["generated_text"]
+        assert json.loads(text).keys() == {"name", "age"}
+
         body = {"messages": [{"role": "user", "content": "Hi"}]}
         laid_out = server.client.post("/chat_tokenize", json=body).json()
         assert laid_out["templated_text"] == "Hi!"

@@ -122,7 +122,7 @@ class TgiRoutes:
 
         async def work(body: ChatRequest, _: float) -> Response:
             context = self._context
-            ask, _ = chat_ask(body, context.settings, context.fleet)
+            ask = chat_ask(body, context.settings, context.fleet)[0]
             model, text = await context.chat.render(ask)
             found = await context.service.tokenize(model, text, add_special_tokens=False)
             tokens = shapes.simple_tokens(text, found)

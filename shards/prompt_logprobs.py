@@ -103,8 +103,17 @@ class Scores:
             block = logits[start : start + rows]
             self.add(resident, *score(block, targets[start : start + rows], top))
 
-    def add(self, resident: Resident, logprobs: Sequence[float], pairs: Sequence[Pairs]) -> None:
-        """Takes the scores of the next targets of a sequence. It fails if one is not a number."""
+    def add(
+        self,
+        resident: Resident,
+        logprobs: Sequence[float],
+        pairs: Sequence[Pairs],
+        start: int | None = None,
+    ) -> None:
+        """Takes the scores of the next targets of a sequence. It fails if one is not a number.
+
+        An engine that tells of the whole prompt at its end says where they ``start``.
+        """
         # Zero probability is a number, whose logarithm is not finite.
         if not all(logprob < math.inf for logprob in logprobs):
             resident.failed = True
@@ -112,7 +121,8 @@ class Scores:
             return
         scored = self._scored.get(resident.sequence)
         if scored is None:
-            scored = self._scored[resident.sequence] = Scored(resident.computed + 1)
+            first = resident.computed + 1 if start is None else start
+            scored = self._scored[resident.sequence] = Scored(first)
         scored.logprobs += logprobs
         scored.pairs += pairs
 

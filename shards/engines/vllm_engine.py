@@ -30,7 +30,7 @@ Engine options (``--engine-option key=value``):
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,6 +81,9 @@ FEATURES = (
     "prefix_sharing",
     "grammar",
 )
+# With adapters vLLM looks up the one of each row that it computes logits of, but knows them for the
+# rows that draw only.
+WITHOUT_ADAPTERS = "prompt_logprobs"
 EXIT_LOST = 3
 
 
@@ -131,7 +134,7 @@ class VllmEngine(CallerEngine):
             length_max=limits.length_max,
             vocab_size=limits.vocab_size,
             eos_token_ids=self._ends,
-            features=(*FEATURES, "lora") if self._adapters else FEATURES,
+            features=(*FEATURES, "lora" if self._adapters else WITHOUT_ADAPTERS),
             rank=options.rank,
             world=options.world,
             weight_bytes=weight_bytes(self._folder) // options.world,
@@ -190,7 +193,18 @@ class VllmEngine(CallerEngine):
         output = self._executor.sample_tokens(None)
         index = output.req_id_to_index
         tokens = [output.sampled_token_ids[index[str(row.sequence)]][0] for row in rows]
+        if output.prompt_logprobs_dict:
+            self._score(work, output.prompt_logprobs_dict)
         return self._processor.finish(rows, tokens)
+
+    def _score(self, work: Work, found: Mapping[str, Any]) -> None:
+        """Tells of the prompts that are whole now; vLLM keeps what it found out until then."""
+        from shards.engines.vllm_sampling import scores_of
+
+        for resident, _ in work:
+            tensors = found.get(str(resident.sequence))
+            if tensors is not None and resident.prompt_len > 1:
+                self._scores.add(resident, *scores_of(resident, tensors), start=1)
 
 
 def text_config(folder: Path) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from vllm import SamplingParams as NativeParams
 from vllm.config import VllmConfig
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
 
+from shards.prompt_logprobs import Pairs
 from shards.residents import Resident
 from shards.sampling import Drawn, Sampler
 
@@ -23,14 +25,38 @@ _NOT_FINITE = "the engine's logits are not finite numbers"
 
 
 def native_params(resident: Resident) -> NativeParams:
-    """What vLLM is told: argmax, without an end; and whose row it is, for the processor."""
+    """What vLLM is told: argmax, without an end; and whose row it is, for the processor.
+
+    Prompts it scores itself: raw, and as many likeliest tokens as are asked for.
+    """
+    sampling = resident.sampling
     return NativeParams(
         temperature=0.0,
         max_tokens=None,
         ignore_eos=True,
         detokenize=False,
+        prompt_logprobs=sampling.top_logprobs if sampling.prompt_logprobs else None,
         extra_args={_RESIDENT: resident},
     )
+
+
+def scores_of(resident: Resident, tensors: LogprobsTensors) -> tuple[list[float], list[Pairs]]:
+    """What vLLM says of a prompt: of its tokens from the second on, and the likeliest at each.
+
+    A row has the token that is there, then the likeliest ones. What came behind the prompt before a
+    loss is prompt to vLLM, and left out.
+    """
+    count = resident.prompt_len - 1
+    values = tensors.logprobs[:count].tolist()
+    logprobs = [row[0] for row in values]
+    if not resident.sampling.top_logprobs:
+        return logprobs, []
+    ids = tensors.logprob_token_ids[:count].tolist()
+    # Which of equal tokens goes first is up to the device.
+    return logprobs, [
+        sorted(zip(tokens[1:], row[1:], strict=True), key=lambda one: (-one[1], one[0]))
+        for tokens, row in zip(ids, values, strict=True)
+    ]
 
 
 class RowProcessor(LogitsProcessor):  # type: ignore[misc]

@@ -19,6 +19,8 @@ _ASIDES = ("type", "id")
 _KEY_CHARS_MAX = 16
 _NAME_CHAR = re.compile(r"[\w.-]")
 EMPTY = "{}"
+STRING_CHARS_MAX = 1 << 20
+"""Characters of arguments within a string, which have to be held until it ends."""
 
 
 class Step(Enum):
@@ -66,6 +68,7 @@ class ObjectCall:
     __slots__ = (
         "_at",
         "_depth",
+        "_escaped",
         "_given",
         "_key",
         "_names",
@@ -82,7 +85,8 @@ class ObjectCall:
         self._at = _At.MEMBER
         self._depth = 1
         self._key = ""
-        self._string = ""
+        self._string: list[str] = []
+        self._escaped = False
         self._given: str | None = None
         self._scanner: ObjectScanner | None = None
         self.name: str | None = None
@@ -134,7 +138,7 @@ class ObjectCall:
 
     def _value(self, char: str) -> Step:
         if char == '"':
-            self._at, self._string = _At.STRING, char
+            self._at, self._string = _At.STRING, [char]
         elif char == "{" and self._key == "function" and self._depth == 1:
             self._at, self._depth = _At.MEMBER, 2
         elif char == "{" and self._key in _ARGUMENTS and self._scanner is None:
@@ -146,13 +150,15 @@ class ObjectCall:
         return Step.MORE
 
     def _in_string(self, char: str) -> Step:
-        escaped = (len(self._string) - len(self._string.rstrip("\\"))) % 2
-        self._string += char
-        if char != '"' or escaped:
+        self._string.append(char)
+        if len(self._string) > STRING_CHARS_MAX:
+            return Step.FAILED
+        if self._escaped or char != '"':
+            self._escaped = char == "\\" and not self._escaped
             return Step.MORE
         self._at = _At.NEXT
         try:
-            text = json.loads(self._string, strict=False)
+            text = json.loads("".join(self._string), strict=False)
         except ValueError:
             return Step.FAILED
         if self._key in _NAMES:

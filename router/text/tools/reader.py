@@ -64,7 +64,8 @@ class ToolReader:
         self._behind_call = False
         self._spoken = False  # whether there is any text yet
         self._line_start = True
-        self._lead = self._marker = self._raw = ""  # else: what led here, and what came since
+        self._lead = self._marker = ""  # else: what led here,
+        self._raw: list[str] = []  # and what came since
         self._in_list = self._fenced = False
         self._body: CallReader | None = None
         self._begun = self._muted = False
@@ -101,10 +102,10 @@ class ToolReader:
             self._leave()
             self.broken = True
         elif self._at in (_At.OPEN, _At.CALL) and (self._raw or self._marker):
-            self._text.append(self._lead + self._shown(self._marker) + self._raw)
+            self._text.append(self._lead + self._shown(self._marker) + "".join(self._raw))
         elif self._at is _At.TEXT and not self._is_layout(self._held):
             self._text.append(self._held)
-        self._held = self._raw = ""
+        self._held, self._raw = "", []
         self._body, self._at = None, _At.TEXT
         return self._taken()
 
@@ -213,13 +214,13 @@ class ToolReader:
 
     def _open(self, space: str, marker: str) -> None:
         self._lead = "" if self._behind_call else space
-        self._marker, self._raw, self._held = marker, "", ""
+        self._marker, self._raw, self._held = marker, [], ""
         self._in_list = False
         self._fenced = "`" in space
         self._at = _At.OPEN
 
     def _in_open(self, char: str) -> str:
-        if char == "[" and not self._in_list and not self._raw.strip(SPACE):
+        if char == "[" and not self._in_list and not "".join(self._raw).strip(SPACE):
             self._in_list = True
         elif char == "{":
             self._body = ObjectCall(self._names)
@@ -230,7 +231,7 @@ class ToolReader:
             return char
         elif char not in SPACE:
             return self._fail(char)
-        self._raw += char
+        self._raw.append(char)
         return ""
 
     def _in_call(self, char: str) -> str:
@@ -238,7 +239,8 @@ class ToolReader:
         step = self._body.feed(char)
         if step is Step.FAILED:
             return self._fail(char)
-        self._raw += char
+        if not self._begun:
+            self._raw.append(char)
         self._pass_on(self._body)
         if step is Step.MORE:
             return ""
@@ -248,7 +250,7 @@ class ToolReader:
 
     def _in_next(self, char: str) -> str:
         if char == ",":
-            self._lead, self._marker, self._raw = "", "", char
+            self._lead, self._marker, self._raw = "", "", [char]
             self._at = _At.OPEN
         elif char not in SPACE:
             self._at = _At.TEXT
@@ -296,7 +298,8 @@ class ToolReader:
         assert self._body is not None
         self._pass_on(self._body)
         self._leave()
-        self._raw = self._lead = self._marker = self._held = ""
+        self._lead = self._marker = self._held = ""
+        self._raw = []
         self._at = _At.NEXT if self._in_list else _At.TEXT
         self._behind_call = self._line_start = True
 
@@ -309,7 +312,7 @@ class ToolReader:
             self._spoken, self._behind_call, self._line_start = True, False, False
             return char
         self._body, self._fenced = None, False
-        again = self._raw + char
+        again = "".join(self._raw) + char
         first = "" if self._marker else again[0]
         self._say(self._lead + self._shown(self._marker) + first)
         return again[len(first) :]

@@ -185,8 +185,10 @@ async def test_parameters_become_the_routers() -> None:
     assert (params.min_tokens, params.ignore_eos, params.stop_token_ids) == (2, True, (3,))
     assert (params.include_stop, params.skip_special_tokens) == (True, False)
     assert ask.priority == 2
-    await chat(service, temperature=0, seed=3)
-    assert (service.asks[1].params.temperature, service.asks[1].params.seed) == (0, None)
+    await chat(service, temperature=0, seed=3, top_p=0)
+    greedy = service.asks[1].params
+    assert (greedy.temperature, greedy.seed) == (0, None)
+    assert 0 < greedy.top_p < 1e-5
 
 
 async def test_the_last_message_can_be_continued() -> None:

@@ -9,6 +9,7 @@ from router.ask import Ask, Params
 from router.config import Settings
 from router.conversation import ChatAsk
 from router.errors import Fault, RequestError
+from router.validation import SMALLEST_SHARE
 
 SEEDS = 2**64
 PRIORITIES = {"priority": 0, "fast": 0, "flex": 2}
@@ -56,7 +57,8 @@ def openai_params(body: SamplingFields, settings: Settings) -> Params:
         min_tokens=body.min_tokens or 0,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=0 if body.top_k in (None, -1) else body.top_k or 0,
-        top_p=1.0 if body.top_p is None else body.top_p,
+        # OpenAI takes 0, which leaves the likeliest token alone.
+        top_p=1.0 if body.top_p is None else body.top_p or SMALLEST_SHARE,
         min_p=body.min_p or 0.0,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         frequency_penalty=body.frequency_penalty or 0.0,

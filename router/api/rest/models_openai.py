@@ -81,7 +81,9 @@ class SamplingFields(Body):
     temperature: float | None = Field(
         default=None, description="In [0, 100]. 0 is greedy. Default 1."
     )
-    top_p: float | None = Field(default=None, description="In (0, 1]. 1 is off.")
+    top_p: float | None = Field(
+        default=None, description="In [0, 1]. 1 is off, 0 leaves the likeliest token."
+    )
     frequency_penalty: float | None = Field(default=None, description="In [-2, 2]. 0 is off.")
     presence_penalty: float | None = Field(default=None, description="In [-2, 2]. 0 is off.")
     seed: int | None = Field(

@@ -23,10 +23,21 @@ class Outgoing:
     themselves when the process is busy.
     """
 
-    __slots__ = ("_calls", "_choice", "_params", "_reasoning", "_text", "_tokens")
+    __slots__ = (
+        "_calls",
+        "_choice",
+        "_detailed",
+        "_least",
+        "_params",
+        "_reasoning",
+        "_text",
+        "_tokens",
+    )
 
     def __init__(self, params: pb.Parameters, choice: int = 0) -> None:
         self._params = params
+        self._least = params.stream_tokens
+        self._detailed = params.logprobs or params.top_logprobs > 0 or params.token_details
         self._choice = choice
         self._clear()
 
@@ -43,7 +54,7 @@ class Outgoing:
         if isinstance(chunk, ChatChunk):
             self._reasoning += chunk.reasoning
             self._calls += chunk.calls
-        if len(self._tokens) < self._params.stream_tokens and chunk.finish is None:
+        if len(self._tokens) < self._least and chunk.finish is None:
             return None
         return self._message(chunk.finish)
 
@@ -58,7 +69,8 @@ class Outgoing:
             reasoning=self._reasoning,
             choice=self._choice,
         )
-        self._add_details(message)
+        if self._detailed:
+            self._add_details(message)
         for call in self._calls:
             message.tool_calls.add(
                 index=call.index, id=call.id or "", name=call.name or "", arguments=call.arguments

@@ -50,6 +50,7 @@ from shards.v1.shard_pb2 import Embedding, EmbedResponse, PrepareResponse, Token
 
 log = logging.getLogger(__name__)
 
+GATEWAYS_MAX = 256
 HELLO_DEADLINE_S = 10.0
 WRITE_DEADLINE_S = 10.0
 """A gateway that takes so long to read one message stands still."""
@@ -126,16 +127,17 @@ class Attached:
         Raises RequestError.
         """
         card = self._fleet.model(wire.model)
-        check_vocabulary(wire.prompt, card.vocab_size, "prompt")
-        length = len(wire.prompt) + wire.max_tokens
-        if not (wire.prompt and wire.max_tokens and length <= card.max_total_tokens):
+        request = self._driver.next_request_id()
+        submitted = submitted_of(wire, request, card.id, self._driver.now_ms())
+        check_vocabulary(submitted.prompt, card.vocab_size, "prompt")
+        length = len(submitted.prompt) + wire.max_tokens
+        if not (submitted.prompt and wire.max_tokens and length <= card.max_total_tokens):
             raise invalid(f"the model {card.id} holds {card.max_total_tokens} tokens", "prompt")
         if wire.adapter and wire.adapter not in card.adapters:
             raise invalid(f"the adapter {wire.adapter[:100]!r} is not loaded", "adapter")
         if wire.priority > PRIORITY_MAX:
             raise invalid(f"there is no priority {wire.priority}", "priority")
-        request = self._driver.next_request_id()
-        return submitted_of(wire, request, card.id, self._driver.now_ms())
+        return submitted
 
 
 class Gateways(Collector):
@@ -177,6 +179,9 @@ class Gateways(Collector):
     async def attach(self, messages: Messages, context: Context) -> None:
         """Serves one gateway for as long as its stream lasts."""
         async with self._call(pb.Hello(), context):
+            if len(self._attached) >= GATEWAYS_MAX:
+                text = f"{GATEWAYS_MAX} gateways are attached, which is the most a router takes"
+                raise RequestError(Fault.OVERLOADED, text)
             hello = await _hello(messages)
             gateway = Attached(self._driver, self._fleet)
             log.info("gateway %s is attached, version %s", context.peer(), hello.version[:40])

@@ -213,12 +213,12 @@ async def test_before_the_router_is_there_a_gateway_says_so_and_waits(tmp_path: 
 
 @asynccontextmanager
 async def router_at(
-    folder: Path, grpc_port: int, **worker: str
+    folder: Path, grpc_port: int, given: dict[str, Any] | None = None, **worker: str
 ) -> AsyncIterator[tuple[Router, Faces]]:
     """A router at a port of gRPC; leaving it is as abrupt as its end."""
     async with bench_in(folder) as bench:
         address = await bench.start("w", **worker)
-        settings = Settings(host="127.0.0.1", port=0, grpc_port=grpc_port)
+        settings = Settings(host="127.0.0.1", port=0, grpc_port=grpc_port, **(given or {}))
         async with Router(settings, [GroupSpec("g", None, (address,))]) as router:
             faces = await Faces.start(
                 router.service, router.fleet, router.metrics, settings, router.gateways
@@ -251,10 +251,14 @@ async def test_a_lost_router_ends_streams_and_is_found_again(tmp_path: Path) -> 
         assert (await client.get("/health")).status_code == 503
         refused = await client.post("/generate", json=ENDLESS)
         assert (refused.status_code, refused.json()["error_type"]) == (503, "unavailable")
-        async with router_at(tmp_path, grpc_port):
+        async with router_at(tmp_path, grpc_port, {"max_total_tokens": 50}):
             await until(lambda: any(gateway.fleet.groups_up().values()))
             body = {"inputs": "x", "parameters": {"max_new_tokens": 3}}
             assert (await client.post("/generate", json=body)).status_code == 200
+            # The limits are those of the router that is there now.
+            longer = await client.post("/generate", json=ENDLESS)
+            assert longer.status_code == 422
+            assert "must be <= 50" in longer.json()["error"]
 
 
 async def test_a_router_that_shuts_down_lets_a_gateways_answers_end(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from router.core.effects import Close, Deliver
 from router.core.events import Ended, Reason
 from router.faces import _free_port
 from router.gateway_wire import PROTOCOL, REASON_TO_WIRE
+from router.remote_link import RouterLink
 from router.text.tokenizer import Tokenizer
 from router.v1 import gateway_pb2 as pb
 from router.v1.gateway_pb2_grpc import GatewayStub
@@ -64,8 +65,11 @@ class Wire:
 class Place:
     """A router's gRPC port, with what is behind it."""
 
-    def __init__(self, small: House, gateways: Gateways, channel: grpc.aio.Channel) -> None:
+    def __init__(
+        self, small: House, gateways: Gateways, address: str, channel: grpc.aio.Channel
+    ) -> None:
         self.small = small
+        self.address = address
         self.gateways = gateways
         self.channel = channel
         self.stub = GatewayStub(channel)  # type: ignore[no-untyped-call]
@@ -98,7 +102,7 @@ async def place(**given: Any) -> AsyncIterator[Place]:
         try:
             address = f"127.0.0.1:{settings.grpc_port}"
             async with grpc.aio.insecure_channel(address) as channel:
-                yield Place(small, gateways, channel)
+                yield Place(small, gateways, address, channel)
         finally:
             await server.stop(0)
 
@@ -271,6 +275,33 @@ async def test_bytes_that_are_no_message_end_a_stream_with_an_error() -> None:
                 assert pb.ToGateway.FromString(await call.read()).HasField("welcome")
                 await call.write(b"\xff")
             assert (await failure(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_one_that_says_nothing_or_is_one_too_many_is_turned_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with place() as here:
+        monkeypatch.setattr(gateway_server, "HELLO_DEADLINE_S", 0.05)
+        assert (await failure(here.stub.Attach()))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+        monkeypatch.setattr(gateway_server, "HELLO_DEADLINE_S", PATIENCE_S)
+        monkeypatch.setattr(gateway_server, "GATEWAYS_MAX", 1)
+        async with here.attached() as wire:
+            call = here.stub.Attach()
+            await call.write(HELLO)
+            assert (await failure(call))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+            await wire.send(submit(1))
+            await here.submitted(1)
+
+
+async def test_files_of_any_size_arrive_whole() -> None:
+    async with place(api_key="secret") as here:
+        files = {"tokenizer.json": bytes(range(256)) * 10_000, "chat_template.jinja": b""}
+        here.small.fleet.keep_files("ab", files)
+        link = RouterLink(here.address, "secret")
+        try:
+            assert await link.tokenizer_files("ab") == files
+        finally:
+            await link.close()
 
 
 async def test_calls_beside_the_stream_are_bounded_and_name_what_is_not_there() -> None:

@@ -24,7 +24,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
 
 async def scrape(house: House) -> dict[str, float]:
     """Samples by name, with the value of their one label behind it."""
-    await until(house.idle)
+    await until(lambda: house.idle() and not house.snapshot.groups[0].plans_in_flight)
     text = (await house.client.get("/metrics")).text
     return {
         ":".join((sample.name, *sample.labels.values())): sample.value

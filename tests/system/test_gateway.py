@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
@@ -33,15 +33,24 @@ ENDLESS = {"inputs": "Count", "parameters": {"max_new_tokens": 3000}}
 SHORT = {"inputs": "Count", "parameters": {"max_new_tokens": 8}}
 
 
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return str(probe.getsockname()[1])
+
+
+def start(errors: IO[str], *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "deploy.cli", "gateway", "--json-output"]
+    command += ["--hostname", "127.0.0.1", "--port", "0", *arguments]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
+    )
+
+
 @contextmanager
 def gateway(folder: Path, router: str, *arguments: str) -> Iterator[Server]:
     """A gateway that is ready; ended, however the test went."""
-    command = [sys.executable, "-m", "deploy.cli", "gateway", "--json-output"]
-    command += ["--hostname", "127.0.0.1", "--port", "0", "--router", router, *arguments]
     with (folder / "gateway").open("a") as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
+        process = start(errors, "--router", router, *arguments)
         try:
             try:
                 (line,) = read_lines(process, lambda line: line.startswith("{"))
@@ -120,8 +129,7 @@ def test_a_killed_gateway_frees_the_tokens_of_its_requests(router: Server, tmp_p
 def test_a_killed_router_ends_streams_with_an_event_and_its_successor_is_found(
     tmp_path: Path,
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = free_port()
     fixed = (*SCRIPTED, "--grpc-port", port)
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
@@ -159,11 +167,26 @@ def test_sigterm_lets_a_running_answer_end_and_exits_with_0(router: Server, tmp_
     eventually(lambda: idle(router))
 
 
+def test_without_a_router_it_says_why_it_waits_and_can_be_ended(tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "gateway"
+    with log.open("w") as errors:
+        process = start(errors, "--router", f"127.0.0.1:{free_port()}", "--port", port)
+        try:
+            eventually(lambda: "not attached" in log.read_text())
+            answer = httpx.get(f"http://127.0.0.1:{port}/health")
+            assert answer.status_code == 503
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(STOP_S) == 0
+            assert process.stdout is not None
+            assert process.stdout.read() == "", "it was never ready"
+        finally:
+            end(process)
+
+
 def test_gateways_share_a_port_and_one_that_is_killed_is_not_missed(
     router: Server, tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        own = str(probe.getsockname()[1])
+    own = free_port()
     with gateway(tmp_path, router.grpc) as first:
         port = first.rest.rpartition(":")[2]
         with gateway(tmp_path, router.grpc, "--port", port, "--own-port", own) as second:

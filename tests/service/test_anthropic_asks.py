@@ -127,6 +127,16 @@ def test_calls_and_results_are_messages_in_openais_shape() -> None:
     ]
 
 
+def test_turns_that_are_one_lose_neither_thoughts_nor_calls() -> None:
+    first = [{"type": "thinking", "thinking": "Hm.", "signature": ""}, LOOK]
+    second = [{"type": "thinking", "thinking": "Ah.", "signature": ""}, {**LOOK, "id": "toolu_2"}]
+    body = request(messages=[user("x"), assistant(first), assistant(second), user("y")])
+    merged = messages_of(body)[1]
+    assert merged["content"] == ""
+    assert merged["reasoning_content"] == "Hm.\n\nAh."
+    assert [call["id"] for call in merged["tool_calls"]] == ["toolu_1", "toolu_2"]
+
+
 def test_a_result_without_content_is_empty() -> None:
     body = request(
         messages=[

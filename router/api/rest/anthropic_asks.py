@@ -253,8 +253,11 @@ def _one(former: Message, message: Message) -> bool:
 
 
 def _merged(former: Message, message: Message) -> Message:
-    texts = [text for text in (former["content"], message["content"]) if text]
-    merged = {**former, **message, "content": _joined(texts)}
+    merged = {**former, **message}
+    for name in ("content", "reasoning_content"):
+        texts = [text for one in (former, message) if (text := one.get(name))]
+        if name in merged:
+            merged[name] = _joined(texts)
     calls = [*former.get("tool_calls", ()), *message.get("tool_calls", ())]
     if calls:
         merged["tool_calls"] = calls

@@ -12,6 +12,7 @@ from time import monotonic
 from benchmarks import report, vllm_scenarios
 from benchmarks.bare import bare
 from benchmarks.baseline import tune
+from benchmarks.constrained_scenario import constrained
 from benchmarks.engine_scenarios import contended, decode, shared_prefix
 from benchmarks.gateway_scenario import gateways
 from benchmarks.jobs import LoadError, raise_file_limit
@@ -33,6 +34,7 @@ SCENARIOS: dict[str, Callable[[bool], list[Row]]] = {
     "decode_c32": partial(decode, 32),
     "shared_prefix": shared_prefix,
     "contended": contended,
+    "constrained": constrained,
     "bare": bare,
 }
 # A scenario starts when other programs leave the machine alone, or after waiting so long.

@@ -17,7 +17,7 @@ from deploy.options import UserError
 GGUF, SAFETENSORS = "gguf", "safetensors"
 Version = tuple[int, int]
 
-_SAMPLED = ("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p")
+_SAMPLED = ("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p", "grammar")
 # How an engine spreads a model over devices: as one worker for each rank (--num-shard), by itself
 # within one worker (its own options say over how many), or not in ranks at all.
 WORKERS, INSIDE, ALONE = "workers", "inside", "alone"
@@ -64,7 +64,7 @@ _TABLE = (
         (GGUF,),
         ("cuda", "rocm", "metal", "xpu", "cpu"),
         ALONE,
-        (*_SAMPLED, "prefix_sharing"),
+        (*_SAMPLED, "prefix_sharing", "prompt_logprobs"),
         optional=("lora", "embeddings"),
         module="llama_cpp",
         library="llama_cpp",
@@ -80,7 +80,7 @@ _TABLE = (
         (SAFETENSORS, GGUF),
         ("cuda", "rocm", "xpu", "hpu", "cpu"),
         WORKERS,
-        (*_SAMPLED, "prefix_sharing"),
+        (*_SAMPLED, "prefix_sharing", "prompt_logprobs"),
         module="torch",
         library="torch",
         distributions=("torch",),
@@ -93,7 +93,7 @@ _TABLE = (
         (SAFETENSORS, GGUF),
         ("tpu", "cuda", "cpu"),
         WORKERS,
-        (*_SAMPLED, "prefix_sharing"),
+        (*_SAMPLED, "prefix_sharing", "prompt_logprobs"),
         module="jax",
         library="jax",
         distributions=("jax",),
@@ -107,7 +107,7 @@ _TABLE = (
         (SAFETENSORS,),
         ("cuda", "rocm", "xpu", "cpu"),
         WORKERS,
-        (*_SAMPLED, "prefix_sharing"),
+        (*_SAMPLED, "prefix_sharing", "prompt_logprobs"),
         optional=("lora",),
         module="vllm",
         library="torch",
@@ -164,7 +164,7 @@ _TABLE = (
         (),
         ("cpu",),
         WORKERS,
-        (*_SAMPLED, "prefix_sharing"),
+        (*_SAMPLED, "prefix_sharing", "prompt_logprobs"),
     ),
 )
 ENGINES: dict[str, Facts] = {facts.name: facts for facts in _TABLE}

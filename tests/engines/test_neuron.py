@@ -30,6 +30,7 @@ from shards.engines.neuron import NeuronEngine
 from shards.engines.neuron_graphs import Buckets, Graphs, NxdiGraphs, OptimumGraphs
 from shards.engines.self_model import open_folder
 from tests.engines.contract import EngineContract, admit, decode, generate
+from tests.engines.contract_grammar import GrammarContract
 from tests.engines.signatures.fake_neuron import NxdiModel, OptimumModel, torch_module
 from tests.engines.signatures.record import load as load_recorded
 from tests.engines.signatures.strict import installed, recorded
@@ -77,7 +78,7 @@ def prompts() -> list[list[int]]:
     return [list(range(10 * n, 10 * n + 22 + n)) for n in range(1, 5)]
 
 
-class TestContract(EngineContract):
+class TestContract(GrammarContract, EngineContract):
     pass
 
 

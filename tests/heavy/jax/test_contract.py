@@ -10,6 +10,7 @@ from shards.engines import load
 from shards.engines.base import Admit, Engine, EngineOptions, ModelError, Plan, SamplingParams
 from shards.engines.jax_engine import JaxEngine
 from tests.engines.contract import EngineContract, admit, decode, generate
+from tests.engines.contract_grammar import GrammarContract
 from tests.engines.contract_prompts import PromptContract
 from tests.heavy.models import tiny_llama_folder
 
@@ -67,7 +68,7 @@ def prompts(engine: JaxEngine) -> list[list[int]]:
     return prompts_of(engine)
 
 
-class TestContract(PromptContract, EngineContract):
+class TestContract(GrammarContract, PromptContract, EngineContract):
     """See there."""
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from shards.engines.base import Engine
 from tests.engines.contract import EngineContract
+from tests.engines.contract_grammar import GrammarContract
 from tests.engines.contract_prompts import PromptContract
 from tests.heavy.models import tiny_llama_folder
 from tests.heavy.torch.made import make
@@ -18,7 +19,7 @@ def made() -> Iterator[Engine]:
     engine.close()
 
 
-class TestContract(PromptContract, EngineContract):
+class TestContract(GrammarContract, PromptContract, EngineContract):
     @pytest.fixture
     def engine(self, made: Engine) -> Engine:
         made.reset()

@@ -20,6 +20,7 @@ from shards.engines.base import (
 from shards.engines.vllm_engine import VllmEngine
 from shards.sampling import Drawn, Row, Sampler
 from tests.engines.contract import EngineContract
+from tests.engines.contract_grammar import GrammarContract
 from tests.engines.driving import admit, decode, generate
 from tests.heavy.models import TINY_VOCAB, tiny_llama_folder
 from tests.heavy.vllm.adapters import write_adapter
@@ -67,7 +68,7 @@ def prompts() -> list[list[int]]:
     return [draw(0, 256, 24 + 9 * n).tolist() for n in range(5)]
 
 
-class TestContract(EngineContract):
+class TestContract(GrammarContract, EngineContract):
     @pytest.fixture
     def engine(self, loaded: VllmEngine) -> Engine:
         loaded.reset()

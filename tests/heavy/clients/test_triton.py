@@ -105,7 +105,7 @@ def test_texts_are_taken(client: InferenceServerClient, server: Server, text: st
 def test_streams(client: InferenceServerClient, server: Server) -> None:
     """Two requests on one stream, whose answers carry their ids."""
     whole = ask(client, server, TEMPLATED)
-    results: queue.Queue[tuple[InferResult | None, Exception | None]] = queue.Queue()
+    results: queue.Queue[tuple[InferResult | None, Exception | None]] = queue.Queue(maxsize=1000)
     client.start_stream(lambda result, error: results.put((result, error)), headers=HEADERS)
     for name in ("a", "b"):
         client.async_stream_infer(
@@ -130,7 +130,7 @@ def test_streams(client: InferenceServerClient, server: Server) -> None:
 
 
 def test_a_failure_leaves_the_stream_open(client: InferenceServerClient, server: Server) -> None:
-    results: queue.Queue[tuple[InferResult | None, Exception | None]] = queue.Queue()
+    results: queue.Queue[tuple[InferResult | None, Exception | None]] = queue.Queue(maxsize=1000)
     client.start_stream(lambda result, error: results.put((result, error)), headers=HEADERS)
     client.async_stream_infer(server.model, inputs("x", temperature=-1.0, stream=True))
     _, error = results.get(timeout=PATIENCE_S)

@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from llguidance import LLMatcher, LLTokenizer
@@ -65,7 +65,9 @@ class Grammar:
         self._limits = grammar_probe.limits()
         self._kept: OrderedDict[Constraint, LLMatcher | ConstraintError] = OrderedDict()
         self._lock = threading.Lock()
-        self._probes = _Probes()
+        special = [token for token in range(vocab_size) if self._tokenizer.is_special_token(token)]
+        names = {str(token): self._tokenizer.decode_str([token]) for token in special}
+        self._probes = _Probes({"vocab_size": vocab_size, "ends": ends, "special": names})
 
     def close(self) -> None:
         """Ends the processes that check constraints."""
@@ -137,7 +139,8 @@ def start_thread(target: Callable[..., None], *args: object, name: str) -> threa
 class _Probes:
     """The processes that check constraints: as many as are asked at once, a few of them kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: dict[str, object]) -> None:
+        self._model = model
         self._idle: list[_Probe] = []
         self._lock = threading.Lock()
         weakref.finalize(self, _end, self._idle)
@@ -147,7 +150,7 @@ class _Probes:
         with self._lock:
             probe = self._idle.pop() if self._idle else None
         if probe is None:
-            probe = _Probe()
+            probe = _Probe(self._model)
         try:
             answer = probe.ask({"kind": kind, "text": text})
         except BaseException:
@@ -174,9 +177,9 @@ def _end(probes: "list[_Probe]") -> None:
 
 
 class _Probe:
-    """One process of ``grammar_probe``."""
+    """One process of ``grammar_probe``; ``model`` is what it is told first."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: dict[str, object]) -> None:
         program = str(Path(grammar_probe.__file__))
         self._process = subprocess.Popen(
             [sys.executable, "-P", program],
@@ -185,6 +188,7 @@ class _Probe:
             bufsize=0,
         )
         try:
+            self._write(model)
             self._read(READY_S)
         except ConstraintError as error:
             self.end()
@@ -192,12 +196,15 @@ class _Probe:
 
     def ask(self, request: dict[str, str]) -> dict[str, str]:
         """The answer. Raises ``ConstraintError`` if the process ended or had to be ended."""
+        self._write(request)
+        return self._read(CHECK_S)
+
+    def _write(self, message: Mapping[str, object]) -> None:
         assert self._process.stdin is not None
-        line = json.dumps(request).encode() + b"\n"
+        line = json.dumps(message).encode() + b"\n"
         with contextlib.suppress(BrokenPipeError):  # it has ended: reading tells why
             while line:
                 line = line[self._process.stdin.write(line) or 0 :]
-        return self._read(CHECK_S)
 
     def _read(self, timeout_s: float) -> dict[str, str]:
         assert self._process.stdout is not None

@@ -4,7 +4,8 @@ llguidance bounds most of what a constraint can cost, but not all: a chain of th
 overflows its stack, and intersections of a few dozen regular expressions take for ever. Neither may
 happen in a worker, so each new constraint is compiled here first, where the operating system ends
 what takes too long. This file is run as a program: one line of JSON in, ``{"kind", "text"}``, one
-line out, ``{"grammar"}`` as ``LLMatcher`` takes it, or ``{"error"}`` in one line.
+line out, ``{"grammar"}`` as ``LLMatcher`` takes it, or ``{"error"}`` in one line. The very first
+line in is ``{"vocab_size", "ends", "special"}``, of the model; that out is empty, ``{}``.
 """
 
 import json
@@ -13,7 +14,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -41,6 +42,8 @@ _WORDS = {
     "NoExtensionBias": "no text can match it",
     "lexer error: too many expressions constructed": "it is too large or has too many repetitions",
 }
+# What is said of a bound that was reached.
+_COSTS = ("too many", "too big", "fuel", "limit")
 _GBNF = re.compile(r"^[\w-]+\s*::=", re.MULTILINE)
 
 
@@ -70,7 +73,7 @@ def grammar_of(kind: str, text: str) -> str:
             raise ValueError("it ends in the middle of an escape")
         # As in JSON schemas and most tools, \d is 0 to 9, and not the digits of all scripts.
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, 'd')}/")
-    return LLMatcher.grammar_from_lark(_converted(text) if _GBNF.search(text) else text)
+    return LLMatcher.grammar_from_lark(_converted(text) if _GBNF.search(text) else _spaced(text))
 
 
 def _json_grammar(text: str) -> str:
@@ -86,6 +89,25 @@ def _json_grammar(text: str) -> str:
     chosen = isinstance(own, dict) and any(key.startswith("whitespace_") for key in own)
     options = None if chosen else JSON_OPTIONS
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=options)
+
+
+def _spaced(text: str) -> str:
+    """The grammar with our bound on white space in each JSON schema that it embeds."""
+    decoder, done, at, end = json.JSONDecoder(), [], 0, 0
+    for found in re.finditer(r"%json\s*(?=\{)", text):
+        start = found.end()
+        line = text[text.rfind("\n", 0, found.start()) + 1 : found.start()]
+        if start < end or line.replace('\\"', "").count('"') % 2:
+            continue  # within a schema, or within a string
+        try:
+            schema, end = decoder.raw_decode(text, start)
+        except ValueError:
+            continue  # the compiler says what is wrong with it
+        if "x-guidance" not in schema:
+            own = f'"x-guidance":{json.dumps(JSON_OPTIONS)}'
+            done += [text[at : start + 1], own, "," if schema else ""]
+            at = start + 1
+    return "".join((*done, text[at:]))
 
 
 def _converted(text: str) -> str:
@@ -132,10 +154,16 @@ def one_line(error: str, kind: str) -> str:
 
 
 class Checker:
-    """Compiles constraints for a tokenizer of single bytes: what is wrong with one shows there."""
+    """Compiles constraints for a tokenizer of single bytes: what is wrong with one shows there.
 
-    def __init__(self) -> None:
-        self._tokenizer = LLTokenizer(_Bytes())  # type: ignore[arg-type]
+    Grammars may name special tokens, and any by its number, so these are as in the model:
+    ``special`` are names by number, as JSON has them, ``ends`` numbers.
+    """
+
+    def __init__(self, vocab_size: int, ends: Sequence[int], special: Mapping[str, str]) -> None:
+        made = _Bytes(vocab_size, ends, {int(token): name for token, name in special.items()})
+        self._tokenizer = LLTokenizer(made)  # type: ignore[arg-type]
+        self._ends = ends
         self._limits = limits()
 
     def check(self, kind: str, text: str) -> dict[str, str]:
@@ -155,14 +183,18 @@ class Checker:
     def _fault(self, grammar: str) -> str:
         """What is wrong with a grammar, or an empty text."""
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-        if not matcher.is_error():
-            allowed = int.from_bytes(matcher.compute_bitmask(), "little")
-            first = (allowed & -allowed).bit_length() - 1
-            if 0 <= first < _Bytes.eos_token_id:
-                # Some patterns only show what they cost once they have begun to match.
-                matcher.consume_token(first)
-                matcher.compute_bitmask()
-        return matcher.get_error()
+        if matcher.is_error():
+            return matcher.get_error()
+        allowed = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_error():
+            return matcher.get_error()
+        first = (allowed & -allowed).bit_length() - 1
+        if first >= 0 and first not in self._ends:
+            # Some patterns only show what they cost once they have begun to match.
+            matcher.consume_token(first)
+            matcher.compute_bitmask()
+        fault = matcher.get_error()
+        return fault if any(word in fault for word in _COSTS) else ""
 
     def _where(self, text: str, fault: str) -> str:
         """Which part of a schema is at fault: the smallest that alone fails with the same words."""
@@ -204,20 +236,28 @@ def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class _Bytes:
-    """A tokenizer as llguidance wants it: a token for each byte, and an end."""
+    """A tokenizer as llguidance wants it: special tokens, and one for each byte."""
 
     is_tokenizer_wrapper = True
-    eos_token_id = 256
     bos_token_id = None
-    special_token_ids: Sequence[int] = (256,)
-    tokens: Sequence[bytes] = (*(bytes((byte,)) for byte in range(256)), b"<end>")
+
+    def __init__(self, vocab_size: int, ends: Sequence[int], special: Mapping[int, str]) -> None:
+        self.eos_token_id = ends[0]
+        self.special_token_ids = list(special)
+        size = max(vocab_size, 256 + len(special))
+        self.tokens = [special.get(token, "").encode() for token in range(size)]
+        free = (token for token in range(size) if token not in special)
+        self._of_byte = dict(zip(range(256), free, strict=False))
+        for byte, token in self._of_byte.items():
+            self.tokens[token] = bytes((byte,))
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return list(text if isinstance(text, bytes) else text.encode())
+        given = text if isinstance(text, bytes) else text.encode()
+        return [self._of_byte[byte] for byte in given]
 
 
 def _serve() -> None:
-    checker = Checker()
+    checker = Checker(**json.loads(sys.stdin.readline()))
     sys.stdout.write("{}\n")  # ready
     sys.stdout.flush()
     for line in sys.stdin:

@@ -126,11 +126,15 @@ class GrammarContract:
         self, engine: Engine, prompts: list[list[int]], way: str
     ) -> None:
         prompt, sampling = prompts[0], under("schema", way)
+        limit = engine.describe().step_tokens_max
         whole = answer(engine, prompt, sampling)
         for known in (1, len(whole) // 2, len(whole) - 1):
             engine.reset()
             tokens = [*prompt, *whole[:known]]
-            rest = generate(engine, 1, tokens, 1, sampling, prompt_len=len(prompt))
+            engine.step(Plan(admits=[admit(1, tokens, sampling, prompt_len=len(prompt))]))
+            rest: list[int] = []
+            for start in range(0, len(tokens), limit):
+                rest = engine.step(Plan(work=[(1, min(limit, len(tokens) - start))])).tokens
             assert whole[:known] + finish(engine, 1, rest) == whole
 
     def test_chunked_prefill_is_as_unchunked(

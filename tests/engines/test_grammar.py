@@ -180,6 +180,19 @@ def test_gbnf_is_converted_with_its_escapes(engine: Engine) -> None:
     grammar.close()
 
 
+def test_special_tokens_are_known_by_name_and_number(engine: Engine) -> None:
+    """Also to the process that checks, which has a tokenizer of its own."""
+    vocab = engine.describe().vocab_size
+    grammar = grammar_for(engine, engine.tokenizer_files())
+    (start,) = grammar._tokenizer.tokenize_str("<|im_start|>", parse_special=True)
+    for text in ("start: <|im_start|>", f"start: <[{start}]>", f"start: <[{start}-{vocab - 1}]>"):
+        assert grammar.matcher(lark(text)).consume_token(start)
+    for text in ("start: <|nothing|>", f"start: <[{vocab}]>"):
+        with pytest.raises(ConstraintError, match="line 1, column 8"):
+            grammar.matcher(lark(text))
+    grammar.close()
+
+
 def test_white_space_between_json_tokens_is_bounded(engine: Engine) -> None:
     grammar = grammar_for(engine, engine.tokenizer_files())
 
@@ -199,6 +212,25 @@ def test_white_space_between_json_tokens_is_bounded(engine: Engine) -> None:
     assert not fits("{\n" + " " * 25)
     # A client may choose for itself; it is its own answer.
     assert not fits('{ "a": 1 }', **{"x-guidance": {"whitespace_flexible": False}})
+    grammar.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "good", "bad"),
+    [
+        ('start: "x" %json {"type": "object"} "y"', 'x{ "a": 1}y', "x{  "),
+        ('start: %json {} | b\nb: %json\n{"type": "array"}', '[1,\n "%json {"]', "[\n\n"),
+        ('start: "%json {}"', "%json {}", '%json {"'),
+        ('start: %json {"x-guidance": {"whitespace_flexible": true}}', "[  1  ]", "]"),
+    ],
+)
+def test_white_space_is_bounded_in_schemas_within_grammars_too(
+    engine: Engine, text: str, good: str, bad: str
+) -> None:
+    grammar = grammar_for(engine, engine.tokenizer_files())
+    for answer, fits in ((good, True), (bad, False)):
+        tokens = grammar._tokenizer.tokenize_str(answer)
+        assert (grammar.matcher(lark(text)).try_consume_tokens(tokens) == len(tokens)) is fits
     grammar.close()
 
 

@@ -279,12 +279,14 @@ def _constraint(ask: ChatAsk, laid: Laid) -> Constraint | None:
 
 def _reader(ask: ChatAsk, laid: Laid, marks: Mapping[str, int]) -> AnswerReader:
     splitter = ThoughtSplitter(laid.thoughts, laid.opened) if ask.reasoning else None
-    names = frozenset(tool.name for tool in _offered(ask) if ask.tool in (None, tool.name))
+    schemas = {
+        tool.name: tool.parameters for tool in _offered(ask) if ask.tool in (None, tool.name)
+    }
     tools = None
-    if names:
+    if schemas:
         limit = None if ask.parallel_calls and ask.tool is None else 1
         hidden = marks.keys() & set(laid.form.markers())
-        tools = ToolReader(laid.form, names, hidden=hidden, limit=limit)
+        tools = ToolReader(laid.form, schemas, hidden=hidden, limit=limit)
     return AnswerReader(splitter, tools)
 
 

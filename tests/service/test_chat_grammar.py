@@ -1,6 +1,7 @@
 """What the grammars of forced calls let through, by the compiler that the workers use."""
 
 import json
+from typing import Any
 
 import llguidance
 import pytest
@@ -28,6 +29,11 @@ ONE_A, OTHER_A = ONE % "arguments", OTHER % "arguments"
 ACCEPTED = {
     "hermes": [HERMES % ONE_A, f"{HERMES % OTHER_A}\n{HERMES % ONE_A}"],
     "json": [ONE_A, f"[{OTHER_A}, {ONE_A}]"],
+    "qwen-tags": [
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\na\n</parameter>\n</function>\n"
+        "</tool_call>",
+        "\n".join(["<tool_call>\n<function=now>\n</function>\n</tool_call>"] * 2),
+    ],
     "llama3": [ONE % "parameters", OTHER % "parameters"],
     "mistral": [f"[TOOL_CALLS] [{ONE_A}]", f"[TOOL_CALLS][{OTHER_A}, {ONE_A}]"],
     "mistral-tagged": [
@@ -61,7 +67,7 @@ def test_calls_in_the_models_own_format_and_nothing_else(form: str) -> None:
     assert made.field == "tool_choice"
     for text in ACCEPTED[form]:
         assert accepts(made, text)
-        reader = ToolReader(FORMS[form], {"get_weather", "now"})
+        reader = ToolReader(FORMS[form], {one.name: one.parameters for one in TOOLS})
         assert reader.push(text).text + reader.end().text == ""
         assert reader.calls
         assert not reader.broken
@@ -106,6 +112,54 @@ def test_references_within_a_schema_stay_what_they_are() -> None:
     call = '<tool_call>\n{"name": "f", "arguments": {"n": %s}}\n</tool_call>'
     assert accepts(made, call % "3")
     assert not accepts(made, call % '"3"')
+
+
+TRIP: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "to": {"type": "string", "minLength": 2, "maxLength": 5},
+        "days": {"type": "integer"},
+        "by": {"enum": ["car", "train"]},
+        "stops": {"$ref": "#/$defs/stops"},
+    },
+    "required": ["to", "days"],
+    "$defs": {"stops": {"type": "array", "items": {"type": "boolean"}}},
+}
+
+
+def test_tags_keep_to_the_schema() -> None:
+    writer = GrammarWriter(FORMS["qwen-tags"], TOKENIZER.token_id)
+    made = writer.calls([tool("f", TRIP)], "tool_choice", several=False, thinking=None)
+
+    def call(**values: str) -> str:
+        parts = [f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items()]
+        return f"<tool_call>\n<function=f>\n{''.join(parts)}</function>\n</tool_call>"
+
+    assert accepts(made, call(to="a\nb", days="3"))
+    assert accepts(made, call(to="ab", days="3", by="car", stops="[true]"))
+    for bad in (
+        {"to": "ab"},
+        {"to": "abcdef", "days": "3"},
+        {"to": "a", "days": "3"},
+        {"to": "ab", "days": "three"},
+        {"to": "ab", "days": "3", "by": "bus"},
+        {"to": "ab", "days": "3", "stops": "[1]"},
+    ):
+        assert not accepts(made, call(**bad))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": "object", "properties": {"a": {"type": "string", "pattern": "x+"}}},
+        {"type": "object", "properties": {"a": {"type": "string"}}, "minProperties": 1},
+    ],
+)
+def test_what_tags_cannot_keep_is_refused_by_name(parameters: dict[str, Any]) -> None:
+    writer = GrammarWriter(FORMS["qwen-tags"], TOKENIZER.token_id)
+    with pytest.raises(RequestError, match=r"`(pattern|minProperties)`") as caught:
+        writer.calls([tool("f", parameters)], "tool_choice", several=False, thinking=None)
+    assert (caught.value.fault, caught.value.field) == (Fault.UNSUPPORTED, "tools")
 
 
 SCHEMA = {

@@ -11,6 +11,7 @@ from router.text.tools.formats import FORMATS, PLAIN, ToolFormat, format_of
 from router.text.tools.reader import ToolReader
 from tests.service.chat_bench import CHATML, HERMES, LLAMA, MISTRAL, TOOLS, USER, chats, said
 
+TEXT = {"properties": {"a": {"type": "string"}}}
 FORMS = {form.name: form for form in (*FORMATS, PLAIN)}
 
 
@@ -69,7 +70,7 @@ async def test_calls_that_a_template_leaves_out_are_text() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_what_is_written_is_read(form: ToolFormat, count: int) -> None:
     calls = [call(1, a='"}x'), call(2, "g", b=[1, {}])][:count]
-    reader = ToolReader(form, {"f", "g"})
+    reader = ToolReader(form, {"f": TEXT, "g": TEXT})
     assert reader.push(form.written(calls)).text + reader.end().text == ""
     told = [(one.name, one.arguments) for one in reader.calls]
     assert told == [("f", '{"a": "\\"}x"}'), ("g", '{"b": [1, {}]}')][:count]

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
@@ -16,8 +16,11 @@ from router.text.tools.scan import DEPTH_MAX, ObjectScanner
 
 FORMS = {form.name: form for form in (*FORMATS, PLAIN)}
 HERMES, MISTRAL, LLAMA = FORMS["hermes"], FORMS["mistral"], FORMS["llama3"]
-TAGGED = FORMS["mistral-tagged"]
-NAMES = frozenset({"f", "get_weather"})
+TAGGED, TAGS = FORMS["mistral-tagged"], FORMS["qwen-tags"]
+NAMES: dict[str, dict[str, Any]] = {
+    "f": {},
+    "get_weather": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
+}
 Read = tuple[str, list[tuple[str, str]], bool]
 
 
@@ -83,6 +86,16 @@ WHOLE: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     (PLAIN, 'Sure:\n```\n[{"name": "f"}]\n```\nDone.\n```\nx\n```',
      "Sure:\nDone.\n```\nx\n```", [("f", "{}")]),
     (PLAIN, '```json\n{"name": "f"}\n```\n```json\n{"name": "f"}\n```', "", [("f", "{}")] * 2),
+    (TAGS, "Hm.\n<tool_call>\n<function=get_weather>\n<parameter=city>\n"
+     'A "b"\n\nC\n</parameter>\n'
+     "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=f>\n"
+     "</function>\n</tool_call>",
+     "Hm.", [("get_weather", '{"city": "A \\"b\\"\\n\\nC", "days": 3}'), ("f", "{}")]),
+    (TAGS, "<tool_call><function=f><parameter=a>True</parameter><parameter=b>[1]</parameter>"
+     "<parameter=c>NaN</parameter></function></tool_call>So.",
+     "So.", [("f", '{"a": true, "b": [1], "c": "NaN"}')]),
+    (TAGS, "<tool_call><function=get_weather><parameter=city>\n\n</parameter></function>\n"
+     "</tool_call>", "", [("get_weather", '{"city": ""}')]),
     (LLAMA, '```\n{"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
 ]  # fmt: skip
 
@@ -105,6 +118,9 @@ TEXTS: list[tuple[ToolFormat, str]] = [
     (PLAIN, '```json\n{"a": 1}\n```\n```python\nprint()\n```'),
     (PLAIN, "```json \n\n"),
     (PLAIN, "``` x"),
+    (TAGS, "<tool_call><function=g><parameter=a>1</parameter></function></tool_call>"),
+    (TAGS, "<tool_call><function=f>{}</function></tool_call>"),
+    (TAGS, '<tool_call>{"name": "f", "arguments": {}}</tool_call>'),
     (MISTRAL, "[TOOL_CALLS] none [1]"),
     (TAGGED, "[TOOL_CALLS]g[ARGS]{}"),
     (TAGGED, "[TOOL_CALLS]f[OTHER]{}"),
@@ -137,7 +153,9 @@ ATOMS = st.sampled_from(
      "}", "[", "]", '"name"', ":", '"f"', '"arguments"', '"parameters"', ",", ";", " ", "\n", "f",
      "é",
      '{"name": "f", "arguments": {', '{"name": "f", "parameters": {', '"a": 1', "}}", "\\", '"',
-     "<tool", "nul", "null", "```", "```json\n", "-1.5e3", " " * 70]
+     "<tool", "nul", "null", "<function=f>", "<parameter=a>", "</parameter>",
+     "<function=get_weather>", "<parameter=city>", "</function>", "```",
+     "```json\n", "-1.5e3", " " * 70]
 )  # fmt: skip
 
 
@@ -177,6 +195,18 @@ def test_arguments_come_through_as_they_are(value: Any) -> None:
         arguments = json.dumps({"v": value}, ensure_ascii=ascii_only)
         text = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
         assert read(HERMES, *text) == ("", [("f", arguments)], False)
+
+
+@given(st.text())
+def test_text_between_tags_comes_through_as_it_is(value: str) -> None:
+    assume("</parameter>" not in value)
+    text = (
+        f"<tool_call>\n<function=get_weather>\n<parameter=city>\n{value}\n</parameter>\n</function>"
+        "\n</tool_call>"
+    )
+    (said, calls, broken) = read(TAGS, *text)
+    assert (said, broken) == ("", False)
+    assert json.loads(calls[0][1]) == {"city": value}
 
 
 @given(st.text(alphabet='{}[]:,"\\ \n-+.0123456789eEtrufalsn', max_size=24))
@@ -260,6 +290,7 @@ def test_ids_are_unlike_each_other_and_as_the_template_wants_them() -> None:
         ("{{ messages }}", "json"),
         ("<tool_call>", "hermes"),
         ("<tool_call>\n<function=", "json"),
+        ("<tool_call>\n<function=f>\n<parameter=a>", "qwen-tags"),
         ("<|python_tag|>", "llama3"),
         ("[TOOL_CALLS]", "mistral"),
         ("[TOOL_CALLS][ARGS]", "mistral-tagged"),

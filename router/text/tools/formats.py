@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from router.text.tools import tag_calls
+
 _ALPHANUMERIC = string.ascii_letters + string.digits
 MISTRAL_ID_CHARS = 9
 """Length of a call's id in the templates of Mistral, which refuse any other."""
@@ -27,8 +29,9 @@ class ToolFormat:
     with ``bare`` calls may stand without, at the start of a line. ``separator`` is what goes
     between two calls. ``key`` is the member that has the arguments. ``listed`` calls form a JSON
     array, ``tagged`` ones are ``name[ARGS]{...}`` and not an object each, ``numbered`` ones have
-    ``[CALL_ID]`` and an id before that. ``several`` says that the model was trained to write more
-    than one call in an answer. ``short_ids`` asks for ids as Mistral's.
+    ``[CALL_ID]`` and an id before that; ``tags`` are as in ``tag_calls.py``. ``several`` says that
+    the model was trained to write more than one call in an answer. ``short_ids`` asks for ids as
+    Mistral's.
     """
 
     name: str
@@ -42,6 +45,7 @@ class ToolFormat:
     listed: bool = False
     tagged: bool = False
     numbered: bool = False
+    tags: bool = False
     several: bool = True
     short_ids: bool = False
 
@@ -56,6 +60,9 @@ class ToolFormat:
         if self.tagged:
             named = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
             return "".join(f"{self.opener}{name}[ARGS]{_json(given)}" for name, given in named)
+        if self.tags:
+            texts = [tag_calls.written(call["function"]) for call in calls]
+            return self.separator.join(f"{self.opener}\n{text}\n{self.closer}" for text in texts)
         texts = [
             _json({"name": call["function"]["name"], self.key: call["function"]["arguments"]})
             for call in calls
@@ -109,7 +116,15 @@ FORMATS = (
         separator=", ",
         short_ids=True,
     ),
-    # Qwen3-Coder and GLM have the same marker around XML, which is not this format.
+    ToolFormat(
+        "qwen-tags",
+        ("<tool_call>", "<function=", "<parameter="),
+        opener="<tool_call>",
+        closer="</tool_call>",
+        separator="\n",
+        tags=True,
+    ),
+    # GLM has the same marker around tags of its own, which are not this format.
     ToolFormat(
         "hermes",
         ("<tool_call>",),

@@ -16,15 +16,13 @@ from router.errors import Fault, RequestError
 from router.text import constraints
 from router.text.reasoning import Thoughts
 from router.text.tools.formats import MISTRAL_ID_CHARS, ToolFormat
+from router.text.tools.rules import literal, schema_rule, tag_rules
 
 CALLS_MAX = 16
 """Calls that a forced answer can have: a small model might never see a reason to end."""
 TokenOf = Callable[[str], int | None]
 """The id of a text that is one token by itself, or None."""
 
-_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-"""JSON on one line as templates show it; free white space lets small models run on for ever."""
-_NO_MEMBERS = frozenset({"type", "properties", "required", "title", "description", "$schema"})
 _START = re.compile(r"^start(?=\s*[:\[])", re.MULTILINE)
 
 
@@ -83,7 +81,7 @@ class GrammarWriter:
         head = "" if thinking.opened else f"{self._terms(opener)} "
         rules.append(f"thoughts: {head}{end} /\\s{{0,2}}/")
         if token is None:
-            rules.append(f"thought[suffix={_literal(closer)}]: /(?s:.*)/")
+            rules.append(f"thought[suffix={literal(closer)}]: /(?s:.*)/")
         return "\n".join(rules)
 
     def _calls(self, tools: Sequence[Tool], *, several: bool, marked: bool = False) -> list[str]:
@@ -93,8 +91,15 @@ class GrammarWriter:
             f"calls: {self._sequence(several=several and self._form.several, marked=marked)}",
             "call: " + " | ".join(f"call{number}" for number in numbers),
         ]
+        if self._form.tags:
+            return [
+                *rules,
+                *(rule for number in numbers for rule in tag_rules(tools[number], number)),
+            ]
         rules += [f"call{number}: {self._call(tools[number], number)}" for number in numbers]
-        rules += [f"arguments{number}: {_schema(tools[number])}" for number in numbers]
+        rules += [
+            f"arguments{number}: {schema_rule(tools[number].parameters)}" for number in numbers
+        ]
         return rules
 
     def _sequence(self, *, several: bool, marked: bool) -> str:
@@ -104,8 +109,8 @@ class GrammarWriter:
             return f"({opener} call){{1,{CALLS_MAX if several else 1}}}"
         if form.closer:
             one = f'{opener} "\\n" call "\\n" {self._terms(form.closer)}'
-            return f"{one} ({_literal(form.separator)} {one}){{0,{more}}}" if several else one
-        rest = f" ({_literal(form.separator)} call){{0,{more}}}" if several else ""
+            return f"{one} ({literal(form.separator)} {one}){{0,{more}}}" if several else one
+        rest = f" ({literal(form.separator)} call){{0,{more}}}" if several else ""
         listed = f'"[" call{rest} "]"'
         if not form.bare:
             return f'{opener} " "? {listed}'
@@ -119,15 +124,15 @@ class GrammarWriter:
             if self._form.numbered:
                 given = f"/[a-zA-Z0-9]{{{MISTRAL_ID_CHARS}}}/"
                 middle = f"{self._terms('[CALL_ID]')} {given} {middle}"
-            return f"{_literal(tool.name)} {middle} arguments{number}"
+            return f"{literal(tool.name)} {middle} arguments{number}"
         name = json.dumps(tool.name, ensure_ascii=False)
         head = f'{{"name": {name}, "{self._form.key}": '
-        return f'{_literal(head)} arguments{number} "}}"'
+        return f'{literal(head)} arguments{number} "}}"'
 
     def _terms(self, marker: str) -> str:
         """A marker: the token that it is, or else its text."""
         token = self._token_of(marker)
-        return _literal(marker) if token is None else f"<[{token}]>"
+        return literal(marker) if token is None else f"<[{token}]>"
 
     def _check_apart(self, wanted: Constraint) -> None:
         """Calls without a marker are told from an answer by their first character alone."""
@@ -152,7 +157,7 @@ def _answer(wanted: Constraint) -> str:
             schema = json.loads(wanted.text)
             if not isinstance(schema, dict):
                 schema = {} if schema else {"not": {}}
-            return f"answer: %json {_json(schema)}"
+            return f"answer: %json {json.dumps(schema, ensure_ascii=False)}"
         case ConstraintKind.REGEX:
             return f"answer: ANSWER\nANSWER: {_regex(wanted.text)}"
         case ConstraintKind.LARK:
@@ -167,24 +172,6 @@ def _answer(wanted: Constraint) -> str:
         " in Lark with a rule `start` that no other rule names, or leave the tools out",
         wanted.field,
     )
-
-
-def _schema(tool: Tool) -> str:
-    schema = dict(tool.parameters)
-    if schema.keys() <= _NO_MEMBERS and not schema.get("properties"):
-        # "An object", and nothing of what is in it: a function without parameters.
-        schema = {"type": "object", "properties": {}, "additionalProperties": False}
-    schema.setdefault("x-guidance", _LAYOUT)
-    return f"%json {_json(schema)}"
-
-
-def _json(schema: object) -> str:
-    return json.dumps(schema, ensure_ascii=False)
-
-
-def _literal(text: str) -> str:
-    """A string as Lark has them, which is as JSON has them."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _regex(pattern: str) -> str:

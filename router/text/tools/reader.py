@@ -6,14 +6,17 @@ none is text again and is read again, so nothing is lost. A call whose arguments
 JSON in their midst ends there: what follows is text, and ``broken`` says so.
 """
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from typing import Any
 
 from router.conversation import Call, CallDelta
 from router.text.tools.calls import CallReader, NamedCall, ObjectCall, Step
 from router.text.tools.formats import ToolFormat
 from router.text.tools.scan import SPACE
+from router.text.tools.tag_calls import TagCall
 
 _SPACE_HELD_MAX = 64
 _FENCES = ("```json", "```")
@@ -36,7 +39,7 @@ class _At(Enum):
 
 
 class ToolReader:
-    """Reads one answer of a model that was offered the functions ``names``.
+    """Reads one answer of a model that was offered functions, given as name and schema.
 
     ``hidden`` are the markers that are special tokens, which no client gets to see. ``limit`` is
     how many calls are passed on; further ones are read and left out. ``broken`` says that one that
@@ -46,13 +49,13 @@ class ToolReader:
     def __init__(
         self,
         form: ToolFormat,
-        names: AbstractSet[str],
+        schemas: Mapping[str, Mapping[str, Any]],
         *,
         hidden: AbstractSet[str] = frozenset(),
         limit: int | None = None,
     ) -> None:
         self._form = form
-        self._names = names
+        self._schemas = schemas
         self._hidden = hidden
         self._limit = limit
         self._closers = tuple(filter(None, (form.closer, *(";,]" if form.bare else ""))))
@@ -222,11 +225,15 @@ class ToolReader:
     def _in_open(self, char: str) -> str:
         if char == "[" and not self._in_list and not "".join(self._raw).strip(SPACE):
             self._in_list = True
-        elif char == "{":
-            self._body = ObjectCall(self._names)
+        elif self._form.tags and char == "<":
+            self._body = TagCall(self._schemas)
+            self._at = _At.CALL
+            return char
+        elif char == "{" and not self._form.tags:
+            self._body = ObjectCall(self._schemas.keys())
             self._at = _At.CALL
         elif self._form.opener == "[TOOL_CALLS]" and not self._in_list and char not in SPACE:
-            self._body = NamedCall(self._names)
+            self._body = NamedCall(self._schemas.keys())
             self._at = _At.CALL
             return char
         elif char not in SPACE:

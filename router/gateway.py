@@ -176,7 +176,7 @@ class Gateway(Collector):
     async def _keep_attached(self) -> None:
         """Attaches again and again, until cancelled."""
         while True:
-            began_s, cause = monotonic(), ""
+            cause = ""
             try:
                 await self._attach()
             except RefusedError as error:
@@ -188,8 +188,6 @@ class Gateway(Collector):
             if cause != self._cause:
                 log.warning("not attached: %s", cause)
             self._cause = cause  # however often it prevents the next attempt, it is logged once
-            if monotonic() - began_s > PROVEN_S:
-                self._backoff.reset()
             await asyncio.sleep(self._backoff.pause_s())
 
     async def _attach(self) -> None:
@@ -200,7 +198,7 @@ class Gateway(Collector):
             self._closing = False
             self._welcome(welcome)
             await self._adopt(link, welcome.fleet)
-            uplink = self._core.attached()
+            uplink, began_s = self._core.attached(), monotonic()
             log.info("attached to the router %s", self._router)
             self._attached, self._cause = True, ""
             try:
@@ -208,6 +206,8 @@ class Gateway(Collector):
             finally:
                 self._attached = False
                 self._core.detached()
+                if monotonic() - began_s > PROVEN_S:
+                    self._backoff.reset()
         finally:
             self._all_down()
             await link.close()

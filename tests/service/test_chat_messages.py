@@ -24,7 +24,7 @@ def result(number: int) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": f"call_{number}", "content": f"r{number}"}
 
 
-TWO = [
+TWO: list[Any] = [
     *USER,
     {"role": "assistant", "content": "I look.", "tool_calls": [call(1, a=1), call(2, "g")]},
     result(2),

@@ -12,9 +12,11 @@ import json
 import re
 import resource
 import signal
+import string
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -31,13 +33,22 @@ STACK_BYTES = 4 << 20
 """Less than the threads of the worker have that compile what passed here."""
 # One space, or a new line with its indentation: what models were trained on. The compiler's own
 # default has no bound, and a small model can go on with it for ever.
-JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r" |\n {0,24}"}
+_SPACES: "JsonCompileOptions" = {"whitespace_pattern": r" |\n {0,24}"}
+# Where the compiler lets the pattern repeat itself, as some releases do: always the same spaces.
+_FIXED: "JsonCompileOptions" = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 ERROR_CHARS_MAX = 400
 # Attempts to find the part of a schema that is at fault.
 PARTS_MAX = 200
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _SINGLES = ("items", "additionalProperties", "additionalItems", "contains", "propertyNames", "not")
+_NAMED = {9: r"\t", 10: r"\n", 13: r"\r"}
+# Characters without a meaning of their own within quotes or brackets.
+_PLAIN = frozenset(string.ascii_letters + string.digits + " !#$%&'()*+,./:;<=>?@_`{|}~")
 _WORDS = {
     "NoExtensionBias": "no text can match it",
     "lexer error: too many expressions constructed": "it is too large or has too many repetitions",
@@ -76,6 +87,15 @@ def grammar_of(kind: str, text: str) -> str:
     return LLMatcher.grammar_from_lark(_converted(text) if _GBNF.search(text) else _spaced(text))
 
 
+@cache
+def json_options() -> "JsonCompileOptions":
+    """What white space there may be between the tokens of JSON, unless a schema says so itself."""
+    tokenizer = LLTokenizer(_Bytes(257, [256], {256: "<end>"}))  # type: ignore[arg-type]
+    grammar = LLMatcher.grammar_from_json_schema('{"type":"object"}', defaults=_SPACES)
+    repeats = LLMatcher(tokenizer, grammar, log_level=0).try_consume_tokens(list(b"{  ")) == 3
+    return _FIXED if repeats else _SPACES
+
+
 def _json_grammar(text: str) -> str:
     schema = json.loads(text)
     if schema is False:
@@ -87,7 +107,7 @@ def _json_grammar(text: str) -> str:
     # The compiler's own extension, by which a client may choose white space and separators.
     own = schema.get("x-guidance")
     chosen = isinstance(own, dict) and any(key.startswith("whitespace_") for key in own)
-    options = None if chosen else JSON_OPTIONS
+    options = None if chosen else json_options()
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=options)
 
 
@@ -104,7 +124,7 @@ def _spaced(text: str) -> str:
         except ValueError:
             continue  # the compiler says what is wrong with it
         if "x-guidance" not in schema:
-            own = f'"x-guidance":{json.dumps(JSON_OPTIONS)}'
+            own = f'"x-guidance":{json.dumps(json_options())}'
             done += [text[at : start + 1], own, "," if schema else ""]
             at = start + 1
     return "".join((*done, text[at:]))
@@ -130,8 +150,11 @@ def _escapes(text: str) -> str:
 
     def put(found: re.Match[str]) -> str:
         code = int(found[1] or found[2] or found[3], 16)
-        plain = code >= 0x80 and code < 0x110000 and not 0xD800 <= code < 0xE000
-        return chr(code) if plain else found[0]
+        if code in _NAMED:
+            return _NAMED[code]
+        if code >= 0x110000 or 0xD800 <= code < 0xE000:
+            return found[0]
+        return chr(code) if code >= 0x80 or chr(code) in _PLAIN else found[0]
 
     return re.sub(r"\\x([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\U([0-9A-Fa-f]{8})", put, text)
 

@@ -21,7 +21,7 @@ from router.api.rest.chat import chat_ask
 from router.api.rest.collect import collect_all, collect_chat, together
 from router.api.rest.context import Context, json_response
 from router.api.rest.errors import Dialect, error_response
-from router.api.rest.models_chat import ChatCompletion, ChatRequest
+from router.api.rest.models_chat import ChatCompletion, ChatCompletionChunk, ChatRequest
 from router.api.rest.models_completions import Completion, CompletionRequest
 from router.api.rest.models_openai import OpenAIError
 from router.api.rest.native_asks import native_asks
@@ -167,7 +167,10 @@ def hosted_routes(context: Context) -> APIRouter:
     }
     api.post(
         "/invocations",
-        responses={200: {**answer, **stream_answer(m.StreamResponse)}, **errors},
+        responses={
+            200: {**answer, **stream_answer(m.StreamResponse, ChatCompletionChunk, Completion)},
+            **errors,
+        },
         openapi_extra=request_body(*bodies),
     )(routes.invocations)
     api.post(

@@ -25,11 +25,20 @@ def request_body(*models: type[BaseModel]) -> Json:
     return {"requestBody": body}
 
 
-def stream_answer(model: type[BaseModel]) -> Json:
-    """Returns the description of a stream whose events are of this model."""
-    ref = {"$ref": REF.format(model=model.__name__)}
+def stream_answer(*models: type[BaseModel]) -> Json:
+    """Returns the description of a stream whose events are of one of these models, or errors.
+
+    As OpenAPI 3.2 writes it, which 3.1 has no words for: ``itemSchema`` is about one event, whose
+    ``data`` is text that holds JSON. OpenAI's streams end with ``[DONE]``.
+    """
+    refs = [{"$ref": REF.format(model=model.__name__)} for model in models]
+    failed = {"type": "object", "required": ["error"]}
+    held = {"contentMediaType": "application/json", "contentSchema": {"anyOf": [*refs, failed]}}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, held]}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {
-        "content": {"text/event-stream": {"schema": ref}},
+        # The page shows what a reader wants to know: the objects within.
+        "content": {"text/event-stream": {"itemSchema": event, "x-event": {"anyOf": refs}}},
         "description": "The answer. Streams are server-sent events.",
     }
 
@@ -103,9 +112,9 @@ def _operation(path: str, verb: str, operation: Json) -> str:
 
 def _answer(answer: Json) -> str:
     kinds = [
-        f"{escape(media)}: {_kind(holder['schema'])}"
+        f"{escape(media)}: {_kind(holder.get('schema') or holder['x-event'])}"
         for media, holder in answer.get("content", {}).items()
-        if holder.get("schema")
+        if holder.get("schema") or "x-event" in holder
     ]
     return "<br>".join(kinds) or escape(answer.get("description", ""))
 

@@ -142,32 +142,44 @@ class _Probes:
     def __init__(self, model: dict[str, object]) -> None:
         self._model = model
         self._idle: list[_Probe] = []
+        self._closed = False
         self._lock = threading.Lock()
         weakref.finalize(self, _end, self._idle)
 
     def check(self, kind: str, text: str) -> str:
         """The constraint as ``LLMatcher`` takes it. Raises ``ConstraintError``, ``OSError``."""
-        with self._lock:
-            probe = self._idle.pop() if self._idle else None
-        if probe is None:
-            probe = _Probe(self._model)
+        probe = self._waiting() or _Probe(self._model)
         try:
             answer = probe.ask({"kind": kind, "text": text})
         except BaseException:
             probe.end()
             raise
-        with self._lock:
-            if len(self._idle) < PROBES_IDLE_MAX:
-                self._idle.append(probe)
-                probe = None
-        if probe is not None:
-            probe.end()
+        self._keep(probe)
         if "error" in answer:
             raise ConstraintError(answer["error"])
         return answer["grammar"]
 
-    def close(self) -> None:
+    def _waiting(self) -> "_Probe | None":
+        """One that waits, if there is one; those that have ended meanwhile are let go."""
         with self._lock:
+            while self._idle:
+                probe = self._idle.pop()
+                if probe.alive():
+                    return probe
+                probe.end()
+        return None
+
+    def _keep(self, probe: "_Probe") -> None:
+        with self._lock:
+            if len(self._idle) < PROBES_IDLE_MAX and not self._closed:
+                self._idle.append(probe)
+                return
+        probe.end()
+
+    def close(self) -> None:
+        """Ends those that wait; one that is at work is ended when it has answered."""
+        with self._lock:
+            self._closed = True
             _end(self._idle)
 
 
@@ -185,6 +197,7 @@ class _Probe:
             [sys.executable, "-P", program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # what a client sent must not get into a log
             bufsize=0,
         )
         try:
@@ -219,6 +232,10 @@ class _Probe:
             got += piece
         answer: dict[str, str] = json.loads(got)
         return answer
+
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
 
     def end(self) -> None:
         """Ends the process."""

@@ -287,7 +287,7 @@ def _serve() -> None:
         signal.alarm(ALARM_S)
         used = resource.getrusage(resource.RUSAGE_SELF)
         spent = int(used.ru_utime + used.ru_stime) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (spent + CPU_S, resource.RLIM_INFINITY))
+        _limit(resource.RLIMIT_CPU, spent + CPU_S)
         request = json.loads(line)
         answer = checker.check(request["kind"], request["text"])
         signal.alarm(0)
@@ -295,12 +295,18 @@ def _serve() -> None:
         sys.stdout.flush()
 
 
+def _limit(kind: int, most: int) -> None:
+    """Lowers a limit of this process, or raises it again as far as that is allowed."""
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
 def main() -> None:
     """Answers until the input ends. What breaks a bound ends the process by a signal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's: the worker ends us in its own time
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(resource.RLIMIT_CORE, 0)
     if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        _limit(resource.RLIMIT_AS, MEMORY_BYTES)
     threading.stack_size(STACK_BYTES)
     served = threading.Thread(target=_serve)
     served.start()

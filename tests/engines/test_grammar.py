@@ -126,6 +126,17 @@ def test_what_never_ends_is_ended(grammar: Grammar, monkeypatch: pytest.MonkeyPa
         grammar.matcher(endless)
 
 
+def test_a_process_that_was_ended_while_it_waited_harms_nobody(engine: Engine) -> None:
+    grammar = grammar_for(engine, engine.tokenizer_files())
+    grammar.matcher(regex("one"))
+    (probe,) = grammar._probes._idle
+    probe._process.kill()
+    probe._process.wait()
+    assert grammar.matcher(regex("two"))
+    assert grammar._probes._idle != [probe]
+    grammar.close()
+
+
 def test_keeps_what_was_used_lately(engine: Engine) -> None:
     grammar = grammar_for(engine, engine.tokenizer_files())
     compiled: list[Constraint] = []

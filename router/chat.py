@@ -286,7 +286,8 @@ def _reader(ask: ChatAsk, laid: Laid, marks: Mapping[str, int]) -> AnswerReader:
     if schemas:
         limit = None if ask.parallel_calls and ask.tool is None else 1
         hidden = marks.keys() & set(laid.form.markers())
-        tools = ToolReader(laid.form, schemas, hidden=hidden, limit=limit)
+        forced = ask.mode is ToolMode.REQUIRED
+        tools = ToolReader(laid.form, schemas, hidden=hidden, limit=limit, forced=forced)
     return AnswerReader(splitter, tools)
 
 

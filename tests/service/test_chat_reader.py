@@ -253,6 +253,18 @@ def test_an_answer_that_is_cut_short_has_the_arguments_so_far() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("end", range(len("<tool_call>")))
+def test_the_beginning_of_a_further_call_is_no_text(end: int) -> None:
+    text = f"{CALL}\n{'<tool_call>'[:end]}"
+    assert read(HERMES, *text) == ("", [("f", ARGUMENTS)], False)
+
+
+def test_the_beginning_of_a_forced_call_is_no_text() -> None:
+    for end in range(CALL.index(": {") + 3):
+        assert read(HERMES, *CALL[:end], forced=True) == ("", [], False)
+        assert read(HERMES, CALL[:end]) == (CALL[:end], [], False)
+
+
 def test_nesting_has_a_bound() -> None:
     deep = '{"name": "f", "arguments": ' + '{"a": ' * (DEPTH_MAX + 1)
     text, _, broken = read(PLAIN, deep)
@@ -261,7 +273,9 @@ def test_nesting_has_a_bound() -> None:
 
 
 def test_further_calls_are_left_out_where_one_is_allowed() -> None:
-    assert read(HERMES, f"{CALL}\n{CALL}", limit=1) == ("", [("f", ARGUMENTS)], False)
+    for end in range(len(CALL)):
+        text = f"{CALL}\n{CALL[:-end]}" if end else f"{CALL}\n{CALL}"
+        assert read(HERMES, text, limit=1) == ("", [("f", ARGUMENTS)], False)
 
 
 def test_markers_that_are_special_tokens_are_never_shown() -> None:

@@ -42,8 +42,9 @@ class ToolReader:
     """Reads one answer of a model that was offered functions, given as name and schema.
 
     ``hidden`` are the markers that are special tokens, which no client gets to see. ``limit`` is
-    how many calls are passed on; further ones are read and left out. ``broken`` says that one that
-    was passed on is incomplete.
+    how many calls are passed on; further ones are read and left out. ``forced`` says that there is
+    nothing but calls: the beginning of one that was cut short is no text then. ``broken`` says that
+    one that was passed on is incomplete.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class ToolReader:
         *,
         hidden: AbstractSet[str] = frozenset(),
         limit: int | None = None,
+        forced: bool = False,
     ) -> None:
         self._form = form
         self._schemas = schemas
         self._hidden = hidden
         self._limit = limit
+        self._forced = forced
         self._closers = tuple(filter(None, (form.closer, *(";,]" if form.bare else ""))))
         self._drops = tuple(hidden - {form.opener, form.closer})
         marks = (form.opener, form.closer, *self._drops, *("{[`" if form.bare else ""))
@@ -102,15 +105,25 @@ class ToolReader:
         if self._body is not None and self._body.whole:
             self._complete()
         elif self._begun:
+            self.broken = self.broken or not self._muted
             self._leave()
-            self.broken = True
-        elif self._at in (_At.OPEN, _At.CALL) and (self._raw or self._marker):
-            self._text.append(self._lead + self._shown(self._marker) + "".join(self._raw))
-        elif self._at is _At.TEXT and not self._is_layout(self._held):
-            self._text.append(self._held)
+        elif not self._forced:
+            self._text.append(self._unread())
         self._held, self._raw = "", []
         self._body, self._at = None, _At.TEXT
         return self._taken()
+
+    def _unread(self) -> str:
+        """What would have been a call or a marker, had it gone on."""
+        if self._at is _At.TEXT:
+            return "" if self._is_layout(self._held) else self._held
+        if self._at is _At.NEXT or self._is_full:
+            return ""
+        return self._lead + self._shown(self._marker) + "".join(self._raw)
+
+    @property
+    def _is_full(self) -> bool:
+        return self._limit is not None and len(self._heads) >= self._limit
 
     def _plain(self, text: str) -> str:
         """Lets text without any marker pass; returns what has to be looked at."""
@@ -200,9 +213,9 @@ class ToolReader:
         return any(mark.startswith(word) for mark in marks)
 
     def _is_layout(self, held: str) -> bool:
-        """Whether what is left at the end belongs to the calls: space, part of a closing marker."""
+        """Whether what is left at the end belongs to the calls: space, the part of a marker."""
         word = held.strip(SPACE)
-        marks = (*self._closers, *(_FENCES if self._fenced else ()))
+        marks = (self._form.opener, *self._closers, *(_FENCES if self._fenced else ()))
         return self._behind_call and (not word or any(mark.startswith(word) for mark in marks))
 
     def _say(self, text: str) -> None:
@@ -276,7 +289,7 @@ class ToolReader:
     def _begin(self, name: str) -> None:
         self._flush_pieces()
         self._begun = True
-        self._muted = self._limit is not None and len(self._heads) >= self._limit
+        self._muted = self._is_full
         if not self._muted:
             new = self._form.new_id()
             self._deltas.append(CallDelta(len(self._heads), new, name, ""))

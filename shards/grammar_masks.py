@@ -18,7 +18,7 @@ from llguidance import LLMatcher
 from shards.allowed import GuideError, Words
 from shards.engines.base import Constraint, Engine, EngineLost
 from shards.grammar import ConstraintError, Grammar, TokenizerError, grammar_for, start_thread
-from shards.grammar_probe import one_line
+from shards.grammar_probe import is_cost, one_line
 
 MASK_S = 5.0
 """Seconds that one mask may take. The bounds of the compiler keep it below 0.1 s; this is for what
@@ -61,13 +61,14 @@ class Guide:
         """
         matcher = self._matcher
         assert matcher is not None, "a guide without a matcher has a fault"
-        if not matcher.is_stopped() and not matcher.consume_tokens(list(drawn)):
-            return "what was generated before does not match the constraint"
-        matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-        if matcher.is_error():
-            told = one_line(matcher.get_error(), self._kind)
-            return f"the constraint became too expensive to follow: {told}"
-        return ""
+        if matcher.is_stopped() or matcher.consume_tokens(list(drawn)):
+            matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        if not matcher.is_error():
+            return ""
+        told = matcher.get_error()
+        if is_cost(told):
+            return f"the constraint became too expensive to follow: {one_line(told, self._kind)}"
+        return "what was generated before does not match the constraint"
 
 
 class Row(Protocol):

@@ -54,7 +54,7 @@ _WORDS = {
     "lexer error: too many expressions constructed": "it is too large or has too many repetitions",
 }
 # What is said of a bound that was reached.
-_COSTS = ("too many", "too big", "fuel", "limit")
+_COSTS = ("too many", "too big", "fuel", "limit", "max is")
 _GBNF = re.compile(r"^[\w-]+\s*::=", re.MULTILINE)
 
 
@@ -176,6 +176,11 @@ def one_line(error: str, kind: str) -> str:
     return told if len(told) <= ERROR_CHARS_MAX else told[:ERROR_CHARS_MAX] + "…"
 
 
+def is_cost(error: str) -> bool:
+    """Whether the compiler speaks of a bound that was reached."""
+    return any(word in error for word in _COSTS)
+
+
 class Checker:
     """Compiles constraints for a tokenizer of single bytes: what is wrong with one shows there.
 
@@ -217,7 +222,7 @@ class Checker:
             matcher.consume_token(first)
             matcher.compute_bitmask()
         fault = matcher.get_error()
-        return fault if any(word in fault for word in _COSTS) else ""
+        return fault if is_cost(fault) else ""
 
     def _where(self, text: str, fault: str) -> str:
         """Which part of a schema is at fault: the smallest that alone fails with the same words."""

@@ -270,6 +270,24 @@ def test_every_end_of_the_model_ends_an_answer(engine: Engine) -> None:
     grammar.close()
 
 
+def test_what_becomes_too_expensive_fails_and_says_so(engine: Engine) -> None:
+    """Its start is cheap, so it can be compiled."""
+    masks = Masks()
+    guide = masks.guide(regex("(x{0,9}y){40}(a{300}){300}"), engine)
+    row = Row(guide)
+    assert not guide.fault
+
+    def follow(text: str) -> None:
+        for char in text:
+            row.tokens.append(ord_token(masks.grammar, char))  # type: ignore[arg-type]
+            masks.begin([row])
+            guide.allowed()
+
+    follow("xy" * 40)
+    with pytest.raises(GuideError, match="too expensive"):
+        follow("a" * 400)
+
+
 # --- masks that do not come to an end
 
 

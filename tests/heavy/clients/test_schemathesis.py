@@ -22,7 +22,7 @@ CHECKS = (
     "response_schema_conformance",
 )
 EXAMPLES = 20
-TIME_S = 60
+TIME_S = 50
 KILL_S = 150
 
 

@@ -11,7 +11,7 @@ KEY = "rh-only-for-tests"
 LIMIT = 1024
 SERVER = (
     *("--api-key", KEY, "--max-total-tokens", str(LIMIT), "--max-best-of", "4"),
-    # A prompt is computed alike whatever else runs, so that equal requests have equal answers.
+    # So that equal requests have equal answers, as far as the engine can make them.
     *("--engine-option", "exact=1", "--engine-option", "embeddings=1", "--threads", "1"),
 )
 # What a client may wait for an answer, in seconds: the machine may be busy.

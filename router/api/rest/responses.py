@@ -32,6 +32,7 @@ from router.conversation import ChatAsk, ToolMode
 from router.errors import RequestError, TooLongError
 from router.fleet import ModelCard
 from router.text import constraints
+from router.text.messages import is_shallow
 
 LOGPROBS = "message.output_text.logprobs"
 INCLUDES = frozenset(
@@ -73,6 +74,9 @@ ECHOED = (
     "instructions", "max_output_tokens", "max_tool_calls", "prompt_cache_key", "safety_identifier",
     "user",
 )  # fmt: skip
+ECHO_DEPTH_MAX = 200
+"""Nesting of what is repeated, under what the library can write."""
+TEXT_FIELDS: Any = {"verbosity": True, "format": set(m.TextFormat.model_fields)}
 NAMES = {
     "max_tokens": "max_output_tokens",
     "prompt": "input",
@@ -256,11 +260,24 @@ def _shortened(ask: ChatAsk) -> ChatAsk | None:
 
 
 def _echo(body: m.ResponsesRequest) -> dict[str, Any]:
-    """What of a request its answer repeats, with the defaults of what was left open."""
-    text = {} if body.text is None else body.text.model_dump(by_alias=True, exclude_none=True)
-    reasoning = {"effort": None, "summary": None}
+    """What of a request its answer repeats, with the defaults of what was left open.
+
+    Raises RequestError(VALIDATION) for what cannot be written down again.
+    """
+    echo = _repeated(body)
+    for name, value in echo.items():
+        if not is_shallow(value, ECHO_DEPTH_MAX):
+            raise invalid(f"`{name}` is nested too deeply", name)
+    return echo
+
+
+def _repeated(body: m.ResponsesRequest) -> dict[str, Any]:
+    text, reasoning = {}, {"effort": None, "summary": None}
+    if body.text is not None:
+        text = body.text.model_dump(by_alias=True, exclude_none=True, include=TEXT_FIELDS)
     if body.reasoning is not None:
-        reasoning |= body.reasoning.model_dump(exclude_none=True)
+        known = set(m.ReasoningOptions.model_fields)
+        reasoning |= body.reasoning.model_dump(exclude_none=True, include=known)
     tier = priority(SamplingFields(service_tier=body.service_tier))
     return {
         **{name: getattr(body, name) for name in ECHOED},

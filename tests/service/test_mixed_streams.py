@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -25,6 +26,27 @@ async def chat_with_tools(house: House, wish: Wish) -> Said:
     message = (await whole(house, "/v1/chat/completions", body))["choices"][0]["message"]
     assert not message.get("tool_calls")
     return Said(message["content"])
+
+
+async def forced_call(house: House, wish: Wish) -> Said:
+    """A call under the constraint of its schema, in pieces."""
+    body = {"messages": wish.messages, "tools": [TOOL], "tool_choice": "required", "stream": True}
+    pieces = []
+    async with streaming(house, "/v1/chat/completions", body | wish.openai()) as stream:
+        async for event in stream:
+            for choice in event["choices"]:
+                deltas = choice["delta"].get("tool_calls") or ()
+                pieces += [delta["function"].get("arguments") or "" for delta in deltas]
+    return Said("".join(pieces), len(pieces))
+
+
+async def forced_words(house: House, wish: Wish) -> Said:
+    """A text under the constraint of a regular expression."""
+    body = wish.native()
+    body["parameters"]["grammar"] = {"type": "regex", "value": "([a-z]{1,9} )*"}
+    text = (await whole(house, "/generate", body))["generated_text"]
+    assert re.fullmatch("[a-z ]*", text)
+    return Said(text)
 
 
 async def chat_twice(house: House, wish: Wish) -> Said:
@@ -65,7 +87,8 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
 
 def cases(draw: random.Random) -> list[tuple[Way, Wish]]:
     """Each way at least twice, with prompts that share beginnings and others that share nothing."""
-    ways = [*WAYS, chat_with_tools, chat_twice] * (STREAMS // len(WAYS) + 1)
+    ways = [*WAYS, chat_with_tools, forced_call, forced_words, chat_twice]
+    ways *= STREAMS // len(ways) + 1
     found = []
     for number, way in enumerate(ways[:STREAMS]):
         seed = None if way in UNSEEDED or draw.random() < 0.5 else draw.randrange(1000)

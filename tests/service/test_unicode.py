@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,10 @@ async def test_escapes_of_pairs_are_characters(house: House) -> None:
     assert answer.json() == plain.json()
 
 
-@pytest.mark.parametrize("lone", LONE)
-async def test_half_of_a_pair_is_no_text(house: House, lone: str) -> None:
+async def test_half_of_a_pair_is_no_text(house: House) -> None:
     """On every route: 400, in the words of the route's own protocol."""
     headers = {"content-type": "application/json"}
-    for path, body in posts():
+    for (path, body), lone in product(posts(), LONE):
         raw = json.dumps(body).replace("TEXT", lone)
         assert lone in raw, path
         answer = await house.client.post(path, content=raw, headers=headers)
@@ -95,16 +95,13 @@ async def test_half_of_a_pair_is_no_text(house: House, lone: str) -> None:
         assert answer.json()["error"]
 
 
-@pytest.mark.parametrize(
-    "raw", [b"\xff", b"\xed\xa0\xbd", b"\xc0\x80", b"\xf4\x90\x80\x80", b"\xe6"]
-)
-async def test_bytes_that_are_no_text_are_refused(house: House, raw: bytes) -> None:
-    for path, body in posts():
+async def test_bytes_that_are_no_text_are_refused(house: House) -> None:
+    for (path, body), raw in product(posts(), BROKEN):
         content = json.dumps(body).encode().replace(b"TEXT", raw)
         answer = await house.client.post(path, content=content)
         assert answer.status_code == 400, (path, answer.text)
-    # Field 1 of each message holds a text, and a message that holds a text.
-    bad = b"\x0a" + bytes([len(raw)]) + raw
+    # Field 1 of each message holds a text.
+    bad = b"\x0a\x01\xff"
     async with grpc.aio.insecure_channel(house.grpc) as channel:
         for method in (
             "/router.v1.Inference/Generate",

@@ -101,7 +101,7 @@ SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 @pytest.mark.parametrize("way", ONE_ANSWER, ids=lambda way: way.__name__)
 @given(text=st.text(min_size=1, max_size=30), sizes=SIZES)
-@examples(max_examples=25)
+@examples(max_examples=15)
 def test_the_pieces_of_any_text_are_the_text(way: Way, text: str, sizes: list[int]) -> None:
     ids = EXACT.encode(text, add_special_tokens=False)
     told = asyncio.run(ask(way, EXACT, cut(ids, sizes)))
@@ -117,7 +117,7 @@ def test_the_pieces_of_any_text_are_the_text(way: Way, text: str, sizes: list[in
     ranks=st.lists(st.integers(3, 250), min_size=1, max_size=20),
     sizes=SIZES,
 )
-@examples(max_examples=25)
+@examples(max_examples=15)
 def test_any_tokens_say_the_same_every_way(
     way: Way, name: str, ranks: list[int], sizes: list[int]
 ) -> None:

@@ -116,7 +116,11 @@ class RestFace:
 
     async def run(self) -> None:
         """Serves until the intake is stopped and every answer is written out."""
-        await self._server.serve(sockets=self._listeners)
+        try:
+            await self._server.serve(sockets=self._listeners)
+        finally:  # the server closes them itself unless it is cancelled
+            for listening in (*getattr(self._server, "servers", ()), *self._listeners):
+                listening.close()
         if not self._server.should_exit:
             raise RuntimeError("the REST server ended by itself")
 

@@ -287,7 +287,7 @@ async def test_one_that_says_nothing_or_is_one_too_many_is_turned_away(
         monkeypatch.setattr(gateway_server, "GATEWAYS_MAX", 1)
         async with here.attached() as wire:
             call = here.stub.Attach()
-            with contextlib.suppress(grpc.aio.AioRpcError):  # it may be turned away before it says a word
+            with contextlib.suppress(grpc.aio.AioRpcError):  # it may come at once
                 await call.write(HELLO)
             assert (await failure(call))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
             await wire.send(submit(1))

@@ -143,7 +143,12 @@ class Blocks:
 
     def _call(self, call: CallDelta) -> Iterator[Change]:
         if call.id is not None:
-            start: Json = {"type": "tool_use", "id": tool_id(call.id), "name": call.name, "input": {}}
+            start: Json = {
+                "type": "tool_use",
+                "id": tool_id(call.id),
+                "name": call.name,
+                "input": {},
+            }
             yield from self._enter(f"call {call.index}", start)
         if call.arguments:
             yield self._add(call.arguments, "input_json_delta", "partial_json")

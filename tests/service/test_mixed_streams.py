@@ -4,6 +4,7 @@ import asyncio
 import random
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc.aio
@@ -29,7 +30,8 @@ async def chat_with_tools(house: House, wish: Wish) -> Said:
 
 
 async def forced_call(house: House, wish: Wish) -> Said:
-    """A call under the constraint of its schema, in pieces."""
+    """A call under the constraint of its schema, in pieces and whole."""
+    wish = replace(wish, tokens=wish.tokens + 40)
     body = {"messages": wish.messages, "tools": [TOOL], "tool_choice": "required", "stream": True}
     pieces = []
     async with streaming(house, "/v1/chat/completions", body | wish.openai()) as stream:
@@ -37,6 +39,11 @@ async def forced_call(house: House, wish: Wish) -> Said:
             for choice in event["choices"]:
                 deltas = choice["delta"].get("tool_calls") or ()
                 pieces += [delta["function"].get("arguments") or "" for delta in deltas]
+    del body["stream"]
+    message = (await whole(house, "/v1/chat/completions", body | wish.openai()))["choices"][0]
+    calls = message["message"]["tool_calls"]
+    assert pieces
+    assert "".join(call["function"]["arguments"] for call in calls) == "".join(pieces)
     return Said("".join(pieces), len(pieces))
 
 

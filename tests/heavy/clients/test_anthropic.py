@@ -146,16 +146,13 @@ def test_forced_calls_validate(client: Anthropic, choice: Any, temperature: floa
         assert {call.name for call in calls} == {"add"}
 
 
-def test_streamed_calls_are_the_same(client: Anthropic) -> None:
-    whole = client.messages.create(**CALL, tool_choice=MUST)
+def test_streamed_calls_are_whole_calls(client: Anthropic) -> None:
     with client.messages.stream(**CALL, tool_choice=MUST) as stream:
         pieces = [event.partial_json for event in stream if event.type == "input_json"]
         final = stream.get_final_message()
     calls = check(final.content)
-    assert [(call.name, call.input) for call in calls] == [
-        (call.name, call.input) for call in check(whole.content)
-    ]
-    assert pieces
+    assert calls
+    assert json.loads("".join(pieces)) == calls[0].input or len(calls) > 1
     assert final.stop_reason == "tool_use"
 
 

@@ -74,8 +74,7 @@ def test_forced_calls_validate(client: OpenAI, choice: Any, temperature: float) 
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED])
-def test_streamed_calls_are_the_same(client: OpenAI, choice: Any) -> None:
-    whole = client.chat.completions.create(**CALL, tool_choice=choice).choices[0]
+def test_streamed_calls_are_whole_calls(client: OpenAI, choice: Any) -> None:
     ids: dict[int, str] = {}
     names: dict[int, str] = {}
     arguments: dict[int, str] = {}
@@ -94,11 +93,16 @@ def test_streamed_calls_are_the_same(client: OpenAI, choice: Any) -> None:
                 assert delta.id in (None, ids[delta.index])
                 assert not delta.function.name
             arguments[delta.index] += delta.function.arguments or ""
-    calls = whole.message.tool_calls or []
-    assert list(ids) == list(range(len(calls)))
-    assert [names[index] for index in ids] == [call.function.name for call in calls]  # type: ignore[union-attr]
-    assert [arguments[index] for index in ids] == [call.function.arguments for call in calls]  # type: ignore[union-attr]
-    assert reason == whole.finish_reason
+    assert list(ids) == list(range(len(ids)))
+    assert ids
+    assert len(set(ids.values())) == len(ids)
+    for index, name in names.items():
+        jsonschema.validate(json.loads(arguments[index]), SCHEMAS[name])
+    if choice is NAMED:
+        assert set(names.values()) == {"add"}
+        assert reason in ("stop", "tool_calls")
+    else:
+        assert reason == "tool_calls"
 
 
 def test_the_streaming_helper_parses_calls(client: OpenAI) -> None:
@@ -179,7 +183,7 @@ def test_a_pydantic_class_for_the_answer(client: OpenAI) -> None:
     assert isinstance(answer.choices[0].message.parsed, Person)
     with client.chat.completions.stream(**SAY, response_format=Person) as stream:
         final = stream.get_final_completion()
-    assert final.choices[0].message.parsed == answer.choices[0].message.parsed
+    assert isinstance(final.choices[0].message.parsed, Person)
 
 
 def test_any_json_object(client: OpenAI) -> None:

@@ -127,7 +127,7 @@ def test_json_grammar(client: Client) -> None:
     jsonschema.validate(json.loads(answer.generated_text), PERSON)
     streamed = client.generate_stream("A person:", max_new_tokens=PERSON_TOKENS, grammar=grammar)
     *_, last = streamed
-    assert last.generated_text == answer.generated_text
+    jsonschema.validate(json.loads(str(last.generated_text)), PERSON)
 
 
 def test_regex_grammar(client: Client) -> None:

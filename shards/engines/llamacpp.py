@@ -9,8 +9,10 @@ Engine options (``--engine-option key=value``):
 - ``flash``: ``on`` (default) or ``off``. On decodes many sequences faster.
 - ``ubatch_tokens``: how many tokens llama.cpp computes at once inside a step.
 - ``exact=1``: logits do not depend on what else is in the batch, nor on how a sequence was cut into
-  chunks or re-filled after a loss. Costs prefill speed: flash attention on, and at most 63 tokens
-  at once, because from 64 on another attention kernel runs.
+  chunks. Costs prefill speed: flash attention on, and at most 63 tokens at once, because from 64 on
+  another attention kernel runs. They still depend on where llama.cpp put a sequence's tokens: in
+  memory that ended sequences left in pieces, attention adds up in another order, and quantised
+  models make 0.1 in a log probability of that rounding.
 - ``gpu_layers``: layers to keep on an accelerator, if the build has one. Default: all.
 - ``embeddings=1``: can embed too. Costs the memory of a second, small context, most of which is
   4 bytes for each of ``embed_tokens`` times the vocabulary.

@@ -1,7 +1,7 @@
 # The verbs of the project; `make help` lists them. CI calls nothing else.
 .DEFAULT_GOAL := help
 .PHONY: help setup run test check proto proto-check lint type fmt sim replay bench clean \
-	test-torch test-jax test-vllm test-neuron test-serve test-contracts test-clients \
+	test-torch test-jax test-vllm test-neuron test-serve test-contracts test-clients clients environments \
 	engines-torch engines-jax engines-vllm engines-neuron
 
 VENV ?= .venv
@@ -57,10 +57,14 @@ test-serve: engines-torch ## Tests two engines at once, and ranks, as users star
 test-contracts: setup ## Compares what adapters use with the packages of engines that cannot run here
 	@$(PY) -m pytest tests/heavy/contracts $(ARGS)
 
+clients: setup
+	@ROUNDHOUSE_HOME=$(ENGINES_HOME) $(PY) -m deploy.client_env clients clients-tgi
+
+environments: clients engines-torch engines-jax engines-vllm ## Makes what the suites of CI need beside .venv
+
 # Two environments, as the clients' own needs exclude each other. A choice of tests may leave one
 # of them without any, which pytest calls 5.
-test-clients: setup ## Tests real clients (openai, anthropic, TGI's ...) against a real server (1 GB)
-	@ROUNDHOUSE_HOME=$(ENGINES_HOME) $(PY) -m deploy.client_env clients clients-tgi
+test-clients: clients ## Tests real clients (openai, anthropic, TGI's ...) against a real server (1 GB)
 	@$(call CLIENT_TEST,clients,tests/heavy/clients --ignore tests/heavy/clients/tgi)
 	@$(call CLIENT_TEST,clients-tgi,tests/heavy/clients/tgi)
 

@@ -54,6 +54,7 @@ class Running:
     # As sampling parameters look to ``shards.sampling``.
     prompt_len: int = 0
     plain: bool = False
+    guide: None = None
 
     def say(self, piece: int | Exception | None) -> None:
         """Adds to the stream; None ends it, an exception is raised by whoever reads."""

@@ -12,7 +12,7 @@ DISTRIBUTION = "roundhouse-llm"
 # It runs without uvloop too, and slower.
 WORKER_NEEDS = (
     *("grpcio", "grpcio-health-checking", "grpcio-reflection", "protobuf"),
-    *("numpy", "tokenizers", "uvloop"),
+    *("llguidance", "numpy", "tokenizers", "uvloop"),
 )
 
 

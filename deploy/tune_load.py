@@ -162,7 +162,7 @@ async def _answer(address: Address, body: str, tally: Tally) -> None:
     async for piece in post(address, "/v1/completions", body):
         *lines, rest = (rest + piece).split(b"\n")
         told = [line for line in lines if line.startswith(b"data: {")]
-        texts = sum(b'"usage"' not in line for line in told)
+        texts = sum(b'"choices":[]' not in line for line in told)  # that one is the usage alone
         final = told[-1] if told else final
         now_s = time.monotonic()
         tally.arrived(texts, now_s - last_s, first=events == 0)

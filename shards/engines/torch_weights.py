@@ -143,8 +143,8 @@ class Checkpoint:
 
 
 def gguf_ends(metadata: dict[str, Any]) -> tuple[int, ...]:
-    """Ids of end-of-sequence and end-of-turn, as far as the file names them."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    """Ids of the ends of sequence, turn and message, as far as the file names them."""
+    keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
     return tuple(dict.fromkeys(int(metadata[key]) for key in keys if key in metadata))
 
 

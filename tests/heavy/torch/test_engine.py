@@ -211,6 +211,6 @@ def test_the_cache_takes_whole_pages_within_reason() -> None:
 
 
 def test_a_gguf_file_names_its_ends() -> None:
-    ends = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 7}
-    assert gguf_ends(ends) == (2, 7)
+    ends = {f"tokenizer.ggml.{end}_token_id": n for end, n in (("eos", 2), ("eom", 8), ("eot", 7))}
+    assert gguf_ends(ends) == (2, 7, 8)
     assert gguf_ends({"tokenizer.ggml.eos_token_id": 2}) == (2,)

@@ -1,7 +1,6 @@
 """The ``roundhouse`` command."""
 
 import os
-import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -20,7 +19,7 @@ from deploy.options import (
     router_options,
     settings_from,
 )
-from deploy.running import run
+from deploy.running import run, run_command
 from deploy.tune_command import tune
 from deploy.workers import worker_command
 from router.config import ConfigError, GroupSpec, Settings, check_groups
@@ -152,16 +151,8 @@ cli.add_command(tune)
 
 
 def main() -> None:
-    """Entry point: every error that the user can cause is one line on standard error."""
-    try:
-        status = cli.main(prog_name="roundhouse", standalone_mode=False)
-    except click.ClickException as error:
-        line = " ".join(error.format_message().split())
-        click.echo(f"roundhouse: error: {line}", err=True)
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    sys.exit(status if isinstance(status, int) else 0)
+    """Entry point."""
+    run_command(cli, "roundhouse")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from deploy.declared import Declared, declared
 from deploy.engine_env import TEST, base_version, locked, prepare
-from deploy.environment import Environment, SetupError, StepFailed, run, say
+from deploy.environment import Environment, SetupError, StepFailed, run, say, status_of
 from deploy.interpreters import home
 
 PREFIX = "clients"
@@ -59,16 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("extras", nargs="+", metavar="NAME")
     given = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         for extra in given.extras:
             install(extra)
-    except SetupError as error:
-        print(f"setup: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("setup: interrupted; the next call goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return status_of(work)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,15 @@ from pathlib import Path
 from deploy.declared import Declared, declared
 from deploy.engine_probe import ask
 from deploy.engines import ENGINES, Facts, device_name, python_range
-from deploy.environment import Environment, SetupError, StepFailed, last_line, run, say
+from deploy.environment import (
+    Environment,
+    SetupError,
+    StepFailed,
+    last_line,
+    run,
+    say,
+    status_of,
+)
 from deploy.hardware import Hardware, detect
 from deploy.interpreters import environment_of
 from deploy.setup_env import MODEL_PACKAGE, build_environment, check_compiler
@@ -274,15 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("engine", choices=[name for name, facts in ENGINES.items() if facts.module])
     parser.add_argument("extras", nargs="*", choices=[TEST], metavar="test")
     given = parser.parse_args(arguments)
-    try:
-        install(given.engine, tests=TEST in given.extras)
-    except SetupError as error:
-        print(f"setup: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("setup: interrupted; the next call goes on", file=sys.stderr)
-        return 130
-    return 0
+    return status_of(lambda: install(given.engine, tests=TEST in given.extras))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,3 +213,16 @@ def run(steps: Sequence[Step]) -> None:
 
 def _interrupted(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def status_of(work: Callable[[], None]) -> int:
+    """Does the work of a program that sets up, and returns its exit status; a failure is a line."""
+    try:
+        work()
+    except SetupError as error:
+        print(f"setup: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("setup: interrupted; the next call goes on", file=sys.stderr)
+        return 130
+    return 0

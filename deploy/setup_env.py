@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.environment import Environment, SetupError, Step, last_line, run, say
+from deploy.environment import Environment, SetupError, Step, last_line, run, say, status_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON_MIN = (3, 11)
@@ -182,15 +182,7 @@ def main() -> int:
     parser.add_argument("extras", nargs="*", metavar="EXTRA", default=["llamacpp", "dev"])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", metavar="FOLDER")
     arguments = parser.parse_args()
-    try:
-        set_up(arguments.venv.resolve(), arguments.extras)
-    except SetupError as error:
-        print(f"setup: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("setup: interrupted; the next call goes on", file=sys.stderr)
-        return 130
-    return 0
+    return status_of(lambda: set_up(arguments.venv.resolve(), arguments.extras))
 
 
 if __name__ == "__main__":

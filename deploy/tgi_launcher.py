@@ -7,7 +7,6 @@ What only tunes is named in one warning, what would change answers is refused (`
 import os
 import platform
 import shlex
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from click.core import ParameterSource
 
 from deploy.hardware import detect
 from deploy.options import SectionedCommand
+from deploy.running import run_command
 from deploy.tgi_flags import FLAGS, SECTIONS
 from deploy.tgi_translate import Translation, translate
 
@@ -114,16 +114,8 @@ command = LauncherCommand(
 
 
 def main() -> None:
-    """Entry point: every error that the user can cause is one line on standard error."""
-    try:
-        status = command.main(prog_name=NAME, standalone_mode=False)
-    except click.ClickException as error:
-        line = " ".join(error.format_message().split())
-        click.echo(f"{NAME}: error: {line}", err=True)
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    sys.exit(status if isinstance(status, int) else 0)
+    """Entry point."""
+    run_command(command, NAME)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ Engine options (``--engine-option key=value``):
 
 - ``flash``: ``on`` (default) or ``off``. On decodes many sequences faster.
 - ``ubatch_tokens``: how many tokens llama.cpp computes at once inside a step.
-- ``exact=1``: logits do not depend on what else is in the batch, nor on how a sequence was cut into
-  chunks. Costs prefill speed: flash attention on, and at most 63 tokens at once, because from 64 on
-  another attention kernel runs. They still depend on where llama.cpp put a sequence's tokens: in
-  memory that ended sequences left in pieces, attention adds up in another order, and quantised
-  models make 0.1 in a log probability of that rounding.
+- ``exact=1``: logits do not depend on what else is in the batch, on the number of threads, nor on
+  how a sequence was cut into chunks. Costs prefill speed: flash attention on, and at most 63 tokens
+  at once, because from 64 on another attention kernel runs. They still depend on where llama.cpp
+  put a sequence's tokens: in memory that ended sequences left in pieces, attention adds up in
+  another order, and quantised models make 0.1 in a log probability of that rounding.
 - ``gpu_layers``: layers to keep on an accelerator, if the build has one. Default: all.
 - ``embeddings=1``: can embed too. Costs the memory of a second, small context, most of which is
   4 bytes for each of ``embed_tokens`` times the vocabulary.
@@ -109,7 +109,7 @@ class LlamaCppEngine(CallerEngine):
         self._model = Model(self._path, gpu_layers, progress)
         if not self._model.decodes:
             raise ModelError(f"model file {self._path}: is not a decoder-only language model")
-        self._spare = 1 if exact and options.adapters else 0
+        self._spare = 1 if exact else 0
         sizes = self._sizes(options, EXACT_UBATCH_TOKENS if exact else ubatch, flash=flash)
         self._ubatch_tokens = sizes.ubatch_tokens
         self._context = Context(self._model, sizes)
@@ -270,7 +270,7 @@ class LlamaCppEngine(CallerEngine):
         """Computes work of one adapter, and scores its prompts; returns the logits of its rows."""
         adapter = self._adapters[work[0][0].adapter]
         self._context.use(adapter)
-        padded = self._fill(work, pad=adapter is not None and self._spare > 0)
+        padded = self._fill(work, pad=self._spare > 0)
         logits = self._context.decode(self._batch, rows + self._scores.rows_of(work))
         if padded:
             self._context.drop(self._limits.sequences_max)
@@ -279,9 +279,10 @@ class LlamaCppEngine(CallerEngine):
     def _fill(self, work: Work, *, pad: bool) -> bool:
         """Lays the work out in the batch, and marks the tokens whose logits are wanted.
 
-        The product of one token with a matrix of floats, which adapters are made of, is rounded in
-        another way than that of several. With ``pad`` no token is alone in its ubatch: then one of
-        a spare sequence keeps it company. Says whether that was needed.
+        A token that is alone in its ubatch is computed in another way than several are: several
+        threads share its attention once the cache is long, and its product with a matrix of floats,
+        which adapters are made of, is rounded differently. With ``pad`` none is alone: one of a
+        spare sequence keeps it company. Says whether that was needed.
         """
         tokens: list[int] = []
         positions: list[int] = []

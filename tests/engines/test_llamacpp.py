@@ -22,6 +22,7 @@ from shards.engines.llamacpp import (
     kv_bytes_per_token,
     kv_tokens_default,
 )
+from shards.engines.threads import ThreadControl
 from shards.gguf_file import read_metadata
 from tests.engines.contract import EngineContract, admit, decode, generate
 from tests.engines.contract_grammar import GrammarContract
@@ -181,7 +182,9 @@ def test_logits_are_exact_in_exact_mode_and_near_by_default(
     assert np.abs(logits_of(default, plans[way]) - reference).max() < ROUNDING
 
 
-def test_threads_can_change_between_steps(exact: Engine, tokenizer: Tokenizer) -> None:
+def test_threads_can_change_between_steps(
+    exact: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The count of threads has no effect on what is computed."""
     assert isinstance(exact, LlamaCppEngine)
     prompt = tokenizer.encode(TEXTS[0]).ids
@@ -191,9 +194,25 @@ def test_threads_can_change_between_steps(exact: Engine, tokenizer: Tokenizer) -
     first = exact.step(Plan(admits=[admit(1, prompt)], work=[(1, len(prompt))]))
     drawn = first.tokens
     for count in (1, 2, 1, 2, 1):
-        exact._context.set_threads(count)
+        monkeypatch.setattr(exact, "_control", ThreadControl(count))
         drawn += decode(exact, 1, 1)
     assert drawn == expected
+
+
+def test_a_lone_token_in_a_long_cache_does_not_depend_on_the_threads(
+    exact: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several threads would share its attention, once there are 512 cells, and add up anew."""
+    assert isinstance(exact, LlamaCppEngine)
+    prompt = (tokenizer.encode(" ".join(TEXTS)).ids * 8)[:600]
+    chunks = (200, 200, 200)
+    by_threads = {}
+    for threads in (1, 2):
+        monkeypatch.setattr(exact, "_control", ThreadControl(threads))
+        plans = [Plan(work=[(1, count)]) for count in (*chunks[1:], 1, 1)]
+        plans.insert(0, Plan(admits=[admit(1, prompt)], work=[(1, chunks[0])]))
+        by_threads[threads] = logits_of(exact, plans)
+    assert (by_threads[1] == by_threads[2]).all()
 
 
 def test_many_sequences_share_and_leave(exact: Engine, tokenizer: Tokenizer) -> None:

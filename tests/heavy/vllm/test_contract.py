@@ -74,28 +74,6 @@ class TestContract(GrammarContract, EngineContract):
         loaded.reset()
         return loaded
 
-    @pytest.mark.parametrize("case", range(9))
-    def test_what_breaks_the_contract_is_refused(
-        self, engine: Engine, prompts: list[list[int]], case: int
-    ) -> None:
-        """As in the suite, whose shares of 16 and 8 tokens are none here: a page has 32."""
-        prompt = (prompts[0] * 3)[:70]
-        engine.step(Plan(admits=[admit(1, prompt)], work=[(1, 40)]))
-        refused = [
-            Plan(work=[(9, 1)]),
-            Plan(drops=[9]),
-            Plan(admits=[admit(1, prompt)]),
-            Plan(work=[(1, len(prompt))]),
-            Plan(work=[(1, 0)]),
-            Plan(work=[(1, 1), (1, 1)]),
-            Plan(admits=[admit(2, prompt, share_from=1, share_len=64)]),
-            Plan(admits=[admit(2, prompt, share_from=9, share_len=32)]),
-            Plan(admits=[admit(2, [engine.describe().vocab_size])]),
-        ]
-        with pytest.raises(PlanError):
-            engine.step(refused[case])
-        assert engine.step(Plan(work=[(1, len(prompt) - 40)])).sequences == [1]
-
 
 def test_describes_itself(engine: VllmEngine) -> None:
     info = engine.describe()

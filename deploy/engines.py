@@ -17,7 +17,10 @@ from deploy.options import UserError
 GGUF, SAFETENSORS = "gguf", "safetensors"
 Version = tuple[int, int]
 
-_SAMPLED = ("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p", "grammar")
+_SAMPLED = (
+    *("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p", "grammar"),
+    *("ranks", "watermark"),
+)
 # How an engine spreads a model over devices: as one worker for each rank (--num-shard), by itself
 # within one worker (its own options say over how many), or not in ranks at all.
 WORKERS, INSIDE, ALONE = "workers", "inside", "alone"

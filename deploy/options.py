@@ -22,8 +22,8 @@ LISTEN, LIMITS, BATCH, FAILURES, OUTPUT = (
     "Failures",
     "Output",
 )
-MODEL, WORKER, ROUTER = "Model", "Worker", "Router"
-SECTIONS = (MODEL, WORKER, ROUTER, LISTEN, LIMITS, BATCH, FAILURES, OUTPUT)
+MODEL, WORKER, ROUTER, MARK = "Model", "Worker", "Router", "Watermarks"
+SECTIONS = (MODEL, WORKER, ROUTER, LISTEN, LIMITS, MARK, BATCH, FAILURES, OUTPUT)
 
 
 class UserError(click.ClickException):
@@ -74,6 +74,9 @@ KNOBS = (
     Knob(LIMITS, "max-top-n-tokens", "N", "Alternatives reported at each token."),
     Knob(LIMITS, "max-client-batch-size", "N", "Prompts in one call of /v1/completions."),
     Knob(LIMITS, "disable-grammar-support", "", "Refuse structured output: grammars and schemas."),
+    Knob(MARK, "watermark-gamma", "SHARE", "Share of the vocabulary that is favoured at a token."),
+    Knob(MARK, "watermark-delta", "DELTA", "Added to its logits; more is easier to detect."),
+    Knob(MARK, "watermark-key", "KEY", "Which of all marks it is; who knows it can detect it."),
     Knob(
         BATCH,
         "max-batch-prefill-tokens",

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from deploy.options import BATCH, FAILURES, LIMITS, LISTEN, MODEL, OUTPUT, SectionedOption
+from deploy.options import BATCH, FAILURES, LIMITS, LISTEN, MARK, MODEL, OUTPUT, SectionedOption
 
 IGNORED, REFUSED = "Accepted, without effect", "Refused"
-SECTIONS = (MODEL, LISTEN, LIMITS, BATCH, FAILURES, OUTPUT, IGNORED, REFUSED)
+SECTIONS = (MODEL, LISTEN, LIMITS, MARK, BATCH, FAILURES, OUTPUT, IGNORED, REFUSED)
 
 
 class Fate(Enum):
@@ -87,7 +87,6 @@ def _refused(name: str, metavar: str, reason: str, **more: Any) -> Flag:
 
 _ROPE = "the scaling of positions is the model's own: set rope_scaling in its config.json"
 _NGROK = "no tunnel is opened from here: run `ngrok http PORT` beside the server"
-_MARK = "watermarks are not drawn here, and a request for one is refused"
 FLAGS = (
     _own(
         MODEL, "model-id", "ID",
@@ -155,6 +154,8 @@ FLAGS = (
         "enable-prefill-logprobs", "", Fate.MET, LIMITS,
         "Always on: asking for prompt log probabilities costs those who ask.",
     ),
+    _passed(MARK, "watermark-gamma", "SHARE", "Of the vocabulary, at each token. Default: 0.5."),
+    _passed(MARK, "watermark-delta", "DELTA", "Added to the logits of that share. Default: 2.0."),
     _passed(BATCH, "max-batch-prefill-tokens", "TOKENS", "Tokens computed in one step."),
     _passed(BATCH, "max-batch-total-tokens", "TOKENS", "Tokens held in memory over all requests."),
     _passed(BATCH, "max-batch-size", "N", "Requests computed at once."),
@@ -186,8 +187,6 @@ FLAGS = (
     ),
     _refused("rope-scaling", "KIND", _ROPE, choices=("linear", "dynamic")),
     _refused("rope-factor", "FACTOR", _ROPE),
-    _refused("watermark-gamma", "GAMMA", _MARK),
-    _refused("watermark-delta", "DELTA", _MARK),
     _refused(
         "weights-cache-override", "FOLDER",
         "weights and tokenizer come from one place: give the folder as --model-id",

@@ -39,8 +39,9 @@ class Params:
     ``max_tokens`` None means: as many as fit. ``temperature`` 0 is greedy. ``seed`` None means:
     drawn by the service. ``logprobs`` asks for the raw natural log of each token's probability,
     ``top_logprobs`` for this many of the likeliest beside it; ``prompt_logprobs`` asks for both of
-    the prompt's tokens, too. ``constraint`` is what the answer must match. ``kept_tokens`` are the
-    special tokens that are text all the same when others are skipped.
+    the prompt's tokens, too, and ``ranks`` for the place of each of these tokens among all.
+    ``constraint`` is what the answer must match. ``kept_tokens`` are the special tokens that are
+    text all the same when others are skipped. ``watermark`` marks the answer, as the settings say.
     """
 
     max_tokens: int | None = None
@@ -65,6 +66,8 @@ class Params:
     constraint: Constraint | None = None
     skip_special_tokens: bool = True
     kept_tokens: frozenset[int] = frozenset()
+    ranks: bool = False
+    watermark: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,7 @@ class TokenOut:
     """A generated token. ``text`` is what it adds to the answer when special tokens are shown.
 
     A token that ends inside a character has the empty text, and the next one carries the whole.
+    ``rank`` is how many tokens were likelier, plus 1; 0 if it was not asked for.
     """
 
     id: int
@@ -116,6 +120,7 @@ class TokenOut:
     special: bool = False
     logprob: float | None = None
     top: tuple[tuple[int, str, float], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,11 @@ class Settings:
     payload_limit: int = 2_000_000
     # Refuse requests whose answer must match a grammar or a schema.
     disable_grammar_support: bool = False
+    # Of answers whose request asks for a watermark: the share of the vocabulary that is favoured at
+    # each token, what is added to its logits, and which of all marks it is; docs/watermark.md.
+    watermark_gamma: float = 0.5
+    watermark_delta: float = 2.0
+    watermark_key: int = 15_485_863
 
     # Plans that a group may hold at once: 2 keeps its device busy while an outcome travels.
     plans_in_flight_max: int = 2
@@ -128,6 +133,9 @@ _RANGES = {
     "max_waiting_tokens": _Range("tokens", 0),
     "max_client_batch_size": _Range("prompts", 1, 1_000_000),
     "payload_limit": _Range("bytes", 1),
+    "watermark_gamma": _Range("share of the vocabulary", 0.001, 0.999, whole=False),
+    "watermark_delta": _Range("added to logits", 0, 100, whole=False),
+    "watermark_key": _Range("key", 0, 2**63 - 1),
     "plans_in_flight_max": _Range("plans", 1, 16),
     "step_deadline_s": _Range("seconds", 0.001, 86_400, whole=False),
     "request_deadline_s": _Range("seconds", 0.001, 31_536_000, whole=False, optional=True),

@@ -238,12 +238,15 @@ def step_done(group: str, outcome: Outcome) -> StepDone:
 def _scores(prompt: PromptLogprobs) -> list[object]:
     """One message for each token; if there are likeliest ones for some only, for those."""
     if not prompt.likeliest:
-        return [TokenLogprobs(logprob=logprob) for logprob in prompt.logprobs]
-    pairs = zip(prompt.logprobs, prompt.likeliest, strict=False)
-    return [
-        TokenLogprobs(logprob=logprob, top_tokens=top.tokens, top_values=top.values)
-        for logprob, top in pairs
-    ]
+        found = [TokenLogprobs(logprob=logprob) for logprob in prompt.logprobs]
+    else:
+        found = [
+            TokenLogprobs(logprob=logprob, top_tokens=top.tokens, top_values=top.values)
+            for logprob, top in zip(prompt.logprobs, prompt.likeliest, strict=False)
+        ]
+    for one, rank in zip(found, prompt.ranks, strict=False):
+        one.rank = rank
+    return list(found)
 
 
 async def _prepare(links: Sequence[Link], constraint: Constraint) -> None:

@@ -33,11 +33,13 @@ class PromptScores:
         for value in values:
             self._add(*_numbers(self._tokenizer, value))
 
-    def _add(self, logprob: float | None, top: tuple[tuple[int, str, float], ...]) -> None:
+    def _add(
+        self, logprob: float | None, top: tuple[tuple[int, str, float], ...], rank: int = 0
+    ) -> None:
         token = self._ids[len(self._outs)]
         text, _ = self._writer.push(token)
         special = self._tokenizer.is_special(token)
-        self._outs.append(TokenOut(token, text, special, logprob, top))
+        self._outs.append(TokenOut(token, text, special, logprob, top, rank))
 
 
 async def next_batch(channel: Channel, scores: PromptScores | None) -> Batch:
@@ -53,9 +55,11 @@ async def next_batch(channel: Channel, scores: PromptScores | None) -> Batch:
             return batch
 
 
-def _numbers(tokenizer: Tokenizer, value: Any) -> tuple[float, tuple[tuple[int, str, float], ...]]:
-    """What a ``shards.v1.TokenLogprobs`` says: of the token, and of the likeliest ones."""
+def _numbers(
+    tokenizer: Tokenizer, value: Any
+) -> tuple[float, tuple[tuple[int, str, float], ...], int]:
+    """What a ``shards.v1.TokenLogprobs`` says: of the token, of the likeliest ones, its rank."""
     pairs = zip(value.top_tokens, value.top_values, strict=True)
     text_of = tokenizer.token_text
     top = tuple((token, text_of(token), max(number, LEAST)) for token, number in pairs)
-    return max(value.logprob, LEAST), top
+    return max(value.logprob, LEAST), top, value.rank

@@ -182,7 +182,7 @@ class Service:
             needs=needs_of(params),
             priority=ask.priority,
             deadline_ms=self._deadline_ms(ask),
-            sampling=sampling_of(params, seed, stop_tokens),
+            sampling=sampling_of(params, seed, stop_tokens, self._settings),
             adapter=ask.adapter,
         )
         outs = self._outs.setdefault(card.tokenizer, {})
@@ -361,7 +361,7 @@ class Generation:
         tops = zip(entry.top_tokens, entry.top_values, strict=True)
         text_of = self.model.tokenizer.token_text
         top = tuple((token, text_of(token), value) for token, value in tops)
-        return TokenOut(out.id, out.text, out.special, entry.logprob, top)
+        return TokenOut(out.id, out.text, out.special, entry.logprob, top, entry.rank)
 
     def _stopped(self, tokens: tuple[TokenOut, ...], text: str, close: Close | None) -> Chunk:
         """The end by a stop string. If the worker has not ended by itself, it is told to."""

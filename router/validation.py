@@ -211,7 +211,7 @@ def needs_of(params: Params) -> tuple[str, ...]:
         params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
     )
     wanted = {
-        "logprobs": params.logprobs or params.top_logprobs > 0,
+        "logprobs": _scores(params),
         "penalties": penalised,
         "seed": params.seed is not None and not is_greedy(params),
         "logit_bias": bool(params.logit_bias),
@@ -219,6 +219,8 @@ def needs_of(params: Params) -> tuple[str, ...]:
         "typical_p": params.typical_p < 1.0 and not is_greedy(params),
         "grammar": params.constraint is not None,
         "prompt_logprobs": params.prompt_logprobs,
+        "ranks": params.ranks,
+        "watermark": params.watermark,
     }
     return tuple(name for name, used in wanted.items() if used)
 
@@ -253,7 +255,14 @@ def tokens_allowed(prompt_tokens: int, params: Params, card: ModelCard) -> int:
     return allowed
 
 
-def sampling_of(params: Params, seed: int | None, stop_tokens: frozenset[int]) -> object:
+def _scores(params: Params) -> bool:
+    """Whether the log probabilities of drawn tokens are needed."""
+    return params.logprobs or params.top_logprobs > 0 or params.ranks
+
+
+def sampling_of(
+    params: Params, seed: int | None, stop_tokens: frozenset[int], settings: Settings
+) -> object:
     """The ``shards.v1.Sampling`` of a request; what is off is left at zero."""
     greedy = is_greedy(params)
     return shard_pb2.Sampling(
@@ -270,10 +279,21 @@ def sampling_of(params: Params, seed: int | None, stop_tokens: frozenset[int]) -
         bias_values=[value for _, value in params.logit_bias],
         min_tokens=params.min_tokens,
         stop_tokens=sorted(stop_tokens) if params.min_tokens else (),
-        logprobs=params.logprobs or params.top_logprobs > 0,
+        logprobs=_scores(params),
         top_logprobs=params.top_logprobs,
         prompt_logprobs=params.prompt_logprobs,
         constraint=None if params.constraint is None else constraint_of(params.constraint),
+        ranks=params.ranks,
+        watermark=_watermark(settings) if params.watermark else None,
+    )
+
+
+def _watermark(settings: Settings) -> shard_pb2.Watermark:
+    """The mark of this server. It travels with the request, so that a resumed one keeps its own."""
+    return shard_pb2.Watermark(
+        gamma=settings.watermark_gamma,
+        delta=settings.watermark_delta,
+        key=settings.watermark_key,
     )
 
 

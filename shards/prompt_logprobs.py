@@ -59,11 +59,15 @@ def parts_of(work: Work) -> list[Work]:
 
 @dataclass(slots=True)
 class Scored:
-    """Some successive tokens of one prompt; ``pairs`` is empty unless likeliest were asked for."""
+    """Some successive tokens of one prompt.
+
+    ``pairs`` and ``ranks`` are empty unless likeliest tokens, or ranks, were asked for.
+    """
 
     start: int
     logprobs: list[float] = field(default_factory=list)
     pairs: list[Pairs] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
 
 
 class Scores:
@@ -97,17 +101,20 @@ class Scores:
 
     def take(self, resident: Resident, targets: Sequence[int], logits: Floats) -> None:
         """Scores the next targets of a sequence by their logits [targets, vocabulary]."""
-        top = min(resident.sampling.top_logprobs, logits.shape[1])
+        sampling = resident.sampling
+        top = min(sampling.top_logprobs, logits.shape[1])
         rows = max(1, _BLOCK // logits.shape[1])
         for start in range(0, len(targets), rows):
-            block = logits[start : start + rows]
-            self.add(resident, *score(block, targets[start : start + rows], top))
+            block, wanted = logits[start : start + rows], targets[start : start + rows]
+            ranks = ranks_of(block, wanted) if sampling.ranks else ()
+            self.add(resident, *score(block, wanted, top), ranks)
 
     def add(
         self,
         resident: Resident,
         logprobs: Sequence[float],
         pairs: Sequence[Pairs],
+        ranks: Sequence[int] = (),
         start: int | None = None,
     ) -> None:
         """Takes the scores of the next targets of a sequence. It fails if one is not a number.
@@ -125,6 +132,7 @@ class Scores:
             scored = self._scored[resident.sequence] = Scored(first)
         scored.logprobs += logprobs
         scored.pairs += pairs
+        scored.ranks += ranks
 
     def tell(self, outcome: Outcome) -> None:
         """Puts into the outcome what there is to tell, and forgets it."""
@@ -132,7 +140,7 @@ class Scores:
             outcome.failures[sequence] = _NOT_FINITE
             self._scored.pop(sequence, None)
         for sequence, scored in self._scored.items():
-            told = PromptLogprobs(scored.start, scored.logprobs, scored.pairs)
+            told = PromptLogprobs(scored.start, scored.logprobs, scored.pairs, scored.ranks)
             outcome.prompt_logprobs[sequence] = told
         self._scored, self._failed = {}, []
 
@@ -154,6 +162,13 @@ def score(logits: Floats, targets: Sequence[int], top: int) -> tuple[list[float]
     return values.tolist(), [
         _likeliest(row, top, total) for row, total in zip(logits, totals.tolist(), strict=True)
     ]
+
+
+def ranks_of(logits: Floats, targets: Sequence[int]) -> list[int]:
+    """How many tokens are likelier than the target of each row, plus 1."""
+    wanted = logits[np.arange(len(targets)), np.asarray(targets)]
+    ranks: list[int] = (np.count_nonzero(logits > wanted[:, None], axis=1) + 1).tolist()
+    return ranks
 
 
 def _likeliest(row: Floats, top: int, total: float) -> Pairs:

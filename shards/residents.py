@@ -67,6 +67,7 @@ def is_plain(sampling: SamplingParams) -> bool:
         and sampling.min_tokens == 0
         and not sampling.logprobs
         and sampling.constraint is None
+        and sampling.watermark is None
     )
 
 

@@ -1,9 +1,9 @@
 """The one sampler: draws the next token of each sequence from a batch of logits.
 
-Order, per row: logit bias, penalties, the min_tokens mask, the mask of a constraint, temperature,
-top_k, then top_p, min_p and typical_p, then one draw. This is the order of the ``transformers``
-library [1], where each filter sees the distribution that the former one left, renormalised.
-Sources:
+Order, per row: watermark, logit bias, penalties, the min_tokens mask, the mask of a constraint,
+temperature, top_k, then top_p, min_p and typical_p, then one draw. The watermark goes first, as in
+TGI; the rest is the order of the ``transformers`` library [1], where each filter sees the
+distribution that the former one left, renormalised. Sources:
 
 - top_p: arXiv:1904.09751. min_p: arXiv:2407.01082. typical_p: arXiv:2202.00666.
 - repetition penalty: arXiv:1909.05858, section 4.1. Frequency and presence penalty: as in the
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from shards.allowed import GuideError, Guiding, holds, pick
 from shards.engines.base import Logprobs, SamplingParams
+from shards.watermark import mark
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.intp]
@@ -166,12 +167,14 @@ class Sampler:
             token = int(ids[best])
         drawn.tokens[index] = token
         if sampling.logprobs:
-            drawn.logprobs[index] = self._logprobs(raw, token, top, sampling.top_logprobs)
+            drawn.logprobs[index] = self._logprobs(raw, token, top, sampling)
 
     def _adjust(self, raw: Floats, row: Row) -> Floats:
-        """A copy of the row with bias, penalties and the mask of min_tokens applied."""
+        """A copy of the row with watermark, bias, penalties and the mask of min_tokens applied."""
         sampling, logits = row.sampling, self._adjusted
         np.copyto(logits, raw)
+        if sampling.watermark is not None:
+            mark(logits, row.tokens[-1], sampling.watermark)
         if sampling.logit_bias:
             for token, bias in sampling.logit_bias:
                 logits[token] += bias
@@ -225,7 +228,8 @@ class Sampler:
                 np.divide(weights, np.float32(temperature), out=weights)
         return np.exp(weights, out=weights)
 
-    def _logprobs(self, raw: Floats, token: int, top: float, count: int) -> Logprobs:
+    def _logprobs(self, raw: Floats, token: int, top: float, sampling: SamplingParams) -> Logprobs:
+        count = sampling.top_logprobs
         weights = self._weigh(raw, 1.0, top)
         log_total = top + math.log(float(weights.sum()))
         ids: list[int] = []
@@ -235,7 +239,8 @@ class Sampler:
             likeliest = likeliest[np.argsort(-raw[likeliest], kind="stable")]
             ids = likeliest.tolist()
             values = [value - log_total for value in raw[likeliest].tolist()]
-        return Logprobs(float(raw[token]) - log_total, ids, values)
+        rank = int(np.count_nonzero(raw > raw[token])) + 1 if sampling.ranks else 0
+        return Logprobs(float(raw[token]) - log_total, ids, values, rank)
 
 
 def _penalises(sampling: SamplingParams) -> bool:
@@ -252,6 +257,7 @@ def _adjusts(row: Row) -> bool:
         sampling.logit_bias
         or _penalises(sampling)
         or len(row.tokens) - row.prompt_len < sampling.min_tokens
+        or sampling.watermark is not None
     )
 
 

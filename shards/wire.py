@@ -22,6 +22,7 @@ from shards.engines.base import (
     SamplingParams,
     Scheduling,
     Vectors,
+    Watermark,
 )
 from shards.v1 import shard_pb2
 
@@ -107,7 +108,16 @@ def _sampling(sequence: int, message: shard_pb2.Sampling) -> SamplingParams:
         top_logprobs=message.top_logprobs,
         constraint=constraint_from_wire(message.constraint),
         prompt_logprobs=message.prompt_logprobs,
+        ranks=message.ranks,
+        watermark=_watermark(sequence, message) if message.HasField("watermark") else None,
     )
+
+
+def _watermark(sequence: int, message: shard_pb2.Sampling) -> Watermark:
+    gamma, delta = message.watermark.gamma, message.watermark.delta
+    if not (0.0 < gamma < 1.0 and math.isfinite(delta)):
+        raise PlanError(f"sequence {sequence}: a watermark of gamma {gamma} and delta {delta}")
+    return Watermark(gamma, delta, message.watermark.key)
 
 
 def constraint_from_wire(message: shard_pb2.Constraint) -> Constraint | None:
@@ -139,12 +149,14 @@ def outcome_to_wire(
         for sequence in outcome.sequences:
             found = outcome.logprobs.get(sequence)
             if found is not None:
-                message.logprobs.add(
+                entry = message.logprobs.add(
                     sequence=sequence,
                     logprob=found.logprob,
                     top_tokens=found.top_tokens,
                     top_values=found.top_values,
                 )
+                if found.rank:
+                    entry.rank = found.rank
     for sequence, prompt in outcome.prompt_logprobs.items():
         message.prompt_logprobs.append(_prompt_to_wire(sequence, prompt))
     return message
@@ -158,7 +170,11 @@ def _prompt_to_wire(sequence: int, prompt: PromptLogprobs) -> shard_pb2.PromptLo
         for pairs in prompt.likeliest
     ]
     return shard_pb2.PromptLogprobs(
-        sequence=sequence, start=prompt.start, logprobs=prompt.logprobs, likeliest=likeliest
+        sequence=sequence,
+        start=prompt.start,
+        logprobs=prompt.logprobs,
+        likeliest=likeliest,
+        ranks=prompt.ranks,
     )
 
 

@@ -14,7 +14,6 @@ from router.errors import Fault, RequestError
 from router.fleet import ModelCard
 from router.fmaas.v1 import generation_pb2 as pb
 from router.text import constraints
-from router.validation import TOP_LOGPROBS_MAX
 
 MAX_NEW_TOKENS = 20
 """What a client means that does not say how many tokens it wants."""
@@ -36,6 +35,7 @@ FIELDS = {
     "logprobs": "params.response.token_logprobs",
     "top_logprobs": "params.response.top_n_tokens",
     "prompt_logprobs": "params.response.input_tokens",
+    "ranks": "params.response.token_ranks",
 }
 
 
@@ -97,7 +97,7 @@ def params_of(given: pb.Parameters, max_tokens: int) -> Params:
     greedy = given.method == pb.GREEDY
     _check_options(options)
     _check_decoding(given.decoding)
-    top = max(options.top_n_tokens, TOP_LOGPROBS_MAX if options.token_ranks else 0)
+    detailed = options.token_logprobs or options.token_ranks or options.top_n_tokens > 0
     temperature = sampling.temperature if sampling.HasField("temperature") else 1.0
     return Params(
         max_tokens=max_tokens,
@@ -113,9 +113,10 @@ def params_of(given: pb.Parameters, max_tokens: int) -> Params:
             stopping.include_stop_sequence if stopping.HasField("include_stop_sequence") else True
         ),
         logprobs=options.token_logprobs and options.generated_tokens,
-        top_logprobs=top,
-        prompt_logprobs=options.input_tokens and (options.token_logprobs or top > 0),
+        top_logprobs=options.top_n_tokens,
+        prompt_logprobs=options.input_tokens and detailed,
         constraint=_constraint_of(given.decoding),
+        ranks=options.token_ranks,
     )
 
 
@@ -158,17 +159,11 @@ def infos_of(tokens: Iterable[TokenOut], order: Order) -> list[pb.TokenInfo]:
         if options.token_logprobs and token.logprob is not None:
             info.logprob = token.logprob
         if options.token_ranks:
-            info.rank = _rank(token)
+            info.rank = token.rank
         for id_, _, logprob in token.top[: options.top_n_tokens]:
             info.top_tokens.add(text=piece(id_), logprob=logprob)
         infos.append(info)
     return infos
-
-
-def _rank(token: TokenOut) -> int:
-    """The token's place among the likeliest ones from 1, or 0 if it is none of them."""
-    ranked = (rank for rank, (id_, _, _) in enumerate(token.top, start=1) if id_ == token.id)
-    return next(ranked, 0)
 
 
 class Answer:

@@ -37,7 +37,9 @@ class Outgoing:
     def __init__(self, params: pb.Parameters, choice: int = 0) -> None:
         self._params = params
         self._least = params.stream_tokens
-        self._detailed = params.logprobs or params.top_logprobs > 0 or params.token_details
+        self._detailed = (
+            params.logprobs or params.top_logprobs > 0 or params.token_details or params.ranks
+        )
         self._choice = choice
         self._clear()
 
@@ -91,6 +93,8 @@ class Outgoing:
         if params.token_details:
             message.token_texts.extend(token.text for token in tokens)
             message.special.extend(token.special for token in tokens)
+        if params.ranks:
+            message.ranks.extend(token.rank for token in tokens)
 
 
 def finish_of(finish: Finish | ChatFinish, params: pb.Parameters) -> pb.Finish:
@@ -122,6 +126,7 @@ def _prompt_of(tokens: Iterable[TokenOut], params: pb.Parameters) -> list[pb.Pro
             text=token.text,
             logprob=token.logprob,
             top=_top_of(token, params) if params.top_logprobs and token.top else None,
+            rank=token.rank or None,
         )
         for token in tokens
     ]

@@ -56,6 +56,8 @@ def params_of(given: pb.Parameters) -> Params:
         skip_special_tokens=(
             given.skip_special_tokens if given.HasField("skip_special_tokens") else True
         ),
+        ranks=given.ranks,
+        watermark=given.watermark,
     )
 
 

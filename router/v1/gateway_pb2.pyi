@@ -112,7 +112,7 @@ class Welcome(_message.Message):
     def __init__(self, limits: _Optional[_Union[Limits, _Mapping]] = ..., fleet: _Optional[_Union[Fleet, _Mapping]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_top_n_tokens", "max_input_tokens", "max_total_tokens", "max_batch_prefill_tokens", "max_batch_total_tokens", "max_batch_size", "waiting_served_ratio", "max_waiting_tokens", "max_client_batch_size", "payload_limit", "request_deadline_s", "disable_grammar_support")
+    __slots__ = ("max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_top_n_tokens", "max_input_tokens", "max_total_tokens", "max_batch_prefill_tokens", "max_batch_total_tokens", "max_batch_size", "waiting_served_ratio", "max_waiting_tokens", "max_client_batch_size", "payload_limit", "request_deadline_s", "disable_grammar_support", "watermark_gamma", "watermark_delta", "watermark_key")
     MAX_CONCURRENT_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_BEST_OF_FIELD_NUMBER: _ClassVar[int]
     MAX_STOP_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +128,9 @@ class Limits(_message.Message):
     PAYLOAD_LIMIT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     DISABLE_GRAMMAR_SUPPORT_FIELD_NUMBER: _ClassVar[int]
+    WATERMARK_GAMMA_FIELD_NUMBER: _ClassVar[int]
+    WATERMARK_DELTA_FIELD_NUMBER: _ClassVar[int]
+    WATERMARK_KEY_FIELD_NUMBER: _ClassVar[int]
     max_concurrent_requests: int
     max_best_of: int
     max_stop_sequences: int
@@ -143,7 +146,10 @@ class Limits(_message.Message):
     payload_limit: int
     request_deadline_s: float
     disable_grammar_support: bool
-    def __init__(self, max_concurrent_requests: _Optional[int] = ..., max_best_of: _Optional[int] = ..., max_stop_sequences: _Optional[int] = ..., max_top_n_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_batch_prefill_tokens: _Optional[int] = ..., max_batch_total_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., waiting_served_ratio: _Optional[float] = ..., max_waiting_tokens: _Optional[int] = ..., max_client_batch_size: _Optional[int] = ..., payload_limit: _Optional[int] = ..., request_deadline_s: _Optional[float] = ..., disable_grammar_support: bool = ...) -> None: ...
+    watermark_gamma: float
+    watermark_delta: float
+    watermark_key: int
+    def __init__(self, max_concurrent_requests: _Optional[int] = ..., max_best_of: _Optional[int] = ..., max_stop_sequences: _Optional[int] = ..., max_top_n_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_batch_prefill_tokens: _Optional[int] = ..., max_batch_total_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., waiting_served_ratio: _Optional[float] = ..., max_waiting_tokens: _Optional[int] = ..., max_client_batch_size: _Optional[int] = ..., payload_limit: _Optional[int] = ..., request_deadline_s: _Optional[float] = ..., disable_grammar_support: bool = ..., watermark_gamma: _Optional[float] = ..., watermark_delta: _Optional[float] = ..., watermark_key: _Optional[int] = ...) -> None: ...
 
 class Fleet(_message.Message):
     __slots__ = ("groups",)

@@ -73,6 +73,15 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
+class Watermark:
+    """How text is marked; see ``shards.watermark``. ``gamma`` is in (0, 1), ``key`` has 64 bits."""
+
+    gamma: float
+    delta: float
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to draw the next token; units and meaning as in ``shards.v1.Sampling``.
 
@@ -95,6 +104,8 @@ class SamplingParams:
     top_logprobs: int = 0
     constraint: Constraint | None = None
     prompt_logprobs: bool = False
+    ranks: bool = False
+    watermark: Watermark | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +135,15 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Raw natural-log probabilities at one position, before any warping."""
+    """Raw natural-log probabilities at one position, before any warping.
+
+    ``rank`` is how many tokens are likelier than the drawn one, plus 1; 0 if it was not asked for.
+    """
 
     logprob: float
     top_tokens: Sequence[int] = ()
     top_values: Sequence[float] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +151,13 @@ class PromptLogprobs:
     """Raw natural-log probabilities of prompt tokens from the position ``start``, at least 1, on.
 
     ``likeliest`` is parallel to ``logprobs``, or empty if no likely tokens were asked for: pairs of
-    token and value, most likely first.
+    token and value, most likely first. ``ranks`` are as ``Logprobs.rank``, likewise.
     """
 
     start: int
     logprobs: Sequence[float]
     likeliest: Sequence[Sequence[tuple[int, float]]] = ()
+    ranks: Sequence[int] = ()
 
 
 @dataclass(slots=True)

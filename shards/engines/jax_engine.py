@@ -186,7 +186,7 @@ class JaxEngine(PagedEngine):
             eos_token_ids=_ends(options),
             features=(
                 *("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p"),
-                *("prefix_sharing", "prompt_logprobs", "grammar"),
+                *("prefix_sharing", "prompt_logprobs", "grammar", "ranks", "watermark"),
             ),
             rank=group.rank,
             world=group.world,

@@ -170,7 +170,7 @@ class LlamaCppEngine(CallerEngine):
 
     def _describe(self, options: EngineOptions) -> EngineInfo:
         features = ["logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p"]
-        features += ["prompt_logprobs", "grammar"]
+        features += ["prompt_logprobs", "grammar", "ranks", "watermark"]
         if self._model.shares_prefix:
             features.append("prefix_sharing")
         if options.adapters:

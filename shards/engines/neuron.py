@@ -51,7 +51,10 @@ _NARROW = (
 Words = tuple[float, float, float]
 # The likeliest token, whatever the temperature.
 _GREEDY: Words = (1.0, 1.0, 1.0)
-_FEATURES = ("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p", "grammar")
+_FEATURES = (
+    *("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p", "grammar"),
+    *("ranks", "watermark"),
+)
 
 
 class NeuronEngine(CallerEngine):
@@ -165,6 +168,8 @@ def _unable(sampling: SamplingParams, among: int) -> str:
     """What the device would ignore, in one line; or nothing."""
     if sampling.constraint is not None:
         return "neuron does not support constraints in a model that draws on the device"
+    if sampling.watermark is not None:
+        return "neuron does not support watermarks in a model that draws on the device"
     if sampling.temperature == 0.0:
         return ""
     if sampling.min_p > 0.0:

@@ -118,6 +118,8 @@ class ScriptedEngine(Engine):
                 "prefix_sharing",
                 "prompt_logprobs",
                 "grammar",
+                "ranks",
+                "watermark",
             ),
             rank=options.rank,
             world=options.world,

@@ -372,6 +372,8 @@ def _lacking(sampling: SamplingParams, adapter: str, info: EngineInfo) -> str:
         "min_tokens": sampling.min_tokens > 0,
         "typical_p": sampling.typical_p < 1.0 and sampling.temperature > 0.0,
         "grammar": sampling.constraint is not None,
+        "ranks": sampling.ranks,
+        "watermark": sampling.watermark is not None,
     }
     lacking = [need for need, needed in needs.items() if needed and need not in info.features]
     if adapter and adapter not in info.adapters:

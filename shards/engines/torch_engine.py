@@ -61,8 +61,7 @@ ACCELERATOR_STEP_TOKENS_MAX = 2048
 PEER_TIMEOUT_S = 5.0
 _FEATURES = (
     *("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p", "prefix_sharing"),
-    "prompt_logprobs",
-    "grammar",
+    *("prompt_logprobs", "grammar", "ranks", "watermark"),
 )
 # Logits that are brought to float32 at once to score prompts: 16 MiB of them.
 SCORED_AT_ONCE = 1 << 22
@@ -233,10 +232,12 @@ class TorchEngine(PagedEngine):
         rows = max(1, SCORED_AT_ONCE // logits.shape[-1])
         at = 0
         for resident, count in self._scoring:
-            targets, top = targets_of(resident, count), resident.sampling.top_logprobs
+            targets, sampling = targets_of(resident, count), resident.sampling
             for start in range(0, len(targets), rows):
                 wanted = targets[start : start + rows]
-                self._scores.add(resident, *score(logits[at : at + len(wanted)], wanted, top))
+                block = logits[at : at + len(wanted)]
+                ranks = ranks_of(block, wanted) if sampling.ranks else ()
+                self._scores.add(resident, *score(block, wanted, sampling.top_logprobs), ranks)
                 at += len(wanted)
 
     def _logits(self, layout: StepLayout) -> Any:
@@ -280,6 +281,13 @@ def score(logits: Any, targets: Sequence[int], top: int) -> tuple[list[float], l
     return values, [
         sorted(zip(*pair, strict=True), key=lambda one: (-one[1], one[0])) for pair in pairs
     ]
+
+
+def ranks_of(logits: Any, targets: Sequence[int]) -> list[int]:
+    """As ``prompt_logprobs.ranks_of``, on the device."""
+    wanted = logits.gather(-1, torch.tensor(targets, device=logits.device)[:, None])
+    ranks: list[int] = ((logits > wanted).sum(dim=-1) + 1).tolist()
+    return ranks
 
 
 def _to_host(logits: Any) -> Floats:

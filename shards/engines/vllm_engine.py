@@ -80,6 +80,8 @@ FEATURES = (
     "typical_p",
     "prefix_sharing",
     "grammar",
+    "ranks",
+    "watermark",
 )
 # With adapters vLLM looks up the one of each row that it computes logits of, but knows them for the
 # rows that draw only.
@@ -103,6 +105,7 @@ class VllmEngine(CallerEngine):
         super().__init__(limits)
         self._tables = PageTables(limits.kv_tokens, limits.page_tokens)
         self._processor = _processor(self._runner)
+        self._runner.sampler.gather_logprobs = _gather_logprobs()
         self._adapters = _load_adapters(self._engine, options)
         from shards.engines.vllm_steps import Steps
 
@@ -278,6 +281,13 @@ def _processor(runner: Any) -> "RowProcessor":
     processors = runner.input_batch.logitsprocs.all
     found: RowProcessor = next(one for one in processors if isinstance(one, RowProcessor))
     return found
+
+
+def _gather_logprobs() -> Any:
+    """What vLLM scores prompts with here; nothing else of it is asked for log probabilities."""
+    from shards.engines.vllm_sampling import gather_logprobs
+
+    return gather_logprobs
 
 
 def _load_adapters(engine: "LLMEngine", options: EngineOptions) -> dict[str, Any]:

@@ -40,23 +40,42 @@ def native_params(resident: Resident) -> NativeParams:
     )
 
 
-def scores_of(resident: Resident, tensors: LogprobsTensors) -> tuple[list[float], list[Pairs]]:
-    """What vLLM says of a prompt: of its tokens from the second on, and the likeliest at each.
+def scores_of(
+    resident: Resident, tensors: LogprobsTensors
+) -> tuple[list[float], list[Pairs], list[int]]:
+    """What vLLM says of a prompt: of its tokens from the second on, the likeliest at each, ranks.
 
     A row has the token that is there, then the likeliest ones. What came behind the prompt before a
     loss is prompt to vLLM, and left out.
     """
-    count = resident.prompt_len - 1
+    count, sampling = resident.prompt_len - 1, resident.sampling
     values = tensors.logprobs[:count].tolist()
     logprobs = [row[0] for row in values]
-    if not resident.sampling.top_logprobs:
-        return logprobs, []
+    ranks = tensors.selected_token_ranks[:count].tolist() if sampling.ranks else []
+    if not sampling.top_logprobs:
+        return logprobs, [], ranks
     ids = tensors.logprob_token_ids[:count].tolist()
     # Which of equal tokens goes first is up to the device.
-    return logprobs, [
+    pairs: list[Pairs] = [
         sorted(zip(tokens[1:], row[1:], strict=True), key=lambda one: (-one[1], one[0]))
         for tokens, row in zip(ids, values, strict=True)
     ]
+    return logprobs, pairs, ranks
+
+
+def gather_logprobs(scores: torch.Tensor, count: int, token_ids: torch.Tensor) -> LogprobsTensors:
+    """Takes the place of vLLM's own, which counts equal tokens as likelier ones for the ranks.
+
+    ``scores`` are [tokens, vocabulary]; a row of the answer is as ``scores_of`` says.
+    """
+    wanted = token_ids.unsqueeze(-1)
+    values = scores.gather(-1, wanted)
+    best, ids = scores.topk(count, dim=-1)
+    return LogprobsTensors(
+        torch.cat((wanted, ids), dim=1).to(torch.int32),
+        torch.cat((values, best), dim=1),
+        (scores > values).sum(dim=-1) + 1,
+    )
 
 
 class RowProcessor(LogitsProcessor):  # type: ignore[misc]

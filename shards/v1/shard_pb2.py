@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15shards/v1/shard.proto\x12\tshards.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x93\x04\n\x10\x44\x65scribeResponse\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x10\n\x08model_id\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12-\n\nscheduling\x18\x06 \x01(\x0e\x32\x19.shards.v1.SchedulingKind\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\r\n\x05world\x18\x08 \x01(\r\x12\x11\n\tkv_tokens\x18\t \x01(\x04\x12\x13\n\x0bpage_tokens\x18\n \x01(\r\x12\x15\n\rsequences_max\x18\x0b \x01(\r\x12\x17\n\x0fstep_tokens_max\x18\x0c \x01(\r\x12\x12\n\nlength_max\x18\r \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x0e \x03(\t\x12\x14\n\x0cload_seconds\x18\x0f \x01(\x01\x12\x14\n\x0cweight_bytes\x18\x10 \x01(\x04\x12\x13\n\x0binstance_id\x18\x11 \x01(\t\x12\x18\n\x10tokenizer_sha256\x18\x12 \x01(\t\x12\x15\n\reos_token_ids\x18\x13 \x03(\r\x12\x12\n\nvocab_size\x18\x14 \x01(\r\x12\x10\n\x08warnings\x18\x15 \x03(\t\x12\x18\n\x10\x64onor_tokens_max\x18\x16 \x01(\x04\x12\x10\n\x08\x61\x64\x61pters\x18\x17 \x03(\t\x12\x18\n\x10\x65mbed_tokens_max\x18\x18 \x01(\r\"\x15\n\x13GetTokenizerRequest\",\n\x0eTokenizerChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x84\x01\n\x04Plan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07plan_id\x18\x02 \x01(\x04\x12\r\n\x05\x64rops\x18\x03 \x03(\x04\x12 \n\x06\x61\x64mits\x18\x04 \x03(\x0b\x32\x10.shards.v1.Admit\x12\x16\n\x0ework_sequences\x18\x05 \x03(\x04\x12\x13\n\x0bwork_tokens\x18\x06 \x03(\r\"\x9c\x01\n\x05\x41\x64mit\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12\x12\n\nshare_from\x18\x04 \x01(\x04\x12\x11\n\tshare_len\x18\x05 \x01(\r\x12%\n\x08sampling\x18\x06 \x01(\x0b\x32\x13.shards.v1.Sampling\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\t\"\xfd\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x11\n\ttypical_p\x18\x05 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x02\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x13\n\x0b\x62ias_tokens\x18\n \x03(\r\x12\x13\n\x0b\x62ias_values\x18\x0b \x03(\x02\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x13\n\x0bstop_tokens\x18\r \x03(\r\x12\x10\n\x08logprobs\x18\x0e \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x0f \x01(\r\x12)\n\nconstraint\x18\x10 \x01(\x0b\x32\x15.shards.v1.Constraint\x12\x17\n\x0fprompt_logprobs\x18\x11 \x01(\x08\"L\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\";\n\x0ePrepareRequest\x12)\n\nconstraint\x18\x01 \x01(\x0b\x32\x15.shards.v1.Constraint\"\x11\n\x0fPrepareResponse\"\xf3\x01\n\x07Outcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07plan_id\x18\x02 \x01(\x04\x12\x11\n\tsequences\x18\x03 \x03(\x04\x12\x0e\n\x06tokens\x18\x04 \x03(\r\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.shards.v1.TokenLogprobs\x12$\n\x08\x66\x61ilures\x18\x06 \x03(\x0b\x32\x12.shards.v1.Failure\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x06\x12\x0f\n\x07step_us\x18\x08 \x01(\r\x12\x32\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x19.shards.v1.PromptLogprobs\"l\n\x0ePromptLogprobs\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\'\n\tlikeliest\x18\x04 \x03(\x0b\x32\x14.shards.v1.Likeliest\"+\n\tLikeliest\x12\x0e\n\x06tokens\x18\x01 \x03(\r\x12\x0e\n\x06values\x18\x02 \x03(\x02\"Z\n\rTokenLogprobs\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x12\n\ntop_tokens\x18\x03 \x03(\r\x12\x12\n\ntop_values\x18\x04 \x03(\x02\",\n\x07\x46\x61ilure\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t\"5\n\x0c\x45mbedRequest\x12%\n\x06inputs\x18\x01 \x03(\x0b\x32\x15.shards.v1.EmbedInput\"\x1c\n\nEmbedInput\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"9\n\rEmbedResponse\x12(\n\nembeddings\x18\x01 \x03(\x0b\x32\x14.shards.v1.Embedding\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02*\x84\x01\n\x0eSchedulingKind\x12\x1f\n\x1bSCHEDULING_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16SCHEDULING_KIND_CALLER\x10\x01\x12\x1b\n\x17SCHEDULING_KIND_STEPPED\x10\x02\x12\x18\n\x14SCHEDULING_KIND_SELF\x10\x03\x32\xc7\x02\n\x05Shard\x12\x43\n\x08\x44\x65scribe\x12\x1a.shards.v1.DescribeRequest\x1a\x1b.shards.v1.DescribeResponse\x12K\n\x0cGetTokenizer\x12\x1e.shards.v1.GetTokenizerRequest\x1a\x19.shards.v1.TokenizerChunk0\x01\x12.\n\x03Run\x12\x0f.shards.v1.Plan\x1a\x12.shards.v1.Outcome(\x01\x30\x01\x12:\n\x05\x45mbed\x12\x17.shards.v1.EmbedRequest\x1a\x18.shards.v1.EmbedResponse\x12@\n\x07Prepare\x12\x19.shards.v1.PrepareRequest\x1a\x1a.shards.v1.PrepareResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15shards/v1/shard.proto\x12\tshards.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x93\x04\n\x10\x44\x65scribeResponse\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x10\n\x08model_id\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12-\n\nscheduling\x18\x06 \x01(\x0e\x32\x19.shards.v1.SchedulingKind\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\r\n\x05world\x18\x08 \x01(\r\x12\x11\n\tkv_tokens\x18\t \x01(\x04\x12\x13\n\x0bpage_tokens\x18\n \x01(\r\x12\x15\n\rsequences_max\x18\x0b \x01(\r\x12\x17\n\x0fstep_tokens_max\x18\x0c \x01(\r\x12\x12\n\nlength_max\x18\r \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x0e \x03(\t\x12\x14\n\x0cload_seconds\x18\x0f \x01(\x01\x12\x14\n\x0cweight_bytes\x18\x10 \x01(\x04\x12\x13\n\x0binstance_id\x18\x11 \x01(\t\x12\x18\n\x10tokenizer_sha256\x18\x12 \x01(\t\x12\x15\n\reos_token_ids\x18\x13 \x03(\r\x12\x12\n\nvocab_size\x18\x14 \x01(\r\x12\x10\n\x08warnings\x18\x15 \x03(\t\x12\x18\n\x10\x64onor_tokens_max\x18\x16 \x01(\x04\x12\x10\n\x08\x61\x64\x61pters\x18\x17 \x03(\t\x12\x18\n\x10\x65mbed_tokens_max\x18\x18 \x01(\r\"\x15\n\x13GetTokenizerRequest\",\n\x0eTokenizerChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x84\x01\n\x04Plan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07plan_id\x18\x02 \x01(\x04\x12\r\n\x05\x64rops\x18\x03 \x03(\x04\x12 \n\x06\x61\x64mits\x18\x04 \x03(\x0b\x32\x10.shards.v1.Admit\x12\x16\n\x0ework_sequences\x18\x05 \x03(\x04\x12\x13\n\x0bwork_tokens\x18\x06 \x03(\r\"\x9c\x01\n\x05\x41\x64mit\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12\x12\n\nshare_from\x18\x04 \x01(\x04\x12\x11\n\tshare_len\x18\x05 \x01(\r\x12%\n\x08sampling\x18\x06 \x01(\x0b\x32\x13.shards.v1.Sampling\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\t\"\xb5\x03\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x11\n\ttypical_p\x18\x05 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x02\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x13\n\x0b\x62ias_tokens\x18\n \x03(\r\x12\x13\n\x0b\x62ias_values\x18\x0b \x03(\x02\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x13\n\x0bstop_tokens\x18\r \x03(\r\x12\x10\n\x08logprobs\x18\x0e \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x0f \x01(\r\x12)\n\nconstraint\x18\x10 \x01(\x0b\x32\x15.shards.v1.Constraint\x12\x17\n\x0fprompt_logprobs\x18\x11 \x01(\x08\x12\r\n\x05ranks\x18\x12 \x01(\x08\x12\'\n\twatermark\x18\x13 \x01(\x0b\x32\x14.shards.v1.Watermark\"6\n\tWatermark\x12\r\n\x05gamma\x18\x01 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\x01\x12\x0b\n\x03key\x18\x03 \x01(\x04\"L\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\";\n\x0ePrepareRequest\x12)\n\nconstraint\x18\x01 \x01(\x0b\x32\x15.shards.v1.Constraint\"\x11\n\x0fPrepareResponse\"\xf3\x01\n\x07Outcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07plan_id\x18\x02 \x01(\x04\x12\x11\n\tsequences\x18\x03 \x03(\x04\x12\x0e\n\x06tokens\x18\x04 \x03(\r\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.shards.v1.TokenLogprobs\x12$\n\x08\x66\x61ilures\x18\x06 \x03(\x0b\x32\x12.shards.v1.Failure\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x06\x12\x0f\n\x07step_us\x18\x08 \x01(\r\x12\x32\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x19.shards.v1.PromptLogprobs\"{\n\x0ePromptLogprobs\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\'\n\tlikeliest\x18\x04 \x03(\x0b\x32\x14.shards.v1.Likeliest\x12\r\n\x05ranks\x18\x05 \x03(\r\"+\n\tLikeliest\x12\x0e\n\x06tokens\x18\x01 \x03(\r\x12\x0e\n\x06values\x18\x02 \x03(\x02\"h\n\rTokenLogprobs\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x12\n\ntop_tokens\x18\x03 \x03(\r\x12\x12\n\ntop_values\x18\x04 \x03(\x02\x12\x0c\n\x04rank\x18\x05 \x01(\r\",\n\x07\x46\x61ilure\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t\"5\n\x0c\x45mbedRequest\x12%\n\x06inputs\x18\x01 \x03(\x0b\x32\x15.shards.v1.EmbedInput\"\x1c\n\nEmbedInput\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"9\n\rEmbedResponse\x12(\n\nembeddings\x18\x01 \x03(\x0b\x32\x14.shards.v1.Embedding\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02*\x84\x01\n\x0eSchedulingKind\x12\x1f\n\x1bSCHEDULING_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16SCHEDULING_KIND_CALLER\x10\x01\x12\x1b\n\x17SCHEDULING_KIND_STEPPED\x10\x02\x12\x18\n\x14SCHEDULING_KIND_SELF\x10\x03\x32\xc7\x02\n\x05Shard\x12\x43\n\x08\x44\x65scribe\x12\x1a.shards.v1.DescribeRequest\x1a\x1b.shards.v1.DescribeResponse\x12K\n\x0cGetTokenizer\x12\x1e.shards.v1.GetTokenizerRequest\x1a\x19.shards.v1.TokenizerChunk0\x01\x12.\n\x03Run\x12\x0f.shards.v1.Plan\x1a\x12.shards.v1.Outcome(\x01\x30\x01\x12:\n\x05\x45mbed\x12\x17.shards.v1.EmbedRequest\x1a\x18.shards.v1.EmbedResponse\x12@\n\x07Prepare\x12\x19.shards.v1.PrepareRequest\x1a\x1a.shards.v1.PrepareResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shards.v1.shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCHEDULINGKIND']._serialized_start=2207
-  _globals['_SCHEDULINGKIND']._serialized_end=2339
+  _globals['_SCHEDULINGKIND']._serialized_start=2348
+  _globals['_SCHEDULINGKIND']._serialized_end=2480
   _globals['_DESCRIBEREQUEST']._serialized_start=36
   _globals['_DESCRIBEREQUEST']._serialized_end=53
   _globals['_DESCRIBERESPONSE']._serialized_start=56
@@ -46,31 +46,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADMIT']._serialized_start=794
   _globals['_ADMIT']._serialized_end=950
   _globals['_SAMPLING']._serialized_start=953
-  _globals['_SAMPLING']._serialized_end=1334
-  _globals['_CONSTRAINT']._serialized_start=1336
-  _globals['_CONSTRAINT']._serialized_end=1412
-  _globals['_PREPAREREQUEST']._serialized_start=1414
-  _globals['_PREPAREREQUEST']._serialized_end=1473
-  _globals['_PREPARERESPONSE']._serialized_start=1475
-  _globals['_PREPARERESPONSE']._serialized_end=1492
-  _globals['_OUTCOME']._serialized_start=1495
-  _globals['_OUTCOME']._serialized_end=1738
-  _globals['_PROMPTLOGPROBS']._serialized_start=1740
-  _globals['_PROMPTLOGPROBS']._serialized_end=1848
-  _globals['_LIKELIEST']._serialized_start=1850
-  _globals['_LIKELIEST']._serialized_end=1893
-  _globals['_TOKENLOGPROBS']._serialized_start=1895
-  _globals['_TOKENLOGPROBS']._serialized_end=1985
-  _globals['_FAILURE']._serialized_start=1987
-  _globals['_FAILURE']._serialized_end=2031
-  _globals['_EMBEDREQUEST']._serialized_start=2033
-  _globals['_EMBEDREQUEST']._serialized_end=2086
-  _globals['_EMBEDINPUT']._serialized_start=2088
-  _globals['_EMBEDINPUT']._serialized_end=2116
-  _globals['_EMBEDRESPONSE']._serialized_start=2118
-  _globals['_EMBEDRESPONSE']._serialized_end=2175
-  _globals['_EMBEDDING']._serialized_start=2177
-  _globals['_EMBEDDING']._serialized_end=2204
-  _globals['_SHARD']._serialized_start=2342
-  _globals['_SHARD']._serialized_end=2669
+  _globals['_SAMPLING']._serialized_end=1390
+  _globals['_WATERMARK']._serialized_start=1392
+  _globals['_WATERMARK']._serialized_end=1446
+  _globals['_CONSTRAINT']._serialized_start=1448
+  _globals['_CONSTRAINT']._serialized_end=1524
+  _globals['_PREPAREREQUEST']._serialized_start=1526
+  _globals['_PREPAREREQUEST']._serialized_end=1585
+  _globals['_PREPARERESPONSE']._serialized_start=1587
+  _globals['_PREPARERESPONSE']._serialized_end=1604
+  _globals['_OUTCOME']._serialized_start=1607
+  _globals['_OUTCOME']._serialized_end=1850
+  _globals['_PROMPTLOGPROBS']._serialized_start=1852
+  _globals['_PROMPTLOGPROBS']._serialized_end=1975
+  _globals['_LIKELIEST']._serialized_start=1977
+  _globals['_LIKELIEST']._serialized_end=2020
+  _globals['_TOKENLOGPROBS']._serialized_start=2022
+  _globals['_TOKENLOGPROBS']._serialized_end=2126
+  _globals['_FAILURE']._serialized_start=2128
+  _globals['_FAILURE']._serialized_end=2172
+  _globals['_EMBEDREQUEST']._serialized_start=2174
+  _globals['_EMBEDREQUEST']._serialized_end=2227
+  _globals['_EMBEDINPUT']._serialized_start=2229
+  _globals['_EMBEDINPUT']._serialized_end=2257
+  _globals['_EMBEDRESPONSE']._serialized_start=2259
+  _globals['_EMBEDRESPONSE']._serialized_end=2316
+  _globals['_EMBEDDING']._serialized_start=2318
+  _globals['_EMBEDDING']._serialized_end=2345
+  _globals['_SHARD']._serialized_start=2483
+  _globals['_SHARD']._serialized_end=2810
 # @@protoc_insertion_point(module_scope)

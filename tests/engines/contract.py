@@ -30,7 +30,7 @@ INVARIANT = "batch_invariant"
 # Every word that an engine may use; requests are matched with them.
 FEATURES = {
     *("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p", "prefix_sharing"),
-    *("grammar", "lora", "embeddings", "prompt_logprobs", INVARIANT),
+    *("grammar", "lora", "embeddings", "prompt_logprobs", "ranks", "watermark", INVARIANT),
 }
 # How far rounding may move a logprob in company, in nats. What is wrong moves them by more.
 ROUNDING_MAX = 2.0

@@ -11,6 +11,7 @@ import pytest
 
 from shards import prompt_logprobs
 from shards.engines.base import Engine, Logprobs, Outcome, Plan, PromptLogprobs, SamplingParams
+from tests.engines.contract_sampling import rank_bounds
 from tests.engines.driving import GREEDY, admit, decode, generate, shareable
 
 SCORED = SamplingParams(prompt_logprobs=True)
@@ -97,6 +98,28 @@ class PromptContract:
             )
             assert math.fsum(math.exp(number) for _, number in pairs) == pytest.approx(1, abs=1e-4)
             assert dict(pairs)[target] == pytest.approx(value, abs=1e-4)
+
+    def test_ranks_of_the_prompt_count_likelier_tokens(
+        self, engine: Engine, prompts: list[list[int]]
+    ) -> None:
+        prompt, vocabulary = prompts[0][:12], engine.describe().vocab_size
+        everything = SamplingParams(prompt_logprobs=True, top_logprobs=vocabulary, ranks=True)
+        told, _ = fill_scored(engine, 1, prompt, [5, 7], everything)
+        joined(told)
+        assert all(len(part.ranks) == len(part.logprobs) for part in told)
+        places = [
+            (value, rank, [number for _, number in pairs])
+            for part in told
+            for value, rank, pairs in zip(part.logprobs, part.ranks, part.likeliest, strict=True)
+        ]
+        assert len(places) == 11
+        for value, rank, numbers in places:
+            low, high = rank_bounds(value, numbers)
+            assert low <= rank <= high
+        assert len({rank for _, rank, _ in places}) > 1
+        engine.reset()
+        told, _ = fill_scored(engine, 1, prompt, [12], TOP)
+        assert not any(part.ranks for part in told)
 
     @pytest.mark.parametrize("chunks", [(1, 1), (7, 11), (1, 12, 1)])
     def test_chunks_tell_as_one(

@@ -38,7 +38,7 @@ NATIVE: Body = {
         "decoder_input_details": False,
         "top_n_tokens": 2,
         "return_full_text": False,
-        "watermark": False,
+        "watermark": True,
     },
 }
 DRAWN: Body = {

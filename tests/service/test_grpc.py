@@ -13,7 +13,7 @@ from router.core.events import Reason
 from router.errors import Fault, RequestError
 from router.faces import _free_port
 from router.v1 import router_pb2 as pb
-from tests.service.fake_service import FakeFleet, FakeService, words
+from tests.service.fake_service import FakeFleet, FakeService, Step, words
 from tests.service.grpc_rig import Stub, channel_of, details_of, failure, stub_of
 
 TEXT = "Once upon a tîme 🙂"
@@ -69,6 +69,8 @@ async def test_parameters_unset_are_neutral_and_set_ones_arrive() -> None:
         include_stop=True,
         logprobs=True,
         top_logprobs=2,
+        ranks=True,
+        watermark=True,
     )
     ids = pb.TokenIds(ids=[1, 2])
     await generate(service, token_ids=ids, parameters=parameters, priority=0, model="tgi")
@@ -85,6 +87,7 @@ async def test_parameters_unset_are_neutral_and_set_ones_arrive() -> None:
     assert params.include_stop
     assert params.logprobs
     assert params.top_logprobs == 2
+    assert (params.ranks, params.watermark) == (True, True)
 
 
 async def test_logprobs_run_in_parallel() -> None:
@@ -94,6 +97,23 @@ async def test_logprobs_run_in_parallel() -> None:
     assert list(message.logprobs) == [-0.5, -0.5]
     assert [list(top.token_ids) for top in message.top_logprobs] == [[90, 91]] * 2
     assert [list(top.logprobs) for top in message.top_logprobs] == [[0, -1]] * 2
+
+
+async def test_ranks_are_told_where_they_were_asked_for() -> None:
+    first = Chunk((TokenOut(4, "a", rank=1), TokenOut(5, "b", rank=40_000)), "ab")
+    prompt = (TokenOut(1, "x"), TokenOut(2, "y", logprob=-1.0, rank=7))
+    finish = Finish(Reason.LENGTH, "abc", 2, 3, prompt=prompt)
+    script: list[Step] = [first, Chunk((TokenOut(6, "c", rank=3),), "c", finish)]
+    asked = pb.Parameters(ranks=True)
+    one, two = await generate(FakeService(script), text="x", parameters=asked)
+    assert (list(one.ranks), list(two.ranks)) == ([1, 40_000], [3])
+    assert not one.logprobs
+    assert [token.HasField("rank") for token in two.finish.prompt] == [False, True]
+    assert two.finish.prompt[1].rank == 7
+    (whole,) = await generate(
+        FakeService(script), text="x", parameters=pb.Parameters(stream_tokens=9)
+    )
+    assert not whole.ranks
 
 
 @pytest.mark.parametrize(("least", "sizes"), [(0, [1] * 5), (1, [1] * 5), (2, [2, 2, 1]), (9, [5])])

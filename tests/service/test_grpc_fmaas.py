@@ -132,21 +132,22 @@ async def test_generated_tokens_in_detail(call: Any) -> None:
     assert (service.asks[0].params.logprobs, service.asks[0].params.top_logprobs) == (True, 1)
 
 
-async def test_ranks_are_places_among_the_likeliest() -> None:
-    top = tuple((90 + at, "", -1.0 - at) for at in range(19))
-    outs = (TokenOut(7, "a", False, -2.5, (*top[:2], (7, "a", -2.5), *top[2:])),)
-    outs += (TokenOut(8, "b", False, -9.0, top),)
+async def test_ranks_are_exact_however_unlikely_a_token_is() -> None:
+    outs = (TokenOut(7, "a", False, -2.5, rank=3), TokenOut(8, "b", False, -9.0, rank=31_999))
     script: list[Step] = [Chunk(outs, "ab", Finish(Reason.LENGTH, "ab", 2, 2))]
     service = FakeService(script)
     options = {"generated_tokens": True, "token_ranks": True}
     answer = await generate(service, response=options)
-    assert [token.rank for token in answer.tokens] == [3, 0]
+    assert [token.rank for token in answer.tokens] == [3, 31_999]
     assert not answer.tokens[0].top_tokens
     assert not answer.tokens[0].logprob
-    assert service.asks[0].params.top_logprobs == 20
-    assert not service.asks[0].params.prompt_logprobs
+    params = service.asks[0].params
+    assert (params.ranks, params.top_logprobs, params.prompt_logprobs) == (True, 0, False)
     await generate(service, response={"input_tokens": True, "token_ranks": True})
+    assert service.asks[1].params.ranks
     assert service.asks[1].params.prompt_logprobs
+    await generate(service, response={"input_tokens": True, "token_logprobs": True})
+    assert not service.asks[2].params.ranks
 
 
 @pytest.mark.parametrize("call", [generate, stream])
@@ -166,13 +167,15 @@ async def test_input_tokens_in_detail(call: Any) -> None:
     last = script[-1]
     assert isinstance(last, Chunk)
     assert last.finish is not None
-    prompt = (TokenOut(39, "H"), TokenOut(72, "i", logprob=-1.5, top=((72, "i", -1.5),)))
+    prompt = (TokenOut(39, "H"), TokenOut(72, "i", logprob=-1.5, top=((72, "i", -1.5),), rank=9))
     script[-1] = replace(last, finish=replace(last.finish, prompt=prompt))
     service = FakeService(script)
-    found = await call(service, response={**DETAILS, "input_tokens": True})
+    details = {**DETAILS, "input_tokens": True, "token_ranks": True}
+    found = await call(service, response=details)
     first = found if call is generate else found[0]
     assert [(token.text, token.logprob) for token in first.input_tokens] == [("H", 0), ("i", -1.5)]
     assert [top.text for top in first.input_tokens[1].top_tokens] == ["i"]
+    assert [token.rank for token in first.input_tokens] == [0, 9]
     assert service.asks[0].params.prompt_logprobs
     if call is stream:
         assert [len(message.input_tokens) for message in found[1:]] == [0] * (len(found) - 1)

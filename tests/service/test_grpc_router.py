@@ -168,6 +168,44 @@ async def test_chats_are_laid_out_and_scored_prompts_come_whole(tmp_path: Path) 
         assert found[1:] == [pytest.approx(token.logprob) for token in others]
 
 
+async def test_ranks_are_exact_for_prompts_and_answers(tmp_path: Path) -> None:
+    """Both services tell the same; where the likeliest tokens reach far enough, these agree."""
+    likeliest = 20
+    async with house_in(tmp_path) as (_, channel):
+        params = pb.Parameters(
+            max_tokens=30, temperature=9, seed=3, ranks=True, prompt_logprobs=True,
+            logprobs=True, top_logprobs=likeliest,
+        )  # fmt: skip
+        request = pb.GenerateRequest(text="Once upon", parameters=params)
+        messages = await read(InferenceStub(channel).Generate(request))
+        tokens = [token for message in messages for token in message.token_ids]
+        ranks = [rank for message in messages for rank in message.ranks]
+        tops = [list(top.token_ids) for message in messages for top in message.top_logprobs]
+        prompt = messages[-1].finish.prompt
+        assert not prompt[0].HasField("rank")
+        told = [
+            *zip(tokens, ranks, tops, strict=True),
+            *((token.id, token.rank, list(token.top.token_ids)) for token in prompt[1:]),
+        ]
+        for token, rank, top in told:
+            assert rank == top.index(token) + 1 if token in top else rank > likeliest
+        assert min(ranks) <= likeliest < max(ranks)
+        request = TGIS["SingleGenerationRequest"](
+            request={"text": "Once upon"},
+            params={
+                "method": 1,
+                "sampling": {"temperature": 9, "seed": 3},
+                "stopping": {"max_new_tokens": 30},
+                "response": {"input_tokens": True, "generated_tokens": True, "token_ranks": True},
+            },
+        )
+        path = "/fmaas.GenerationService/GenerateStream"
+        answers = await read(foreign.stream(channel, path, TGIS["GenerationResponse"])(request))
+        assert [token.rank for one in answers for token in one.tokens] == ranks
+        found = [token.rank for token in answers[0].input_tokens]
+        assert found == [0, *(token.rank for token in prompt[1:])]
+
+
 async def test_tools_are_called_over_grpc(tmp_path: Path) -> None:
     """The engine says what a model would; what it means comes typed."""
     said = '[{"name": "sum", "arguments": {"a": 1, "b": [2]}}]'

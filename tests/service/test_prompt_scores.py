@@ -58,6 +58,23 @@ def test_an_outcome_says_them_position_by_position() -> None:
     )
 
 
+def test_ranks_go_beside_them_with_likeliest_ones_and_without() -> None:
+    bare = PromptLogprobs(sequence=7, start=1, logprobs=[-1.0, -2.0], ranks=[1, 40_000])
+    full = PromptLogprobs(
+        sequence=8,
+        start=1,
+        logprobs=[-1.0, -2.0],
+        likeliest=[Likeliest(tokens=[4], values=[-1.0]), Likeliest(tokens=[5], values=[-0.5])],
+        ranks=[1, 2],
+    )
+    found = step_done("g", Outcome(prompt_logprobs=[bare, full])).prompts
+    ranks = [[getattr(value, "rank", None) for value in values] for _, _, values in found]
+    assert ranks == [[1, 40_000], [1, 2]]
+    scores = PromptScores(TOKENIZER, ids("is P")[:3])
+    scores.push(found[0][2])
+    assert [token.rank for token in scores.tokens] == [0, 1, 40_000]
+
+
 def test_likeliest_tokens_that_are_too_few_leave_positions_out() -> None:
     """So that the core, which counts them, gives the group up."""
     told = PromptLogprobs(sequence=7, start=1, logprobs=[-1.0, -2.0], likeliest=[Likeliest()])

@@ -182,7 +182,7 @@ async def test_best_of_returns_the_likeliest_and_lists_the_others() -> None:
         ({"seed": -1}, "seed"),
         ({"top_n_tokens": 6}, "top_n_tokens"),
         ({"frequency_penalty": 2.1}, "frequency_penalty"),
-        ({"watermark": True}, "watermark"),
+        ({"watermark": 1}, "watermark"),
         ({"grammar": "a"}, "grammar"),
         ({"grammar": {"type": "ebnf", "value": "a"}}, "grammar"),
         ({"grammar": {"value": "a"}}, "grammar"),

@@ -158,6 +158,7 @@ async def test_an_unknown_model(small: House) -> None:
         ("logit_bias", Params(logit_bias=((1, 1.0),)), "logit_bias"),
         ("min_tokens", Params(min_tokens=1), "min_tokens"),
         ("typical_p", Params(typical_p=0.9), "typical_p"),
+        ("watermark", Params(watermark=True), "watermark"),
     ],
 )
 async def test_what_the_engine_cannot_do(feature: str, params: Params, field: str) -> None:

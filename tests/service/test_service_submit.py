@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from router.core.events import Reason
 from router.errors import Fault, RequestError
 from router.service import INLINE_CHARS
 from router.text.tokenizer import Tokenizer
-from shards.v1.shard_pb2 import Sampling
+from shards.v1.shard_pb2 import Sampling, Watermark
 from tests.service.scripted_core import House, house
 from tests.service.vocabularies import SPECIALS, byte_level, byte_level_with_bos
 
@@ -106,6 +107,22 @@ async def test_the_sampling_message_says_what_was_asked(small: House) -> None:
         *("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p"),
     )
     assert submitted.max_tokens == 20
+
+
+async def test_the_mark_of_the_settings_travels_with_the_request() -> None:
+    settings = Settings(watermark_gamma=0.1, watermark_delta=3.3, watermark_key=2**63 - 1)
+    marks = Watermark(gamma=0.1, delta=3.3, key=2**63 - 1)
+    features = ("watermark", "ranks", "logprobs")
+    async with house(TOKENIZER, (EOS,), settings=settings, features=features) as small:
+        await small.service.generate(Ask("a", replace(GREEDY, watermark=True)))
+        await small.service.generate(Ask("a", replace(GREEDY, ranks=True)))
+        await small.settle()
+        marked, ranked = small.core.submitted
+    assert marked.sampling == Sampling(watermark=marks)
+    assert marked.needs == ("watermark",)
+    # A rank comes with the log probability, whether or not that is shown.
+    assert ranked.sampling == Sampling(ranks=True, logprobs=True)
+    assert ranked.needs == ("logprobs", "ranks")
 
 
 async def test_what_is_off_is_not_sent(small: House) -> None:

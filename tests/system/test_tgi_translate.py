@@ -72,6 +72,14 @@ def test_values_are_passed_on() -> None:
     assert " k " not in shown
 
 
+def test_watermarks_look_as_the_flags_say() -> None:
+    """The option of `serve` reads the same variable, so that the environment says it as well."""
+    found = translated(watermark_gamma="0.25", watermark_delta="1.5")
+    assert option(found, "--watermark-gamma") == "0.25"
+    assert option(found, "--watermark-delta") == "1.5"
+    assert found.ignored == ()
+
+
 def test_the_former_name_of_the_longest_prompt() -> None:
     assert option(translated(max_input_length="7"), "--max-input-tokens") == "7"
     assert option(translated(max_input_tokens="7"), "--max-input-tokens") == "7"

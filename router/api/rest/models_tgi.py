@@ -76,7 +76,7 @@ class GenerateParameters(Body):
         default=None, description="Keep only the last so many prompt tokens."
     )
     watermark: bool = Field(
-        default=False, description="True is refused: no engine here marks its texts."
+        default=False, description="Mark the text, so that it can be recognised later."
     )
     details: bool = Field(default=False, description="Report tokens, finish reason and counts.")
     decoder_input_details: bool = Field(

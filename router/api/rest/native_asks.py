@@ -8,7 +8,6 @@ from router.api.rest.asks import check_stops, invalid, model_name
 from router.api.rest.models_tgi import GenerateParameters, GenerateRequest, Grammar
 from router.ask import Ask, Constraint, Params
 from router.config import Settings
-from router.errors import Fault, RequestError
 from router.fleet import ModelCard
 from router.text import constraints
 
@@ -44,6 +43,7 @@ def native_asks(
         top_logprobs=given.top_n_tokens or 0,
         prompt_logprobs=given.decoder_input_details,
         constraint=None if given.grammar is None else constraint_of(given.grammar),
+        watermark=given.watermark,
     )
     ask = Ask(
         prompt=body.inputs,
@@ -127,9 +127,6 @@ def _check_native(
     if given.decoder_input_details and stream:
         text = "`decoder_input_details` == true is not supported when streaming tokens"
         raise invalid(text, "decoder_input_details")
-    if given.watermark:
-        text = "`watermark` is not supported: no engine here marks its texts; leave it out"
-        raise RequestError(Fault.UNSUPPORTED, text, "watermark")
     for field, value in (
         ("temperature", given.temperature),
         ("repetition_penalty", given.repetition_penalty),

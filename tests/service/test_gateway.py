@@ -79,6 +79,7 @@ PARAMS = [
     Params(seed=5, max_tokens=9, logprobs=True, top_logprobs=4, prompt_logprobs=True),
     Params(temperature=0, max_tokens=9, min_tokens=9, logit_bias=((300, 50.0),)),
     Params(temperature=0, max_tokens=40, stop_token_ids=(268,), include_stop=True),
+    Params(seed=5, max_tokens=9, prompt_logprobs=True, ranks=True, watermark=True),
 ]
 
 

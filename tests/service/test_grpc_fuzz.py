@@ -39,6 +39,8 @@ PARAMETERS = pb.Parameters(
     token_details=True,
     n=2,
     constraint=pb.Constraint(json_schema=SCHEMA),
+    ranks=True,
+    watermark=True,
 )
 TEXTS = {"text": "Once upon"}
 LISTED = [

@@ -8,8 +8,8 @@ from tests.service.rest_server import complete, serving
 
 PROMPT = (
     TokenOut(1, "<s>", True),
-    TokenOut(2, "Hé", False, -1.5, ((3, "Ho", -0.5), (2, "Hé", -1.5))),
-    TokenOut(4, "!", False, -2.5, ((3, "Ho", -0.5), (5, "?", -float("inf")))),
+    TokenOut(2, "Hé", False, -1.5, ((3, "Ho", -0.5), (2, "Hé", -1.5)), 30),
+    TokenOut(4, "!", False, -2.5, ((3, "Ho", -0.5), (5, "?", -float("inf"))), 4000),
 )
 
 
@@ -139,11 +139,11 @@ async def test_prompt_logprobs_are_reported_as_vllm_does() -> None:
     assert choice["prompt_logprobs"] == [
         None,
         {
-            "2": {"logprob": -1.5, "rank": None, "decoded_token": "Hé"},
+            "2": {"logprob": -1.5, "rank": 30, "decoded_token": "Hé"},
             "3": {"logprob": -0.5, "rank": 1, "decoded_token": "Ho"},
         },
         {
-            "4": {"logprob": -2.5, "rank": None, "decoded_token": "!"},
+            "4": {"logprob": -2.5, "rank": 4000, "decoded_token": "!"},
             "3": {"logprob": -0.5, "rank": 1, "decoded_token": "Ho"},
         },
     ]

@@ -70,14 +70,14 @@ async def test_service_tiers_are_priorities(
 
 
 async def test_prompt_logprobs_of_a_chat() -> None:
-    token = TokenOut(2, "Hi", False, -1.5, ((2, "Hi", -1.5),))
+    token = TokenOut(2, "Hi", False, -1.5, ((2, "Hi", -1.5),), 1)
     finish = Finish(Reason.EOS, "", 2, 1, prompt=(TokenOut(1, "<s>", True), token))
     service = FakeService([Chunk((), "", finish)])
     answer = await chat(service, prompt_logprobs=1, logprobs=True)
     position = {"2": {"logprob": -1.5, "rank": 1, "decoded_token": "Hi"}}
     assert answer.json()["prompt_logprobs"] == [None, position]
     params = service.asks[0].params
-    assert (params.prompt_logprobs, params.top_logprobs) == (True, 1)
+    assert (params.prompt_logprobs, params.ranks, params.top_logprobs) == (True, True, 1)
     streamed = await chat(service, prompt_logprobs=1, stream=True)
     assert streamed.json()["error"]["param"] == "prompt_logprobs"
 

@@ -70,6 +70,7 @@ def openai_params(body: SamplingFields, settings: Settings) -> Params:
         ignore_eos=bool(body.ignore_eos),
         include_stop=bool(body.include_stop_str_in_output),
         prompt_logprobs=body.prompt_logprobs is not None,
+        ranks=body.prompt_logprobs is not None,
         constraint=constraint_of(body),
         skip_special_tokens=body.skip_special_tokens is not False,
     )

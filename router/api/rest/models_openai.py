@@ -183,7 +183,7 @@ class PromptLogprob(BaseModel):
     """One token at a position of a prompt, in vLLM's shape."""
 
     logprob: float = Field(description="Raw natural log; -9999.0 stands for minus infinity.")
-    rank: int | None = Field(description="1 is the likeliest; null if it is not among those asked.")
+    rank: int = Field(description="1 is the likeliest of the whole vocabulary.")
     decoded_token: str = Field(description="Its text.")
 
 

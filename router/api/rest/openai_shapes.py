@@ -106,7 +106,7 @@ def prompt_logprobs(tokens: Sequence[TokenOut], count: int) -> list[Json | None]
 
 
 def _position(token: TokenOut) -> Json:
-    own: Json = {"logprob": finite(token.logprob), "rank": None, "decoded_token": token.text}
+    own: Json = {"logprob": finite(token.logprob), "rank": token.rank, "decoded_token": token.text}
     return {str(token.id): own} | {
         str(entry): {"logprob": finite(logprob), "rank": rank, "decoded_token": text}
         for rank, (entry, text, logprob) in enumerate(token.top, 1)

@@ -25,6 +25,7 @@ from shards.engines.base import (
     Plan,
     SamplingParams,
     Scheduling,
+    Watermark,
 )
 from shards.engines.neuron import NeuronEngine
 from shards.engines.neuron_graphs import Buckets, Graphs, NxdiGraphs, OptimumGraphs
@@ -248,13 +249,15 @@ def test_what_the_device_would_ignore_fails_that_sequence_alone() -> None:
     cases = {
         1: SamplingParams(temperature=1.0, min_p=0.1),
         2: SamplingParams(temperature=1.0, top_k=65),
+        4: SamplingParams(watermark=Watermark(0.5, 2.0, 1)),
     }
     admits = [admit(n, [n, 5], sampling) for n, sampling in cases.items()]
-    plan = Plan(admits=[*admits, admit(3, [3, 5])], work=[(1, 2), (2, 2), (3, 2)])
+    plan = Plan(admits=[*admits, admit(3, [3, 5])], work=[(1, 2), (2, 2), (3, 2), (4, 2)])
     outcome = engine.step(plan)
     assert outcome.sequences == [3]
     assert "does not support min_p" in outcome.failures[1]
     assert "draws among 64 tokens in this model: top_k is 65" in outcome.failures[2]
+    assert "does not support watermarks" in outcome.failures[4]
     assert engine.step(Plan(work=[(1, 1), (2, 1), (3, 1)])).sequences == [3]
 
 

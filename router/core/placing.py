@@ -5,6 +5,8 @@ with the first plan that computes it. A placed sequence may count on a prefix th
 yet to compute: it then waits for it, which costs it nothing, since the parent is ahead of it.
 """
 
+from collections.abc import Iterator
+
 from router.core.ledger import Account
 from router.core.state import CoreConfig, Group, Sequence
 
@@ -82,27 +84,45 @@ def _make_room(group: Group, tokens: int, keep: int | None) -> bool:
 
     Touches nothing if all of them together would not do.
     """
-    donors = [donor for donor in _evictable(group) if donor.id != keep]
-    gone = dict.fromkeys(donor.id for donor in donors)
-    staying = [account_of(member) for member in group.members() if member.id not in gone]
-    most = group.ledger.freed_by([account_of(donor) for donor in donors], staying)
-    if tokens > group.ledger.free + most:
+    if tokens > group.ledger.free and not _donors_hold(group, tokens - group.ledger.free, keep):
         return False
     while tokens > group.ledger.free or group.resident >= group.up.limits.sequences_max:
-        if not donors:
+        donor = next((donor for donor in _evictable(group) if donor.id != keep), None)
+        if donor is None:
             return False
-        remove(group, donors.pop(0))
+        remove(group, donor)
     return True
 
 
-def _evictable(group: Group) -> list[Sequence]:
+def _donors_hold(group: Group, tokens: int, keep: int | None) -> bool:
+    """Whether so many tokens would be free if all donors that can go went.
+
+    A donor that nobody shares frees its charge, whatever becomes of the others. A few of those are
+    nearly always enough to tell; all accounts of the group are looked at only if not.
+    """
+    sure = 0
+    donors = []
+    for donor in _evictable(group):
+        if donor.id == keep:
+            continue
+        account = account_of(donor)
+        sure += 0 if account.children else group.ledger.charge_of(account)
+        if sure >= tokens:
+            return True
+        donors.append(donor)
+    gone = {donor.id for donor in donors}
+    staying = [account_of(member) for member in group.members() if member.id not in gone]
+    return group.ledger.freed_by([account_of(donor) for donor in donors], staying) >= tokens
+
+
+def _evictable(group: Group) -> Iterator[Sequence]:
     """The donors that no placed sequence still waits to share, least recently used first."""
-    pinned: dict[int, None] = {}
+    pinned: set[int] = set()
     for waiting in group.filling.values():
         parent = account_of(waiting).parent
         if parent is not None and not waiting.admitted:
-            pinned[parent.holder] = None
-    return [donor for donor in group.donors.values() if donor.id not in pinned]
+            pinned.add(parent.holder)
+    return (donor for donor in group.donors.values() if donor.id not in pinned)
 
 
 def extend(group: Group, sequence: Sequence, config: CoreConfig) -> list[Sequence]:
@@ -116,9 +136,9 @@ def extend(group: Group, sequence: Sequence, config: CoreConfig) -> list[Sequenc
     reserve = min(sequence.end, sequence.scheduled + 1 + config.reserve_tokens)
     more = group.ledger.pages(reserve) - group.ledger.pages(account.reserved)
     while more > group.ledger.free:
-        donors = _evictable(group)
-        if donors:
-            remove(group, donors[0])
+        donor = next(_evictable(group), None)
+        if donor is not None:
+            remove(group, donor)
             continue
         running = list(group.decoding.values()) + list(group.filling.values())
         victim = max(running, key=lambda member: member.key)
@@ -154,7 +174,7 @@ def _thin_out(group: Group) -> None:
     most = group.up.limits.donor_tokens_max
     if most is None:
         return
-    while len(donors := _evictable(group)) > 1 and most < sum(
+    while len(donors := list(_evictable(group))) > 1 and most < sum(
         group.ledger.charge_of(account_of(donor)) for donor in donors
     ):
         remove(group, donors[0])

@@ -182,14 +182,26 @@ PLACING = [
     ),
     Mutant(
         "placing.py",
-        "remove(group, donors.pop(0))",
-        "remove(group, donors.pop())",
+        "donor = next((donor for donor in _evictable(group) if donor.id != keep), None)",
+        "donor = next((d for d in [*_evictable(group)][::-1] if d.id != keep), None)",
         "the donor used last is evicted first",
     ),
     Mutant(
         "placing.py",
-        "if donor.id not in pinned]",
-        "]",
+        "sure += 0 if account.children else group.ledger.charge_of(account)",
+        "sure += group.ledger.charge_of(account)",
+        "donors go for a request that all of them together do not make room for",
+    ),
+    Mutant(
+        "placing.py",
+        "        if sure >= tokens:\n            return True\n",
+        "        return True\n",
+        "donors go though there will not be room",
+    ),
+    Mutant(
+        "placing.py",
+        "group.donors.values() if donor.id not in pinned)",
+        "group.donors.values())",
         "a donor is evicted while a placed sequence counts on it",
     ),
     Mutant(
@@ -275,8 +287,8 @@ EXTENDING = [
     ),
     Mutant(
         "placing.py",
-        "        if donors:\n            remove(group, donors[0])",
-        "        if False:\n            remove(group, donors[0])",
+        "        if donor is not None:\n            remove(group, donor)",
+        "        if False:\n            remove(group, donor)",
         "sequences are preempted for the sake of donors",
     ),
 ]

@@ -1,4 +1,4 @@
-"""A ``roundhouse serve`` process on free ports, as the system tests use it."""
+"""``roundhouse serve`` and ``gateway`` as processes on free ports, as the system tests use them."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -81,10 +81,23 @@ def start(
     arguments: tuple[str, ...], errors: IO[str], python: str = sys.executable, **env: str
 ) -> subprocess.Popen[str]:
     """Starts ``roundhouse serve`` with these arguments and variables, by an interpreter."""
-    command = [python, "-m", "deploy.cli", "serve", "--hostname", "127.0.0.1"]
-    command += ["--port", "0", "--grpc-port", "0", *arguments]
+    command = ("serve", "--hostname", "127.0.0.1", "--port", "0", "--grpc-port", "0", *arguments)
+    return _start(command, errors, python, env)
+
+
+def start_gateway(
+    arguments: tuple[str, ...], errors: IO[str], python: str = sys.executable
+) -> subprocess.Popen[str]:
+    """Starts ``roundhouse gateway`` with these arguments, by an interpreter."""
+    command = ("gateway", "--json-output", "--hostname", "127.0.0.1", "--port", "0", *arguments)
+    return _start(command, errors, python, {})
+
+
+def _start(
+    command: tuple[str, ...], errors: IO[str], python: str, env: Mapping[str, str]
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command,
+        [python, "-m", "deploy.cli", *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=errors,
@@ -120,11 +133,7 @@ def serving(folder: Path, *arguments: str, python: str = sys.executable) -> Iter
         process = start(("--json-output", *arguments), errors, python, TMPDIR=str(folder))
         workers: list[int] = []
         try:
-            try:
-                (*_, line) = read_lines(process, lambda line: line.startswith("{"))
-            except (AssertionError, queue.Empty) as error:
-                raise AssertionError((folder / "stderr").read_text()) from error
-            server = Server(process, json.loads(line))
+            server = Server(process, ready(process, folder / "stderr"))
             workers = children(process.pid)
             with server.client:
                 yield server
@@ -132,6 +141,31 @@ def serving(folder: Path, *arguments: str, python: str = sys.executable) -> Iter
             end(process)
             for pid in workers:
                 eventually(lambda pid=pid: not alive(pid))  # type: ignore[misc]
+
+
+@contextmanager
+def gateway(
+    folder: Path, router: str, *arguments: str, python: str = sys.executable
+) -> Iterator[Server]:
+    """A gateway before a router, by its gRPC address; ended, however the test went."""
+    with (folder / "gateway").open("a") as errors:
+        process = start_gateway(("--router", router, *arguments), errors, python)
+        try:
+            server = Server(process, ready(process, folder / "gateway"))
+            with server.client:
+                yield server
+        finally:
+            end(process)
+
+
+def ready(process: subprocess.Popen[str], log: Path) -> dict[str, str]:
+    """What a process says when it is ready; fails with its log if it never is."""
+    try:
+        (*_, line) = read_lines(process, lambda line: line.startswith("{"))
+    except (AssertionError, queue.Empty) as error:
+        raise AssertionError(log.read_text()) from error
+    said: dict[str, str] = json.loads(line)
+    return said
 
 
 def end(process: subprocess.Popen[str]) -> None:

@@ -1,16 +1,12 @@
 """``roundhouse gateway`` as processes, before a router with the scripted engine."""
 
 import json
-import queue
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 import pytest
@@ -23,44 +19,22 @@ from tests.system.server import (
     children,
     end,
     eventually,
-    read_lines,
+    gateway,
     serving,
+    start_gateway,
 )
 from tests.system.test_cli import only_line, roundhouse
 
 SCRIPTED = ("--engine", "scripted", "--engine-option", "step_ms=5")
 ENDLESS = {"inputs": "Count", "parameters": {"max_new_tokens": 3000}}
+# What that takes at least, at one token a step.
+ENDLESS_S = 15.0
 SHORT = {"inputs": "Count", "parameters": {"max_new_tokens": 8}}
 
 
 def free_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return str(probe.getsockname()[1])
-
-
-def start(errors: IO[str], *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "deploy.cli", "gateway", "--json-output"]
-    command += ["--hostname", "127.0.0.1", "--port", "0", *arguments]
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
-    )
-
-
-@contextmanager
-def gateway(folder: Path, router: str, *arguments: str) -> Iterator[Server]:
-    """A gateway that is ready; ended, however the test went."""
-    with (folder / "gateway").open("a") as errors:
-        process = start(errors, "--router", router, *arguments)
-        try:
-            try:
-                (line,) = read_lines(process, lambda line: line.startswith("{"))
-            except (AssertionError, queue.Empty) as error:
-                raise AssertionError((folder / "gateway").read_text()) from error
-            server = Server(process, json.loads(line))
-            with server.client:
-                yield server
-        finally:
-            end(process)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +96,8 @@ def test_a_killed_gateway_frees_the_tokens_of_its_requests(router: Server, tmp_p
         before.signal(signal.SIGKILL)
         for thread in threads:
             thread.join(STOP_S)
-        eventually(lambda: idle(router), within_s=2)
+        # Well before they would end by themselves, or a gateway that stands still be given up.
+        eventually(lambda: idle(router), within_s=ENDLESS_S / 2)
         assert answers(router)
 
 
@@ -170,7 +145,8 @@ def test_sigterm_lets_a_running_answer_end_and_exits_with_0(router: Server, tmp_
 def test_without_a_router_it_says_why_it_waits_and_can_be_ended(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "gateway"
     with log.open("w") as errors:
-        process = start(errors, "--router", f"127.0.0.1:{free_port()}", "--port", port)
+        where = ("--router", f"127.0.0.1:{free_port()}", "--port", port)
+        process = start_gateway(where, errors)
         try:
             eventually(lambda: "not attached" in log.read_text())
             answer = httpx.get(f"http://127.0.0.1:{port}/health")

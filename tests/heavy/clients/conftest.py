@@ -1,7 +1,9 @@
 """One server for all clients, and a wall: whatever a client asks for beside it is refused.
 
 These tests run in environments without Roundhouse, so the server is a process of the project's own
-interpreter. It asks for a key, which every client must be able to send in its own way.
+interpreter. It asks for a key, which every client must be able to send in its own way. Clients of
+REST reach it in two ways: at the router itself, and at a gateway process before it. Tests that are
+marked ``both_ways`` run on both; ``--gateway`` sends all the others through the gateway as well.
 """
 
 import ipaddress
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.heavy.clients.world import KEY, PYTHON, SERVER
-from tests.system.server import Server, serving
+from tests.system.server import Server, gateway, serving
 
 _connect = socket.socket.connect
 _resolve = socket.getaddrinfo
@@ -28,12 +30,29 @@ for _name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
     os.environ.pop(_name.lower(), None)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "run all tests of REST through a gateway process, and at the router itself none"
+    parser.addoption("--gateway", action="store_true", help=told)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The ways on which a test's client reaches the server."""
+    if "way" in metafunc.fixturenames:
+        ways = ["router", "gateway"]
+        if metafunc.config.getoption("--gateway"):
+            ways = ["gateway"]
+        elif metafunc.definition.get_closest_marker("both_ways") is None:
+            ways = ["router"]
+        metafunc.parametrize("way", ways, scope="session")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are no errors here: what a client's own code is warned of is its makers' affair.
 
     The wall stands from now on, so that what clients do when they are imported counts too.
     """
     config.addinivalue_line("filterwarnings", "ignore")
+    config.addinivalue_line("markers", "both_ways: runs at the router and through a gateway")
     patch = pytest.MonkeyPatch()
     patch.setattr(socket.socket, "connect", only_here)
     patch.setattr(socket, "getaddrinfo", resolve_here)
@@ -68,12 +87,24 @@ def asked() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The embedded model of 135M parameters, on llama.cpp."""
-    folder = tmp_path_factory.mktemp("server")
-    with serving(folder, *SERVER, python=python()) as server:
-        server.client.headers["authorization"] = f"Bearer {KEY}"
-        yield server
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The embedded model of 135M parameters, on llama.cpp: gRPC, and its own REST."""
+    with serving(tmp_path_factory.mktemp("router"), *SERVER, python=python()) as router:
+        router.client.headers["authorization"] = f"Bearer {KEY}"
+        yield router
+
+
+@pytest.fixture(scope="session")
+def server(router: Server, way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """What clients of REST talk to: the router, or a gateway that asks the same of them."""
+    if way == "router":
+        yield router
+        return
+    keys = ("--router-api-key", KEY, "--api-key", KEY)
+    with gateway(tmp_path_factory.mktemp("gateway"), router.grpc, *keys, python=python()) as before:
+        before.client.headers["authorization"] = f"Bearer {KEY}"
+        before.model = router.model
+        yield before
 
 
 def python() -> str:

@@ -74,6 +74,7 @@ def check(content: Any) -> list[Any]:
     return calls
 
 
+@pytest.mark.both_ways
 def test_an_answer(client: Anthropic) -> None:
     answer = client.messages.create(**ASK)
     assert answer.id.startswith("msg_")
@@ -86,6 +87,7 @@ def test_an_answer(client: Anthropic) -> None:
     assert answer.usage.output_tokens > 3
 
 
+@pytest.mark.both_ways
 def test_events_come_in_order_and_say_the_same(client: Anthropic) -> None:
     whole = client.messages.create(**ASK)
     events = list(client.messages.create(**ASK, stream=True))
@@ -146,6 +148,7 @@ def test_forced_calls_validate(client: Anthropic, choice: Any, temperature: floa
         assert {call.name for call in calls} == {"add"}
 
 
+@pytest.mark.both_ways
 def test_streamed_calls_are_whole_calls(client: Anthropic) -> None:
     with client.messages.stream(**CALL, tool_choice=MUST) as stream:
         pieces = [event.partial_json for event in stream if event.type == "input_json"]
@@ -204,11 +207,13 @@ def test_texts_are_taken_and_streamed_whole(client: Anthropic, text: str) -> Non
     assert said == "".join(block.text for block in whole.content if block.type == "text")
 
 
+@pytest.mark.both_ways
 def test_counting_tokens(client: Anthropic) -> None:
     counted = client.messages.count_tokens(model="tgi", messages=USER)  # type: ignore[arg-type]
     assert counted.input_tokens == client.messages.create(**ASK).usage.input_tokens
 
 
+@pytest.mark.both_ways
 def test_errors(client: Anthropic, server: Server) -> None:
     with pytest.raises(anthropic.BadRequestError) as caught:
         client.messages.create(**{**ASK, "extra_body": {"temperature": -1}})

@@ -44,6 +44,7 @@ def native(server: Server) -> InferenceClient:
     return InferenceClient(server.rest, token=KEY, timeout=PATIENCE_S)
 
 
+@pytest.mark.both_ways
 def test_text_generation(native: InferenceClient) -> None:
     answer = native.text_generation(TEMPLATED, max_new_tokens=24, return_full_text=False)
     assert "Paris" in answer
@@ -52,6 +53,7 @@ def test_text_generation(native: InferenceClient) -> None:
     assert "".join(pieces) == answer + EOS
 
 
+@pytest.mark.both_ways
 def test_text_generation_in_detail(native: InferenceClient) -> None:
     answer = native.text_generation(TEMPLATED, max_new_tokens=24, details=True)
     assert answer.details is not None
@@ -67,6 +69,7 @@ def test_text_generation_in_detail(native: InferenceClient) -> None:
     assert events[-1].details.input_length > 5
 
 
+@pytest.mark.both_ways
 def test_every_parameter_at_once(native: InferenceClient) -> None:
     wanted: dict[str, Any] = {
         "details": True,
@@ -95,6 +98,7 @@ def test_every_parameter_at_once(native: InferenceClient) -> None:
     assert len(best.details.best_of_sequences or ()) == 1
 
 
+@pytest.mark.both_ways
 def test_grammars(native: InferenceClient) -> None:
     fields: dict[str, Any] = {"max_new_tokens": PERSON_TOKENS}
     fields["return_full_text"] = False
@@ -111,6 +115,7 @@ def test_texts_come_back_whole(native: InferenceClient, text: str) -> None:
     assert native.text_generation(text, max_new_tokens=2, return_full_text=True).startswith(text)
 
 
+@pytest.mark.both_ways
 def test_chat(client: InferenceClient) -> None:
     answer = client.chat_completion(**ASK)
     assert "Paris" in str(answer.choices[0].message.content)
@@ -158,6 +163,7 @@ def test_a_schema_for_the_answer(client: InferenceClient) -> None:
     jsonschema.validate(json.loads(str(answer.choices[0].message.content)), PERSON)
 
 
+@pytest.mark.both_ways
 def test_errors(native: InferenceClient, server: Server) -> None:
     with pytest.raises(ValidationError, match="Input validation error: "):
         native.text_generation("x", max_new_tokens=LIMIT + 1)

@@ -68,8 +68,8 @@ class Caller:
 
 
 @pytest.fixture
-def call(server: Server) -> Iterator[Caller]:
-    with grpc.insecure_channel(server.grpc) as channel:
+def call(router: Server) -> Iterator[Caller]:
+    with grpc.insecure_channel(router.grpc) as channel:
         yield Caller(channel)
 
 
@@ -125,13 +125,13 @@ def test_chat_with_a_forced_tool(call: Caller) -> None:
     assert joined == finish["toolCalls"][0]["arguments"]
 
 
-def test_tokens_models_and_vectors(call: Caller, server: Server) -> None:
+def test_tokens_models_and_vectors(call: Caller, router: Server) -> None:
     (found,) = call(INFERENCE, "Tokenize", {"text": "One 日本 🚂"})
     ids = [token["id"] for token in found["tokens"]]
     (text,) = call(INFERENCE, "Detokenize", {"tokenIds": ids})
     assert text == {"text": "One 日本 🚂"}
     (models,) = call(INFERENCE, "ListModels", {})
-    assert [model["id"] for model in models["models"]] == [server.model]
+    assert [model["id"] for model in models["models"]] == [router.model]
     (vectors,) = call(INFERENCE, "Embed", {"inputs": [{"text": "a cat"}]})
     assert len(vectors["embeddings"][0]["values"]) > 10
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.heavy.clients.conftest import python
 from tests.heavy.clients.world import KEY
-from tests.system.server import Server, serving
+from tests.system.server import Server, gateway, serving
 
 # Answers are short and take no time, so that time is spent on requests.
 QUICK = ("--engine", "scripted", "--max-total-tokens", "64", "--api-key", KEY)
@@ -27,9 +27,14 @@ KILL_S = 150
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("quick"), *QUICK, python=python()) as server:
-        yield server
+def quick(way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder, keys = tmp_path_factory.mktemp("quick"), ("--router-api-key", KEY, "--api-key", KEY)
+    with serving(folder, *QUICK, python=python()) as server:
+        if way == "router":
+            yield server
+            return
+        with gateway(folder, server.grpc, *keys, python=python()) as before:
+            yield before
 
 
 def test_every_operation_keeps_to_the_document(quick: Server, tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ GREEDY, SAMPLE = pb.DecodingMethod.GREEDY, pb.DecodingMethod.SAMPLE
 
 
 @pytest.fixture
-def stub(server: Server) -> Iterator[Any]:
-    with grpc.insecure_channel(server.grpc) as channel:
+def stub(router: Server) -> Iterator[Any]:
+    with grpc.insecure_channel(router.grpc) as channel:
         yield generated("generation_pb2_grpc").GenerationServiceStub(channel)
 
 

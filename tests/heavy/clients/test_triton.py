@@ -25,8 +25,8 @@ OUTPUT = [InferRequestedOutput("text_output")]
 
 
 @pytest.fixture
-def client(server: Server) -> Iterator[InferenceServerClient]:
-    with InferenceServerClient(server.grpc) as client:
+def client(router: Server) -> Iterator[InferenceServerClient]:
+    with InferenceServerClient(router.grpc) as client:
         yield client
 
 
@@ -49,9 +49,9 @@ def text_of(result: InferResult) -> str:
     return text.decode()
 
 
-def ask(client: InferenceServerClient, server: Server, text: str, **sampling: Any) -> str:
+def ask(client: InferenceServerClient, router: Server, text: str, **sampling: Any) -> str:
     result = client.infer(
-        server.model,
+        router.model,
         inputs(text, **sampling),
         outputs=OUTPUT,
         request_id="r1",
@@ -62,54 +62,54 @@ def ask(client: InferenceServerClient, server: Server, text: str, **sampling: An
     return text_of(result)
 
 
-def test_metadata(client: InferenceServerClient, server: Server) -> None:
+def test_metadata(client: InferenceServerClient, router: Server) -> None:
     assert client.is_server_live(headers=HEADERS)
     assert client.is_server_ready(headers=HEADERS)
-    assert client.is_model_ready(server.model, headers=HEADERS)
+    assert client.is_model_ready(router.model, headers=HEADERS)
     assert not client.is_model_ready("no-such-model", headers=HEADERS)
     about = client.get_server_metadata(headers=HEADERS)
     assert about.name
     assert about.version
-    model = client.get_model_metadata(server.model, headers=HEADERS)
-    assert model.name == server.model
+    model = client.get_model_metadata(router.model, headers=HEADERS)
+    assert model.name == router.model
     tensors = {tensor.name: tensor.datatype for tensor in (*model.inputs, *model.outputs)}
     assert tensors["text_input"] == tensors["text_output"] == "BYTES"
-    config = client.get_model_config(server.model, headers=HEADERS)
-    assert config.config.name == server.model
+    config = client.get_model_config(router.model, headers=HEADERS)
+    assert config.config.name == router.model
     index = client.get_model_repository_index(headers=HEADERS)
-    assert [model.name for model in index.models] == [server.model]
+    assert [model.name for model in index.models] == [router.model]
 
 
-def test_infer(client: InferenceServerClient, server: Server) -> None:
-    answer = ask(client, server, TEMPLATED)
+def test_infer(client: InferenceServerClient, router: Server) -> None:
+    answer = ask(client, router, TEMPLATED)
     assert "Paris" in answer
     bare = InferInput("text_input", [1], "BYTES")
     bare.set_data_from_numpy(np.array([TEMPLATED.encode()], dtype=np.object_))
     options = {"max_tokens": 24, "temperature": 0}
     result = client.infer(
-        server.model, [bare], headers=HEADERS, parameters=options, client_timeout=PATIENCE_S
+        router.model, [bare], headers=HEADERS, parameters=options, client_timeout=PATIENCE_S
     )
     assert text_of(result) == TEMPLATED + answer
 
 
-def test_constraints(client: InferenceServerClient, server: Server) -> None:
-    answer = ask(client, server, "A person:", max_tokens=PERSON_TOKENS, guided_json=PERSON)
+def test_constraints(client: InferenceServerClient, router: Server) -> None:
+    answer = ask(client, router, "A person:", max_tokens=PERSON_TOKENS, guided_json=PERSON)
     jsonschema.validate(json.loads(answer), PERSON)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_texts_are_taken(client: InferenceServerClient, server: Server, text: str) -> None:
-    assert ask(client, server, text, max_tokens=4) == ask(client, server, text, max_tokens=4)
+def test_texts_are_taken(client: InferenceServerClient, router: Server, text: str) -> None:
+    assert ask(client, router, text, max_tokens=4) == ask(client, router, text, max_tokens=4)
 
 
-def test_streams(client: InferenceServerClient, server: Server) -> None:
+def test_streams(client: InferenceServerClient, router: Server) -> None:
     """Two requests on one stream, whose answers carry their ids."""
-    whole = ask(client, server, TEMPLATED)
+    whole = ask(client, router, TEMPLATED)
     results: queue.Queue[tuple[InferResult | None, Exception | None]] = queue.Queue(maxsize=1000)
     client.start_stream(lambda result, error: results.put((result, error)), headers=HEADERS)
     for name in ("a", "b"):
         client.async_stream_infer(
-            server.model,
+            router.model,
             inputs(TEMPLATED, stream=True),
             outputs=OUTPUT,
             request_id=name,
@@ -129,46 +129,46 @@ def test_streams(client: InferenceServerClient, server: Server) -> None:
     assert texts == {"a": whole, "b": whole}
 
 
-def test_a_failure_leaves_the_stream_open(client: InferenceServerClient, server: Server) -> None:
+def test_a_failure_leaves_the_stream_open(client: InferenceServerClient, router: Server) -> None:
     results: queue.Queue[tuple[InferResult | None, Exception | None]] = queue.Queue(maxsize=1000)
     client.start_stream(lambda result, error: results.put((result, error)), headers=HEADERS)
-    client.async_stream_infer(server.model, inputs("x", temperature=-1.0, stream=True))
+    client.async_stream_infer(router.model, inputs("x", temperature=-1.0, stream=True))
     _, error = results.get(timeout=PATIENCE_S)
     assert isinstance(error, InferenceServerException)
     assert "temperature" in str(error)
-    client.async_stream_infer(server.model, inputs("x", max_tokens=1, stream=True))
+    client.async_stream_infer(router.model, inputs("x", max_tokens=1, stream=True))
     result, error = results.get(timeout=PATIENCE_S)
     assert error is None
     assert result is not None
     client.stop_stream()
 
 
-def test_errors(client: InferenceServerClient, server: Server) -> None:
+def test_errors(client: InferenceServerClient, router: Server) -> None:
     with pytest.raises(InferenceServerException) as caught:
-        ask(client, server, "x", temperature=-1)
+        ask(client, router, "x", temperature=-1)
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
     with pytest.raises(InferenceServerException) as missing:
         client.infer("no-such-model", inputs("x"), headers=HEADERS)
     assert missing.value.status() == "StatusCode.NOT_FOUND"
     with pytest.raises(InferenceServerException) as denied:
-        client.infer(server.model, inputs("x"))
+        client.infer(router.model, inputs("x"))
     assert denied.value.status() == "StatusCode.UNAUTHENTICATED"
     odd = InferInput("no_such_tensor", [1], "INT32")
     odd.set_data_from_numpy(np.array([1], dtype=np.int32))
     with pytest.raises(InferenceServerException) as unknown:
-        client.infer(server.model, [odd], headers=HEADERS)
+        client.infer(router.model, [odd], headers=HEADERS)
     assert unknown.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
-async def test_asynchronous(server: Server) -> None:
-    async with triton_aio.InferenceServerClient(server.grpc) as client:
-        result = await client.infer(server.model, inputs(TEMPLATED), headers=HEADERS)
+async def test_asynchronous(router: Server) -> None:
+    async with triton_aio.InferenceServerClient(router.grpc) as client:
+        result = await client.infer(router.model, inputs(TEMPLATED), headers=HEADERS)
         whole = text_of(result)
         assert "Paris" in whole
 
         async def requests() -> Any:
             yield {
-                "model_name": server.model,
+                "model_name": router.model,
                 "inputs": inputs(TEMPLATED, stream=True),
                 "outputs": OUTPUT,
             }

@@ -8,6 +8,8 @@ from openai import AsyncOpenAI, OpenAI
 from tests.heavy.clients.world import TEXTS, USER
 from tests.system.server import Server
 
+pytestmark = pytest.mark.both_ways
+
 CHAT: dict[str, Any] = {"model": "tgi", "messages": USER, "max_tokens": 24, "temperature": 0}
 
 

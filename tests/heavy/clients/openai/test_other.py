@@ -13,6 +13,8 @@ from openai import AsyncOpenAI, OpenAI
 from tests.heavy.clients.world import KEY, LIMIT, PATIENCE_S, TEMPLATED, TEXTS, USER
 from tests.system.server import Server
 
+pytestmark = pytest.mark.both_ways
+
 COMPLETE: dict[str, Any] = {
     "model": "tgi",
     "prompt": TEMPLATED,

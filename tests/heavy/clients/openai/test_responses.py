@@ -63,6 +63,7 @@ def calls_of(answer: Response) -> list[ResponseFunctionToolCall]:
     return calls
 
 
+@pytest.mark.both_ways
 def test_an_answer(client: OpenAI) -> None:
     answer = client.responses.create(**ASK)
     assert answer.id.startswith("resp_")
@@ -77,6 +78,7 @@ def test_an_answer(client: OpenAI) -> None:
     assert client.responses.create(**ASK).id != answer.id
 
 
+@pytest.mark.both_ways
 def test_events_come_in_order_and_say_the_same(client: OpenAI) -> None:
     whole = client.responses.create(**ASK)
     events = list(client.responses.create(**ASK, stream=True))

@@ -73,6 +73,7 @@ def test_forced_calls_validate(client: OpenAI, choice: Any, temperature: float) 
         assert made.finish_reason == "tool_calls"
 
 
+@pytest.mark.both_ways
 @pytest.mark.parametrize("choice", ["required", NAMED])
 def test_streamed_calls_are_whole_calls(client: OpenAI, choice: Any) -> None:
     ids: dict[int, str] = {}
@@ -170,6 +171,7 @@ def test_pydantic_tools_are_parsed(client: OpenAI) -> None:
     assert answer.choices[0].message.tool_calls
 
 
+@pytest.mark.both_ways
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_a_schema_for_the_answer(client: OpenAI, temperature: float) -> None:
     fields = {**SAY, "temperature": temperature, "seed": 2}
@@ -178,6 +180,7 @@ def test_a_schema_for_the_answer(client: OpenAI, temperature: float) -> None:
     jsonschema.validate(json.loads(str(answer.choices[0].message.content)), PERSON)
 
 
+@pytest.mark.both_ways
 def test_a_pydantic_class_for_the_answer(client: OpenAI) -> None:
     answer = client.chat.completions.parse(**SAY, response_format=Person)
     assert isinstance(answer.choices[0].message.parsed, Person)
@@ -199,6 +202,7 @@ def test_any_json_object(client: OpenAI) -> None:
         assert answer.finish_reason == "length"
 
 
+@pytest.mark.both_ways
 def test_a_streamed_schema_and_several_answers(client: OpenAI) -> None:
     texts = {0: "", 1: ""}
     fields = {**SAY, "temperature": 1.3, "seed": 4, "n": 2}

@@ -41,6 +41,7 @@ def patient(server: Server) -> AsyncClient:
     return AsyncClient(server.rest, headers=HEADERS, timeout=PATIENCE_S)
 
 
+@pytest.mark.both_ways
 def test_generate(client: Client) -> None:
     answer = client.generate(TEMPLATED, max_new_tokens=24)
     details = answer.details
@@ -55,6 +56,7 @@ def test_generate(client: Client) -> None:
     assert details.best_of_sequences is None
 
 
+@pytest.mark.both_ways
 def test_generate_stream_says_the_same(client: Client) -> None:
     whole = client.generate(TEMPLATED, max_new_tokens=24)
     events = list(client.generate_stream(TEMPLATED, max_new_tokens=24))
@@ -67,6 +69,7 @@ def test_generate_stream_says_the_same(client: Client) -> None:
     assert last.details.generated_tokens == len(events)
 
 
+@pytest.mark.both_ways
 def test_every_parameter_at_once(client: Client) -> None:
     wanted = {
         "do_sample": True,
@@ -95,6 +98,7 @@ def test_every_parameter_at_once(client: Client) -> None:
     assert last.generated_text == first.generated_text
 
 
+@pytest.mark.both_ways
 def test_prefill(client: Client) -> None:
     answer = client.generate("One two three", max_new_tokens=2, decoder_input_details=True)
     prefill = answer.details.prefill
@@ -102,6 +106,7 @@ def test_prefill(client: Client) -> None:
     assert [token.logprob is None for token in prefill] == [True] + [False] * (len(prefill) - 1)
 
 
+@pytest.mark.both_ways
 def test_best_of(client: Client) -> None:
     answer = client.generate("Once", do_sample=True, best_of=3, max_new_tokens=8)
     others = answer.details.best_of_sequences
@@ -121,6 +126,7 @@ def test_stop_sequences_stay_in_the_text(client: Client) -> None:
     assert answer.details.finish_reason is FinishReason.StopSequence
 
 
+@pytest.mark.both_ways
 def test_json_grammar(client: Client) -> None:
     grammar = Grammar(type=GrammarType.Json, value=PERSON)
     answer = client.generate("A person:", max_new_tokens=PERSON_TOKENS, grammar=grammar)
@@ -147,6 +153,7 @@ def test_texts_come_back_whole(client: Client, text: str) -> None:
     assert answer.generated_text.startswith(text)
 
 
+@pytest.mark.both_ways
 def test_refusals_are_validation_errors(client: Client) -> None:
     with pytest.raises(ValidationError, match="Input validation error: "):
         client.generate("x", max_new_tokens=LIMIT + 1)
@@ -161,6 +168,7 @@ def test_refusals_are_validation_errors(client: Client) -> None:
         list(client.generate_stream("x", max_new_tokens=LIMIT + 1))
 
 
+@pytest.mark.both_ways
 def test_a_missing_key_and_a_missing_path_have_their_errors(server: Server) -> None:
     with pytest.raises(UnknownError, match="key"):
         Client(server.rest, timeout=PATIENCE_S).generate("x")
@@ -198,6 +206,7 @@ def test_chat_with_tools(client: Client, choice: str) -> None:
         assert {call["function"]["name"] for call in calls} == {"add"}
 
 
+@pytest.mark.both_ways
 async def test_asynchronous(patient: AsyncClient) -> None:
     whole = await patient.generate(TEMPLATED, max_new_tokens=24)
     assert "Paris" in whole.generated_text

@@ -114,7 +114,7 @@ async def test_a_wedged_worker_is_given_up_and_used_again_once_it_moves(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link, "OPEN_DEADLINE_S", 0.2)
-    async with routing((await bench.start("a"),), step_deadline_s=0.1) as router:
+    async with routing((await bench.start("a"),), step_deadline_s=1.0) as router:
         bench.gates["a"].clear()
         channel = submit(router)
         await until(lambda: not router.fleet.groups_up()["g0"])

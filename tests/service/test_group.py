@@ -75,11 +75,6 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
         yield scene
 
 
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "OPEN_DEADLINE_S", 0.3)
-
-
 async def test_a_worker_comes_up_with_what_it_said(scene: Scene) -> None:
     scene.group(await scene.bench.start("a", limits={"kv_tokens": 1000}, length_max="600"))
     up = await scene.post.nth(GroupUp)
@@ -180,19 +175,21 @@ async def test_a_lost_rank_ends_the_epoch_and_its_return_begins_another(scene: S
 
 
 async def test_a_wedged_worker_is_abandoned_and_is_up_again_only_once_it_moves(
-    scene: Scene, caplog: pytest.LogCaptureFixture
+    scene: Scene, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = scene.group(await scene.bench.start("a"))
     await scene.post.nth(GroupUp)
     scene.bench.gates["a"].clear()
     group.write(plan_for(1, 1, prompt=PROMPT))
     await until(lambda: scene.bench.engines["a"].begun)
+    monkeypatch.setattr(link, "OPEN_DEADLINE_S", 0.3)
     group.abandon(Abandon("g", 99, "an epoch that is not"))
     group.abandon(Abandon("g", 1, "no answer to a plan"))
     group.abandon(Abandon("g", 1, "said twice"))
     assert await scene.post.nth(GroupDown) == GroupDown("g", 1)
     await until(lambda: "not ready for a new stream" in caplog.text)
     assert len(scene.post.of(GroupUp)) == 1
+    monkeypatch.undo()
     scene.bench.gates["a"].set()
     assert (await scene.post.nth(GroupUp, 2)).epoch == 2
     group.write(plan_for(2, 1, prompt=PROMPT))

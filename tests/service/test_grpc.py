@@ -290,12 +290,12 @@ async def test_cancelling_a_call_cancels_its_request(begun: bool, least: int) ->
 async def test_deadlines_reach_the_ask_and_end_the_call() -> None:
     service = FakeService([asyncio.Event()])
     async with stub_of(service) as stub, asyncio.timeout(10):
-        error = await failure(stub.Generate(pb.GenerateRequest(text="x"), timeout=0.3))
+        error = await failure(stub.Generate(pb.GenerateRequest(text="x"), timeout=1.0))
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await service.left.wait()
     (ask,) = service.asks
     assert ask.deadline_s is not None
-    assert 0 < ask.deadline_s < 0.31
+    assert 0 < ask.deadline_s < 1.01
 
 
 async def test_health_follows_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,8 +128,13 @@ DEFAULTS: Mapping[str, object] = {
 }
 
 
-def _number(text: str) -> int | float | str:
-    """A whole or real number; anything else is left for ``Settings`` to judge."""
+def _number(text: str | float) -> int | float | str:
+    """A whole or real number; anything else is left for ``Settings`` to judge.
+
+    A number, as the default of an option is one, stays as it is: 0.5 would be cut to 0.
+    """
+    if not isinstance(text, str):
+        return text
     for kind in (int, float):
         try:
             return kind(text)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from deploy.cli import cli
 from deploy.models import embedded
-from deploy.options import KNOBS
+from deploy.options import KNOBS, settings_from
+from router.config import Settings
 
 
 def roundhouse(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -39,6 +41,13 @@ def test_help_shows_every_option_with_its_variable() -> None:
         assert f"env var: {knob.envvar}" in shown.replace("env var: ", "env var: ")
     assert "default: 3000" in shown
     assert "Examples:" in shown
+
+
+def test_without_options_every_setting_has_its_own_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for knob in KNOBS:
+        monkeypatch.delenv(knob.envvar, raising=False)
+    given = cli.commands["serve"].make_context("serve", []).params
+    assert settings_from(given) == Settings()
 
 
 def test_the_command_knows_the_engines_names_without_importing_any() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from shards.engines.base import Watermark
+from shards.watermark import detect
 from tests.system.server import end, read_lines
 
 LAUNCHER = (sys.executable, "-m", "deploy.tgi_launcher")
@@ -121,6 +123,25 @@ def test_variables_are_read_and_what_is_typed_wins(tmp_path: Path) -> None:
     assert server.told == []
 
 
+def test_answers_are_marked_as_flags_and_variables_say(tmp_path: Path) -> None:
+    # The scripted engine prefers one token at each place by 4: this is stronger.
+    flags = ("--model-id", "org/model", "--port", "0", "--watermark-delta", "12", "--json-output")
+    env = {"WATERMARK_GAMMA": "0.25", "WATERMARK_KEY": "77", "ENGINE": "scripted"}
+    with launched(tmp_path, *flags, **env) as server:
+
+        def tokens(watermark: bool) -> list[int]:
+            parameters = {"max_new_tokens": 24, "details": True, "watermark": watermark}
+            body = {"inputs": "test", "parameters": parameters}
+            details = server.client.post("/generate", json=body).json()["details"]
+            return [token["id"] for token in details["tokens"]]
+
+        mark = Watermark(gamma=0.25, delta=12.0, key=77)
+        found = detect(tokens(True), mark)
+        assert found.green == found.scored > 20
+        assert detect(tokens(False), mark).z < 3
+    assert server.told == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "status", "told"),
     [
@@ -131,6 +152,7 @@ def test_variables_are_read_and_what_is_typed_wins(tmp_path: Path) -> None:
         (("--no-such-flag",), {}, 2, "--no-such-flag"),
         (("--model-id", "./none.gguf"), {}, 1, "./none.gguf does not exist"),
         (("--port", "high"), {"ENGINE": "scripted"}, 1, "port (TCP port)"),
+        (("--watermark-gamma", "1"), {"ENGINE": "scripted"}, 1, "watermark_gamma (share of the"),
     ],
 )
 def test_what_cannot_be_is_one_line(

@@ -139,7 +139,7 @@ def test_answers_are_marked_as_flags_and_variables_say(tmp_path: Path) -> None:
         found = detect(tokens(True), mark)
         assert found.green == found.scored > 20
         assert detect(tokens(False), mark).z < 3
-    assert server.told == []
+    assert not any("watermark" in line for line in server.told)
 
 
 @pytest.mark.parametrize(

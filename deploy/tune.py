@@ -137,9 +137,9 @@ class Tuner:
         return min(WINDOW_MAX_S, max(WINDOW_MIN_S, share_s))
 
     def _load_guess(self, engine: str) -> float:
-        """How long an engine takes to load, from its last time."""
+        """How long an engine takes to load, from the times that it was loaded for a measurement."""
         known = [one.load_s for one in self.results if one.candidate.engine == engine]
-        return max(known, default=LOAD_GUESS_S)
+        return max(known, default=0.0) or LOAD_GUESS_S
 
 
 def unfinished(results: Iterable[Result]) -> bool:

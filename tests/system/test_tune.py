@@ -203,15 +203,25 @@ def test_what_was_measured_is_remembered_for_the_same_machine_model_and_traffic(
     assert Memory(path).get(key) is None
 
 
-def command(*arguments: str) -> list[str]:
+# ``roundhouse``, with the shortest windows however much time there is: a busy machine may take long
+# to load a candidate, and that is not what these tests are about.
+QUICK = """
+import deploy.cli, deploy.tune
+deploy.tune.WINDOW_MAX_S = deploy.tune.WINDOW_MIN_S
+deploy.cli.main()
+"""
+AMPLE = ("--minutes", "5")
+
+
+def command(*arguments: str, program: tuple[str, str] = ("-m", "deploy.cli")) -> list[str]:
     shape = ("--prompt-tokens", "16", "--new-tokens", "8", "--concurrency", "3")
-    return [sys.executable, "-m", "deploy.cli", "tune", *shape, *arguments]
+    return [sys.executable, *program, "tune", *shape, *arguments]
 
 
 def tune(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     output = ("--output", str(folder / "best.toml"))
     return subprocess.run(
-        command(*output, *arguments),
+        command(*output, *arguments, program=("-c", QUICK)),
         env=os.environ | {"TMPDIR": str(folder)} | env,
         check=False,
         capture_output=True,
@@ -221,20 +231,21 @@ def tune(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProce
 
 
 def test_the_faster_candidate_wins_and_serve_takes_the_file(tmp_path: Path) -> None:
-    slow, fast = ("scripted,engine-option=step_ms=60", "scripted,engine-option=step_ms=6")
+    slow, fast = ("scripted,engine-option=step_ms=100", "scripted,engine-option=step_ms=6")
     # Options of a server that are in the environment are not the candidates'.
     result = tune(
-        *(tmp_path, "--try", slow, "--try", fast, "--minutes", "0.4"),
+        *(tmp_path, "--try", slow, "--try", fast, *AMPLE),
         ENGINE="abacus", API_KEY="secret", MAX_CONCURRENT_REQUESTS="1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
     assert rows[1][:3] == ["*", "scripted", "step_ms=6"]
-    assert rows[2][:2] == ["scripted", "step_ms=60"]
-    # Three sequences draw one token in each step: 500 and 50 a second, less what requests cost.
+    assert rows[2][:2] == ["scripted", "step_ms=100"]
+    # Three sequences draw one token in each step: 500 and 30 a second, less what requests cost and
+    # what a busy machine takes. More come in a window only if they were late for the one before.
     fast_s, slow_s = float(rows[1][3]), float(rows[2][2])
-    assert 15 < slow_s < 51
-    assert fast_s > 2 * slow_s
+    assert 5 < slow_s < 36
+    assert fast_s > 1.5 * slow_s
     assert f"serve --config {tmp_path / 'best.toml'}" in result.stdout
     assert (tmp_path / "best.svg").read_text().startswith("<svg")
     assert not list(tmp_path.glob("roundhouse-*")), "sockets and candidates are cleared away"
@@ -245,7 +256,7 @@ def test_the_faster_candidate_wins_and_serve_takes_the_file(tmp_path: Path) -> N
 
     # Again: nothing but the new candidate is measured.
     third = "scripted,engine-option=step_ms=30"
-    again = tune(tmp_path, "--try", slow, "--try", fast, "--try", third, "--minutes", "0.3")
+    again = tune(tmp_path, "--try", slow, "--try", fast, "--try", third, *AMPLE)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("measured before") == 2
     assert again.stderr.count("loading ...") == 1
@@ -256,7 +267,7 @@ def test_a_candidate_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> 
     bad = "scripted,engine-option=no_such=1"
     dying = "scripted,engine-option=crash_after_steps=2"
     fine = "scripted,engine-option=step_ms=6"
-    result = tune(tmp_path, "--try", bad, "--try", dying, "--try", fine, "--minutes", "0.6")
+    result = tune(tmp_path, "--try", bad, "--try", dying, "--try", fine, *AMPLE)
     assert result.returncode == 0, result.stderr
     rows = {line.split()[-1 if "*" in line else 1]: line for line in result.stdout.splitlines()[:4]}
     assert "unknown engine option no_such" in rows["no_such=1"]
@@ -274,11 +285,15 @@ def test_if_nothing_can_be_measured_the_first_reason_is_the_error(tmp_path: Path
 
 
 def test_what_has_no_time_left_is_said(tmp_path: Path) -> None:
-    tries = [("--try", f"scripted,engine-option=step_ms={ms}") for ms in (5, 6, 7)]
-    arguments = [part for pair in tries for part in pair]
-    result = tune(tmp_path, *arguments, "--minutes", "0.2")
+    first, *others = [("--try", f"scripted,engine-option=step_ms={ms}") for ms in (5, 6, 7)]
+    measured = tune(tmp_path, *first, *AMPLE)
+    assert measured.returncode == 0, measured.stderr
+    assert "the time was up" not in measured.stdout + measured.stderr
+    # What is known takes no time; there is less left than any measurement takes.
+    tries = [part for pair in (first, *others) for part in pair]
+    result = tune(tmp_path, *tries, "--minutes", "0.1")
     assert result.returncode == 0, result.stderr
-    assert "the time was up before" in result.stdout
+    assert result.stdout.count("the time was up before its turn") == 2
     assert "--minutes gives more" in result.stderr
 
 

@@ -1,4 +1,4 @@
-"""The embedded model through a gateway: every answer is its router's, to the last number."""
+"""The embedded model through a gateway: every answer is its router's, in every field."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.system.server import Server, serving
-from tests.system.test_gateway import gateway
+from tests.system.server import Server, gateway, serving
 
 SCHEMA = {
     "type": "object",
@@ -35,7 +34,11 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
     folder: Path = tmp_path_factory.mktemp("model")
-    with serving(folder) as router, gateway(folder, router.grpc) as before:
+    # Exact: an answer does not depend on how much of its prompt was known.
+    with (
+        serving(folder, "--engine-option", "exact=1") as router,
+        gateway(folder, router.grpc) as before,
+    ):
         yield router, before
 
 
@@ -53,4 +56,19 @@ def test_it_answers_as_its_router_does(
             # What names an answer, and how much of its prompt others had left resident.
             for name in ("id", "created", "usage"):
                 value.pop(name, None)
-    assert values[0] == values[1]
+    assert values[1] == near(values[0])
+
+
+def near(value: Any) -> Any:
+    """The same but for rounding, which depends on where in memory a sequence lies.
+
+    A quantised model makes up to 0.1 of that in a log probability.
+    """
+    match value:
+        case dict():
+            return {name: near(member) for name, member in value.items()}
+        case list():
+            return [near(member) for member in value]
+        case float():
+            return pytest.approx(value, abs=0.2)
+    return value

@@ -15,7 +15,9 @@ PROMPT = "The railway came to the valley in the spring, and with it came"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("skills")
-    arguments = ("--engine-option", "embeddings=1", "--engine-option", "pooling=mean")
+    # Exact: what an answer says does not depend on how much of its prompt was known.
+    options = ("embeddings=1", "pooling=mean", "exact=1")
+    arguments = tuple(part for option in options for part in ("--engine-option", option))
     for name, strength in (("none", 0.0), ("verse", 2.0)):
         path = write_adapter(folder / f"{name}.gguf", strength)
         arguments += ("--adapter", f"{name}={path}")

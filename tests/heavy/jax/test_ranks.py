@@ -12,6 +12,7 @@ from shards.v1 import shard_pb2 as pb
 from tests.heavy import reference
 from tests.heavy.jax.test_smollm2 import agreed
 from tests.heavy.models import smollm2_folder, tiny_llama_folder
+from tests.heavy.torch.constrained import BROKEN, Interrupted, two_ranks_keep_to_constraints
 from tests.heavy.torch.group import Group, group, seconds_until
 
 SIZES = ("--kv-tokens", "1024", "--sequences-max", "8", "--step-tokens-max", "128")
@@ -40,16 +41,32 @@ def first_plan(number: int, *tokens: int) -> dict[str, object]:
     }
 
 
-def test_two_ranks_draw_what_one_draws(tmp_path: Path) -> None:
+@pytest.fixture(scope="class", params=[288, 289], ids=["even", "uneven"])
+def model(request: pytest.FixtureRequest) -> Path:
     """Also with a vocabulary that cannot be cut evenly."""
-    for model in (tiny_llama_folder(), tiny_llama_folder(vocab_size=289)):
-        with ranks(tmp_path / f"one-{model.name}", model, 1) as one:
-            alone = one.generate(prompts(), 24)
-            whole = one.ranks[0].info.weight_bytes
-        with ranks(tmp_path / f"two-{model.name}", model, 2) as two:
-            assert [rank.info.rank for rank in two.ranks] == [0, 1]
-            assert two.ranks[1].info.weight_bytes < 0.6 * whole
-            assert two.generate(prompts(), 24) == alone
+    return tiny_llama_folder(vocab_size=request.param)
+
+
+@pytest.fixture(scope="class")
+def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Group, Group]]:
+    """One rank, and two ranks of the same model."""
+    folder = tmp_path_factory.mktemp("pair")
+    with ranks(folder / "one", model, 1) as one, ranks(folder / "two", model, 2) as two:
+        yield one, two
+
+
+class TestTwoRanks:
+    def test_they_draw_what_one_draws(self, pair: tuple[Group, Group]) -> None:
+        one, two = pair
+        assert [rank.info.rank for rank in two.ranks] == [0, 1]
+        assert two.ranks[1].info.weight_bytes < 0.6 * one.ranks[0].info.weight_bytes
+        alone, together = (made.generate(prompts(), 24) for made in pair)
+        assert together == alone
+        for made in pair:
+            made.step(drops=range(1, 7))
+
+    def test_they_keep_to_constraints(self, model: Path, pair: tuple[Group, Group]) -> None:
+        two_ranks_keep_to_constraints(model, *pair)
 
 
 def test_three_ranks_answer_for_smollm2(tmp_path: Path) -> None:
@@ -69,16 +86,19 @@ def test_a_killed_rank_takes_the_group_down_and_a_new_one_goes_on(
     tmp_path: Path, victim: int
 ) -> None:
     model = tiny_llama_folder()
+    constrained = Interrupted(model)
     with ranks(tmp_path / "first", model, 2) as made:
         before = made.generate(prompts()[:2], 6)
+        constrained.begin(made)
         made.ranks[victim].process.send_signal(signal.SIGKILL)
-        made.send(work_sequences=[1, 2], work_tokens=[1, 1])
+        made.send(work_sequences=[1, 2, BROKEN], work_tokens=[1, 1, 1])
         survivor = made.ranks[1 - victim].process
         assert seconds_until(lambda: survivor.poll() is not None, GONE_S) < GONE_S
         # JAX's own service is in rank 0, and aborts the others when it notices the loss before us.
         assert survivor.returncode in ((3, -signal.SIGABRT) if victim == 0 else (3,))
     with ranks(tmp_path / "second", model, 2) as made:
         assert made.generate(prompts()[:2], 6) == before
+        constrained.go_on(made)
 
 
 def test_an_idle_group_notices_too(tmp_path: Path) -> None:

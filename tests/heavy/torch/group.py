@@ -1,6 +1,7 @@
 """The ranks of a group as real processes, driven over gRPC as the router does."""
 
 import json
+import math
 import os
 import queue
 import signal
@@ -9,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -21,12 +23,31 @@ from shards.v1 import shard_pb2_grpc
 # A machine that does other things too may take long to load three processes.
 LOAD_S = 180.0
 STEP_S = 60.0
+# Where two tokens are so near, in nats, rounding may choose either.
+CLOSE = 1e-3
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@dataclass(slots=True)
+class Answer:
+    """Drawn tokens, and for each the log probabilities of all that were asked for, by token."""
+
+    tokens: list[int] = field(default_factory=list)
+    told: list[dict[int, float]] = field(default_factory=list)
+
+    def assert_same(self, tokens: Sequence[int]) -> None:
+        """These are the same, up to a tie that rounding may decide, where greedy answers part."""
+        for at, (seen, own) in enumerate(zip(tokens, self.tokens, strict=False)):
+            if seen != own:
+                told = self.told[at]
+                assert abs(told.get(seen, -math.inf) - told[own]) < CLOSE, f"token {at} differs"
+                return
+        assert len(tokens) == len(self.tokens)
 
 
 class Rank:
@@ -110,12 +131,17 @@ class Group:
         """The next outcome of each rank."""
         return [next(rank.outcomes) for rank in self.ranks]
 
-    def step(self, **fields: object) -> dict[int, int]:
-        """What rank 0 drew, by sequence, after all ranks have told the same digest."""
+    def outcome(self, **fields: object) -> pb.Outcome:
+        """What rank 0 tells of a step, after all ranks have told the same digest."""
         self.send(**fields)
         first, *others = self.hear()
         assert all(other.digest == first.digest for other in others)
         assert all(not other.tokens for other in others)
+        return first
+
+    def step(self, **fields: object) -> dict[int, int]:
+        """What rank 0 drew, by sequence."""
+        first = self.outcome(**fields)
         return dict(zip(first.sequences, first.tokens, strict=True))
 
     def generate(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -137,6 +163,33 @@ class Group:
         while min(map(len, drawn.values())) < count:
             note(self.step(work_sequences=list(drawn), work_tokens=[1] * len(drawn)))
         return [tokens[:count] for _, tokens in sorted(drawn.items())]
+
+    def answers(self, admits: Sequence[pb.Admit], counts: Mapping[int, int]) -> dict[int, Answer]:
+        """Admits all at once; draws until each has ended, or has as many tokens as it may have.
+
+        Answers by sequence. All sequences are dropped in the end, one by one as they end.
+        """
+        ends = self.ranks[0].info.eos_token_ids
+        made = {admit.sequence: Answer() for admit in admits}
+        sizes = {admit.sequence: len(admit.tokens) for admit in admits}
+        fields: dict[str, object] = {"admits": admits}
+        while sizes:
+            work = {"work_sequences": list(sizes), "work_tokens": list(sizes.values())}
+            outcome = self.outcome(**fields, **work)
+            assert not outcome.failures
+            for told in outcome.logprobs:
+                values = dict(zip(told.top_tokens, told.top_values, strict=True))
+                made[told.sequence].told.append(values)
+            over = []
+            for sequence, token in zip(outcome.sequences, outcome.tokens, strict=True):
+                drawn = made[sequence].tokens
+                drawn.append(token)
+                if token in ends or len(drawn) == counts[sequence]:
+                    over.append(sequence)
+            fields = {"drops": over}
+            sizes = {sequence: 1 for sequence in sizes if sequence not in over}
+        self.step(**fields)
+        return made
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Tensor parallelism in real processes: equal digests, the tokens of one rank, and losses."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -11,6 +12,7 @@ from shards.engines import load
 from shards.engines.base import Admit, EngineOptions, ModelError, Plan, SamplingParams
 from shards.v1 import shard_pb2 as pb
 from tests.heavy.models import smollm2_folder, tiny_llama_folder
+from tests.heavy.torch.constrained import BROKEN, Interrupted, two_ranks_keep_to_constraints
 from tests.heavy.torch.group import Group, group, seconds_until
 from tests.heavy.torch.made import make
 
@@ -26,14 +28,29 @@ def prompts(vocabulary: int, count: int) -> list[list[int]]:
     return [random.integers(3, vocabulary, 12 + 9 * n).tolist() for n in range(count)]
 
 
-def test_two_ranks_draw_what_one_draws(tmp_path: Path) -> None:
-    model, asked = tiny_llama_folder(), prompts(250, 6)
-    with group(tmp_path / "one", model, 1, *SIZES) as one:
-        alone = one.generate(asked, 24)
-    with group(tmp_path / "two", model, 2, *PATIENT) as two:
+@pytest.fixture(scope="class")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Group, Group]]:
+    """One rank, and two ranks of the same model."""
+    folder, model = tmp_path_factory.mktemp("pair"), tiny_llama_folder()
+    with (
+        group(folder / "one", model, 1, *SIZES) as one,
+        group(folder / "two", model, 2, *PATIENT) as two,
+    ):
+        yield one, two
+
+
+class TestTwoRanks:
+    def test_they_draw_what_one_draws(self, pair: tuple[Group, Group]) -> None:
+        one, two = pair
         assert [rank.info.rank for rank in two.ranks] == [0, 1]
         assert two.ranks[0].info.weight_bytes < one.ranks[0].info.weight_bytes
-        assert two.generate(asked, 24) == alone
+        alone, together = (made.generate(prompts(250, 6), 24) for made in pair)
+        assert together == alone
+        for made in pair:
+            made.step(drops=range(1, 7))
+
+    def test_they_keep_to_constraints(self, pair: tuple[Group, Group]) -> None:
+        two_ranks_keep_to_constraints(tiny_llama_folder(), *pair)
 
 
 def test_three_ranks_hold_a_third_of_smollm2(tmp_path: Path) -> None:
@@ -81,10 +98,12 @@ def first_plan(number: int, *tokens: int) -> dict[str, object]:
 
 def test_a_killed_rank_takes_the_group_down_and_a_new_one_goes_on(tmp_path: Path) -> None:
     model, asked = tiny_llama_folder(), prompts(250, 2)
+    constrained = Interrupted(model)
     with group(tmp_path / "first", model, 2, *PATIENT) as made:
         before = made.generate(asked, 6)
+        constrained.begin(made)
         made.ranks[1].process.send_signal(signal.SIGKILL)
-        made.send(work_sequences=[1, 2], work_tokens=[1, 1])
+        made.send(work_sequences=[1, 2, BROKEN], work_tokens=[1, 1, 1])
         survivor = made.ranks[0]
         took = seconds_until(lambda: survivor.process.poll() is not None, GONE_S)
         assert took < GONE_S
@@ -95,6 +114,7 @@ def test_a_killed_rank_takes_the_group_down_and_a_new_one_goes_on(tmp_path: Path
         assert "rank 0 of 2" in survivor.error()
     with group(tmp_path / "second", model, 2, *PATIENT) as made:
         assert made.generate(asked, 6) == before
+        constrained.go_on(made)
 
 
 def test_an_idle_group_ends_with_its_first_loss(tmp_path: Path) -> None:

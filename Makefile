@@ -15,6 +15,9 @@ PROTOS := $(wildcard proto/*/v1/*.proto proto/*/*/v1/*.proto)
 PROTOC = $(PY) -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 SEEDS ?= 1000
 ARGS ?=
+# Half of the tests wait for a process most of the time. A file's tests stay together: they share
+# servers and models.
+TEST_JOBS ?= 2
 # Environments of engines for the tests lie in the checkout: they hold its code, not a release.
 ENGINES_HOME := $(CURDIR)/.roundhouse
 ENGINE_SETUP = ROUNDHOUSE_HOME=$(ENGINES_HOME) $(PY) -m deploy.engine_env $(1) test
@@ -32,8 +35,8 @@ setup: ## Makes .venv and installs everything (compiles llama.cpp once); instant
 run: setup ## Serves the embedded model on ports 3000 (REST) and 50051 (gRPC); ARGS="--port 8080"
 	@exec $(VENV)/bin/roundhouse serve $(ARGS)
 
-test: setup ## Runs all tests; ARGS="-k name" picks some
-	@$(PY) -m pytest $(ARGS)
+test: setup ## Runs all tests; ARGS="-k name" picks some, TEST_JOBS=0 runs one at a time
+	@$(PY) -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 # One rule for each engine with tests of its own: engines-NAME makes its environment.
 engines-torch engines-jax engines-vllm engines-neuron: engines-%: setup

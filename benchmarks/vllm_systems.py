@@ -1,8 +1,9 @@
-"""Roundhouse with vLLM inside, and ``vllm serve``: the same environment, the same model folder."""
+"""Roundhouse with vLLM, torch or JAX inside, and ``vllm serve``: the same model folder for all."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,12 +41,19 @@ def cores() -> str:
 
 
 @contextmanager
-def roundhouse_vllm(*options: str) -> Iterator[System]:
-    """``roundhouse serve`` with this engine."""
-    engine = ["--engine", "vllm", "--worker-python", str(vllm_python())]
-    engine += ["--dtype", DTYPE, *(["--engine-option", "eager=1"] if EAGER else [])]
-    with roundhouse(str(smollm2_folder()), *engine, *options) as system:
-        yield system
+def roundhouse_with(engine: str) -> Iterator[System]:
+    """``roundhouse serve`` with vllm, torch or jax, in the environment of that engine.
+
+    With a thread for each core, as ``vllm serve`` has where it is at its best: a count that follows
+    the load would depend on what else the machine does.
+    """
+    threads = str(len(os.sched_getaffinity(0)))
+    options = ["--engine", engine, "--dtype", DTYPE, "--threads", threads]
+    if engine == "vllm":
+        options += ["--worker-python", str(vllm_python())]
+        options += ["--engine-option", "eager=1"] if EAGER else []
+    with roundhouse(str(smollm2_folder()), *options) as system:
+        yield replace(system, name=f"roundhouse with {engine}")
 
 
 @contextmanager

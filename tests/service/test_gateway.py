@@ -176,7 +176,9 @@ async def test_a_gateway_that_vanishes_frees_its_tokens_within_two_steps(tmp_pat
 async def test_a_deadline_is_kept_by_the_router(tmp_path: Path) -> None:
     async with house_in(tmp_path, {"step_ms": "5"}) as house, before(house) as (gateway, _):
         with pytest.raises(RequestError) as caught:
-            await answer(gateway.service, Ask("x", Params(max_tokens=5000), deadline_s=0.2))
+            await answer(
+                gateway.service, Ask("x", Params(max_tokens=5000, ignore_eos=True), deadline_s=0.2)
+            )
         assert caught.value.fault is Fault.DEADLINE
         await until(house.idle)
 

@@ -270,18 +270,18 @@ class LlamaCppEngine(CallerEngine):
         """Computes work of one adapter, and scores its prompts; returns the logits of its rows."""
         adapter = self._adapters[work[0][0].adapter]
         self._context.use(adapter)
-        padded = self._fill(work, pad=self._spare > 0)
+        padded = self._fill(work)
         logits = self._context.decode(self._batch, rows + self._scores.rows_of(work))
         if padded:
             self._context.drop(self._limits.sequences_max)
         return self._scores.part(work, logits)
 
-    def _fill(self, work: Work, *, pad: bool) -> bool:
+    def _fill(self, work: Work) -> bool:
         """Lays the work out in the batch, and marks the tokens whose logits are wanted.
 
         A token that is alone in its ubatch is computed in another way than several are: several
         threads share its attention once the cache is long, and its product with a matrix of floats,
-        which adapters are made of, is rounded differently. With ``pad`` none is alone: one of a
+        which adapters are made of, is rounded differently. In exact mode none is alone: one of a
         spare sequence keeps it company. Says whether that was needed.
         """
         tokens: list[int] = []
@@ -303,7 +303,7 @@ class LlamaCppEngine(CallerEngine):
                 wanted += range(first, first + len(targets_of(resident, count)))
             if start + count == len(resident.tokens):
                 wanted.append(len(tokens) - 1)
-        padded = pad and len(tokens) % self._ubatch_tokens == 1
+        padded = self._spare > 0 and len(tokens) % self._ubatch_tokens == 1
         if padded:
             tokens.append(0)
             positions.append(0)

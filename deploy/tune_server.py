@@ -41,13 +41,13 @@ async def serving(config: Path, log: Path) -> AsyncIterator[Served]:
 
     Raises ``ServerError`` if it ends before it is ready; a deadline is the caller's.
     """
-    command = [sys.executable, "-P", "-m", "deploy.cli", "serve", "--config", str(config)]
+    command = [sys.executable, "-P", "-m", "deploy.attached", "serve", "--config", str(config)]
     command += ["--hostname", "127.0.0.1", "--port", "0", "--grpc-port", "0", "--json-output"]
     began = time.monotonic()
     with log.open("wb") as sink:
         process = await asyncio.create_subprocess_exec(
             *command,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,  # closes with this program, however it ends
             stdout=asyncio.subprocess.PIPE,
             stderr=sink,
             env=clean(os.environ),

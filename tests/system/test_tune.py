@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -297,26 +299,48 @@ def test_what_has_no_time_left_is_said(tmp_path: Path) -> None:
     assert "--minutes gives more" in result.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_an_interrupt_leaves_nothing_running(tmp_path: Path, number: signal.Signals) -> None:
-    with (tmp_path / "stderr").open("w") as errors:
+@contextmanager
+def measuring(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """A call that is in the middle of a measurement, and what it has started: server and worker."""
+    with (folder / "stderr").open("w") as errors:
         process = subprocess.Popen(
-            command("--try", "scripted,engine-option=step_ms=6", "--output", str(tmp_path / "b")),
+            command("--try", "scripted,engine-option=step_ms=6", "--output", str(folder / "b")),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            env=os.environ | {"TMPDIR": str(tmp_path)},
+            env=os.environ | {"TMPDIR": str(folder)},
         )
-        said = tmp_path / "stderr"
-        eventually(lambda: "measuring" in said.read_text(), within_s=60)
-        (server,) = children(process.pid)
-        (worker,) = children(server)
+        started: list[int] = []
+        try:
+            said = folder / "stderr"
+            eventually(lambda: "measuring" in said.read_text(), within_s=60)
+            (server,) = children(process.pid)
+            started = [server, *children(server)]
+            assert len(started) == 2
+            yield process, started
+        finally:
+            process.kill()
+            process.wait()
+            for pid in filter(alive, started):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_leaves_nothing_running(tmp_path: Path, number: signal.Signals) -> None:
+    with measuring(tmp_path) as (process, started):
         process.send_signal(number)
         process.send_signal(number)  # in a hurry
         assert process.wait(30) == 130
-    eventually(lambda: not alive(server) and not alive(worker))
-    assert said.read_text().splitlines()[-1].startswith("tune: interrupted; what was measured is")
+        eventually(lambda: not any(map(alive, started)))
+    said = (tmp_path / "stderr").read_text().splitlines()
+    assert said[-1].startswith("tune: interrupted; what was measured is")
     assert not list(tmp_path.glob("roundhouse-*"))
+
+
+def test_not_even_kill_9_leaves_anything_running(tmp_path: Path) -> None:
+    with measuring(tmp_path) as (process, started):
+        process.kill()
+        eventually(lambda: not any(map(alive, started)))
 
 
 @pytest.mark.parametrize(

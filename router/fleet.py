@@ -14,6 +14,7 @@ from router.core.events import Limits
 from router.errors import Fault, RequestError
 from router.text.agreement import difference
 from router.text.tokenizer import Tokenizer
+from router.turns import Turns
 from shards.v1.shard_pb2 import Constraint, DescribeResponse, SchedulingKind
 
 DEFAULT_NAMES = frozenset({"", "tgi", "dummy"})
@@ -173,6 +174,7 @@ class Fleet:
         self._embed_calls: dict[str, EmbedCall] = {}
         self._prepare_calls: dict[str, PrepareCall] = {}
         self._ready = asyncio.Event()
+        self.turns = Turns(self._specs)
 
     # --- for users
 
@@ -322,6 +324,7 @@ class Fleet:
                     "give one of them another model name"
                 )
         self._agreed[card.name] = card
+        self.turns.over(card.name)
 
     def _replicas(self, card: GroupCard, coming: Mapping[str, GroupCard]) -> list[GroupCard]:
         """The other groups of a card's model: those that have been up, and those coming up."""

@@ -90,6 +90,7 @@ class Group:
                 await self._attempt()
             except (LinkDownError, MismatchError) as failure:
                 cause = str(failure)
+            self._fleet.turns.over(self.spec.name)
             if cause != self._cause:
                 log.warning("group %s is down: %s", self.spec.name, cause)
             self._cause = cause  # however often it prevents the next attempt, it is logged once
@@ -102,6 +103,7 @@ class Group:
             described = await all_of(link.describe() for link in links)
             card = card_of(self.spec, described)
             links = [links[place] for place in _places(described)]
+            await self._fleet.turns.wait(card.name, card.model)
             with self._fleet.claim(card):
                 tokenizer = await self._tokenizer(card, links[0])
                 await self._fleet.agree(card, tokenizer)

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from router import link
+from router import link, turns
 from router.config import GroupSpec, Settings
 from router.core.effects import Abandon
 from router.core.events import GroupDown, GroupUp, StepDone
@@ -316,6 +316,38 @@ async def test_two_models_and_two_replicas(scene: Scene) -> None:
     assert [group.name for group in fleet.model("m").groups] == ["g", "h"]
     assert fleet.model("m").max_total_tokens == 800  # as long as the roomier replica holds
     assert {up.group: up.model for up in scene.post.of(GroupUp)}["i"] == "mine"
+
+
+class Late(Liar):
+    """A worker that says who it is when others have come up, or have had the time for it."""
+
+    def __init__(self, post: Post) -> None:
+        super().__init__(lambda _plan: shard_pb2.Outcome())
+        self._post = post
+
+    async def Describe(self, request: Any, context: Any) -> shard_pb2.DescribeResponse:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._post.nth(GroupUp)
+        return self.description
+
+
+async def test_of_two_that_cannot_serve_together_the_first_one_named_does(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    fast = await scene.bench.start("a")
+    slow = scene.bench.address("late")
+    async with serving(Late(scene.post), slow):
+        scene.groups(GroupSpec("g", None, (slow,)), GroupSpec("h", None, (fast,)))
+        await until(lambda: "group h is down: group g serves m with 300 tokens" in caplog.text)
+        assert (await scene.post.nth(GroupUp)).group == "g"
+
+
+async def test_a_group_does_not_wait_for_one_whose_worker_is_not_there(scene: Scene) -> None:
+    here, gone = await scene.bench.start("a"), scene.bench.address("gone")
+    scene.groups(GroupSpec("g", None, (gone,)), GroupSpec("h", None, (here,)))
+    async with asyncio.timeout(turns.WAIT_S / 2):
+        assert (await scene.post.nth(GroupUp)).group == "h"
 
 
 async def test_pauses_grow_to_a_limit_and_begin_anew() -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 from tqdm import tqdm
@@ -11,6 +12,8 @@ from tqdm import tqdm
 from deploy.groups import LocalGroup
 from deploy.supervisor import LOOP_DEATHS, Died, Loading, News, Ready, Said
 
+# Where there is no bar, how often one hears how far a worker has loaded.
+LOADING_LINE_S = 5.0
 EXAMPLE = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
     "temperature": 0,
@@ -42,12 +45,15 @@ class Console:
     def __init__(self, *, as_json: bool) -> None:
         self._json = as_json
         self._bars: dict[str, Any] = {}
+        self._told_s: dict[str, float] = {}
 
     def tell(self, news: News) -> None:
         """Shows one piece of news of the supervisor."""
         match news:
             case Loading(worker, fraction):
                 self._bar(worker).update(fraction * 100 - self._bar(worker).n)
+                if self._bar(worker).disable:
+                    self._loading_line(worker, fraction)
             case Ready(worker, seconds, again):
                 self._drop_bar(worker)
                 back = "is back after a restart, loaded" if again else "loaded"
@@ -100,6 +106,13 @@ class Console:
         for worker in list(self._bars):
             self._drop_bar(worker)
 
+    def _loading_line(self, worker: str, fraction: float) -> None:
+        """How far it is; nothing of one that is soon ready."""
+        now_s = monotonic()
+        if now_s - self._told_s.setdefault(worker, now_s) >= LOADING_LINE_S:
+            self._told_s[worker] = now_s
+            self.say(f"{worker}: loading, {fraction:.0%}")
+
     def _bar(self, worker: str) -> Any:
         """The bar of a worker; draws nothing where there is no terminal."""
         if worker not in self._bars:
@@ -115,6 +128,7 @@ class Console:
 
     def _drop_bar(self, worker: str) -> None:
         """Removes the bar of a worker, if it has one."""
+        self._told_s.pop(worker, None)
         bar = self._bars.pop(worker, None)
         if bar is not None:
             bar.close()

@@ -4,15 +4,17 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deploy.tune_load import LoadError, measure
+from deploy.tune_load import LoadError, Tally, measure
+from deploy.tune_progress import Progress
 from deploy.tune_report import config_text
 from deploy.tune_search import Candidate, Numbers, Result, Search, Shape
-from deploy.tune_server import ServerError, serving
+from deploy.tune_server import Served, ServerError, last_death, loaded_share, serving
 
 # A window is long enough to average over some answers, and short enough to try much.
 WINDOW_MIN_S, WINDOW_MAX_S = 5.0, 30.0
@@ -20,6 +22,9 @@ WINDOW_MIN_S, WINDOW_MAX_S = 5.0, 30.0
 WINDOW_SHARE = 0.4
 WARM_SHARE = 0.25
 LOAD_GUESS_S = 5.0
+# The share of the time left that one candidate may take to load while others wait for their turn:
+# an engine that compiles for minutes must not keep the rest from being measured.
+LOAD_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,8 @@ class Subject:
     """What is tuned: the model as ``serve`` is told it, for which traffic, on which machine.
 
     ``name`` is the model's for people. ``identity`` tells the model's content from others of that
-    name; ``versions`` has the version of every engine.
+    name; ``versions`` has the version of every engine. ``others`` are the identities of the model's
+    other copies, each by the path that a candidate has for it.
     """
 
     name: str
@@ -37,10 +43,12 @@ class Subject:
     machine: str
     shape: Shape
     versions: dict[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def key(self, candidate: Candidate) -> str:
         """Names one measurement: the same key, the same numbers but for noise."""
-        facts = [self.machine, self.identity, asdict(self.shape), str(candidate)]
+        identity = self.others.get(candidate.model, self.identity)
+        facts = [self.machine, identity, asdict(self.shape), str(candidate)]
         return json.dumps([*facts, self.versions.get(candidate.engine, "")])
 
 
@@ -72,13 +80,13 @@ class Memory:
 
 @dataclass(slots=True)
 class Tuner:
-    """Runs a search. ``tell`` gets lines of progress. ``results`` has what was measured so far."""
+    """Runs a search. ``results`` has what was measured so far."""
 
     subject: Subject
     search: Search
     memory: Memory
     minutes: float
-    tell: Callable[[str], None]
+    progress: Progress
     results: list[Result] = field(default_factory=list)
     _ends_at: float = 0.0
 
@@ -94,24 +102,25 @@ class Tuner:
     async def _try(self, candidate: Candidate) -> Result:
         """One candidate's result, remembered or measured."""
         key = self.subject.key(candidate)
-        place = f"[{len(self.results) + 1} of about {self.search.planned()}] {candidate}"
+        number = len(self.results) + 1
+        place = f"[{number} of about {max(number, self.search.planned())}] {candidate}"
         if numbers := self.memory.get(key):
-            self.tell(f"{place}: {numbers.tokens_s:.1f} tokens/s, measured before")
+            self.progress.say(f"{place}: {numbers.tokens_s:.1f} tokens/s, measured before")
             return Result(candidate, numbers, cached=True)
-        left_s = self._ends_at - time.monotonic()
+        left_s = self._left_s()
         if left_s < self._load_guess(candidate.engine) + WINDOW_MIN_S:
-            return Result(candidate, problem="the time was up before its turn")
+            return Result(candidate, problem="the time was up before its turn", late=True)
         try:
             async with asyncio.timeout(left_s):
                 result = await self._measure(candidate, place)
         except TimeoutError:
-            result = Result(candidate, problem="the time was up before it was measured")
-        except (ServerError, LoadError, OSError) as error:
-            result = Result(candidate, problem=" ".join(str(error).split()))
+            result = Result(candidate, problem="the time was up before it was measured", late=True)
+        except OSError as error:
+            result = Result(candidate, problem=_line(error))
         if result.numbers:
             self.memory.put(key, result.numbers)
         else:
-            self.tell(f"{place}: {result.problem}")
+            self.progress.say(f"{place}: {result.problem}")
         return result
 
     async def _measure(self, candidate: Candidate, place: str) -> Result:
@@ -119,21 +128,62 @@ class Tuner:
         with tempfile.TemporaryDirectory(prefix="roundhouse-tune-") as folder:
             config, log = Path(folder) / "candidate.toml", Path(folder) / "server.log"
             config.write_text(config_text(self.subject, candidate))
-            self.tell(f"{place}: loading ...")
-            async with serving(config, log) as served:
-                window_s = self._window()
-                self.tell(
-                    f"{place}: loaded in {served.load_s:.0f} s, measuring {window_s:.0f} s ..."
-                )
-                warm_s = window_s * WARM_SHARE
-                numbers = await measure(served.address, self.subject.shape, warm_s, window_s)
-                self.tell(f"{place}: {numbers.tokens_s:.1f} tokens/s")
-                return Result(candidate, numbers, load_s=served.load_s)
+            try:
+                async with self._loaded(config, log, place) as served:
+                    numbers = await self._under_load(served, place)
+            except _SlowError as error:
+                return Result(candidate, problem=_line(error), late=True)
+            except ServerError as error:
+                return Result(candidate, problem=_line(error))
+            except LoadError as error:
+                # What clients saw follows from what befell the worker.
+                return Result(candidate, problem=last_death(log) or _line(error))
+            return Result(candidate, numbers, load_s=served.load_s)
+
+    @asynccontextmanager
+    async def _loaded(self, config: Path, log: Path, place: str) -> AsyncIterator[Served]:
+        """A server that is ready. Raises ``_SlowError`` if it takes too much of the time left."""
+        self.progress.say(f"{place}: loading ...")
+        limit_s = self._load_limit_s()
+        async with AsyncExitStack() as stack:
+            try:
+                async with (
+                    self.progress.during(lambda: " ".join(("loading", *loaded_share(log)))),
+                    asyncio.timeout(limit_s),
+                ):
+                    served = await stack.enter_async_context(serving(config, log))
+            except TimeoutError:
+                raise _SlowError(
+                    f"not ready after {limit_s:.0f} s, which was its share of the time;"
+                    " --minutes gives more"
+                ) from None
+            yield served
+
+    async def _under_load(self, served: Served, place: str) -> Numbers:
+        """What is measured under the traffic."""
+        window_s, tally = self._window(), Tally()
+        self.progress.say(
+            f"{place}: loaded in {served.load_s:.0f} s, measuring {window_s:.0f} s ..."
+        )
+        async with self.progress.during(tally.words):
+            numbers = await measure(
+                served.address, self.subject.shape, window_s * WARM_SHARE, window_s, tally
+            )
+        self.progress.say(f"{place}: {numbers.tokens_s:.1f} tokens/s")
+        return replace(numbers, dtype=served.dtype)
+
+    def _left_s(self) -> float:
+        return self._ends_at - time.monotonic()
+
+    def _load_limit_s(self) -> float:
+        """How long a candidate may load: all the time if it is the last, or a share of it."""
+        last = self.search.planned() - len(self.results) <= 1
+        return max(0.0, self._left_s() - WINDOW_MIN_S) * (1.0 if last else LOAD_SHARE)
 
     def _window(self) -> float:
         """How long the next measurement may last, so that the rest gets its turn."""
         turns = max(1, self.search.planned() - len(self.results))
-        share_s = (self._ends_at - time.monotonic()) / turns * WINDOW_SHARE
+        share_s = self._left_s() / turns * WINDOW_SHARE
         return min(WINDOW_MAX_S, max(WINDOW_MIN_S, share_s))
 
     def _load_guess(self, engine: str) -> float:
@@ -142,6 +192,14 @@ class Tuner:
         return max(known, default=0.0) or LOAD_GUESS_S
 
 
+class _SlowError(Exception):
+    """A candidate took more of the time for loading than it may."""
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def unfinished(results: Iterable[Result]) -> bool:
-    """Whether the time was up before everything had its turn."""
-    return any(result.problem.startswith("the time was up") for result in results)
+    """Whether there was too little time for something."""
+    return any(result.late for result in results)

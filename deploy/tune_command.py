@@ -4,18 +4,20 @@ import asyncio
 import os
 import re
 import signal
-from collections.abc import Coroutine, Sequence
+import sys
+from collections.abc import Coroutine, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploy.engine_probe import READY, Report, probe_all
-from deploy.engines import ENGINES, format_of
+from deploy.engine_probe import READY, Report, lacking, probe_all
+from deploy.engines import ENGINES, Facts, format_of
 from deploy.hardware import Hardware, detect
-from deploy.models import ModelNotFound, resolve
+from deploy.models import Model, ModelNotFound, resolve
 from deploy.options import UserError
+from deploy.tune_progress import Progress
 from deploy.tune_report import comment, config_text, svg, table
 from deploy.tune_search import Candidate, Result, Search, Setting, Shape, base, parse, space, winner
 
@@ -27,7 +29,7 @@ BUSY_SHARE = 0.5
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option("--file", default="", metavar="NAME", help="Which GGUF file, as serve has it.")
 @click.option(
     "--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="P",
@@ -58,42 +60,77 @@ BUSY_SHARE = 0.5
     help="The config file to write; the plot (.svg) and the measurements (.json) go beside it. "
     "Default: roundhouse-MODEL.toml",
 )  # fmt: skip
-def tune(model: str | None, **options: Any) -> None:
+def tune(models: tuple[str, ...], **options: Any) -> None:
     """Find the fastest engine and settings for MODEL, on this machine, with your traffic.
 
     Starts a server for each candidate in turn, loads it with streaming requests, and measures what
     clients get. Writes the winner as a file for 'roundhouse serve --config'. A second call measures
     only what is new. Needs the machine for itself.
 
+    Engines read different formats: give several MODELs, which are copies of one, to compare them
+    all.
+
     \b
     Examples:
       roundhouse tune ./model.gguf --prompt-tokens 500 --new-tokens 200 --concurrency 16
+      roundhouse tune ./model ./model-Q8_0.gguf
       roundhouse tune ./model --engine torch --engine vllm --minutes 20
       roundhouse tune ./model.gguf --try llamacpp,threads=4 --try llamacpp,engine-option=flash=off
     """
+    progress = Progress(sys.stderr)
     shape = Shape(options["prompt_tokens"], options["new_tokens"], options["concurrency"])
-    hardware = detect()
     asked = [_parsed(text) for text in options["tries"]]
     names: tuple[str, ...] = options["names"]
-    reports = _usable(model, options["file"], names, [one.engine for one in asked], hardware)
-    subject = _subject(model, options["file"], shape, hardware, reports)
-    chosen = names or (() if asked else tuple(report.facts.name for report in reports))
-    bases = [*(base(name, shape) for name in chosen), *asked]
+    hardware = detect()
+    copies = copies_of(models, options["file"])
+    progress.say("asking each engine in its own interpreter ...")
+    reports = _usable(copies, names, asked, hardware)
+    ready = [report for report in reports if report.state == READY]
+    chosen = names or (() if asked else tuple(report.facts.name for report in ready))
+    subject = _subject(copies, options["file"], shape, hardware, ready, asked)
     output = options["output"] or Path(f"roundhouse-{_plain(subject.name)}.toml")
-
     if not os.access(output.absolute().parent, os.W_OK):
         raise UserError(f"cannot write into folder {output.absolute().parent}; choose --output")
+    minutes: float = options["minutes"]
+    progress.say(f"{subject.name}, {shape}; at most {minutes:g} min")
+    for line in (*_left_out(reports, hardware), *_busy(hardware)):
+        progress.say(line)
+    bases = [*bases_of(copies, chosen, shape), *asked]
 
     def settings(engine: str) -> Sequence[Setting]:
         on_cpu = not any(kind in ENGINES[engine].devices for kind in hardware.kinds[:-1])
         return space(engine, hardware.cores, shape, on_cpu=on_cpu) if engine in chosen else ()
 
-    click.echo(f"tune: {subject.name}, {shape}", err=True)
+    _run(subject, Search(bases, settings), minutes, output, progress)
+
+
+def bases_of(copies: Mapping[str, str], chosen: Sequence[str], shape: Shape) -> list[Candidate]:
+    """Each engine on each copy that it reads; only further copies are a setting."""
+    first = next(iter(copies))
+    return [
+        base(name, shape, model if model != first else "")
+        for name in chosen
+        for model in _reads(ENGINES[name], copies)
+    ]
+
+
+def _left_out(reports: Sequence[Report], hardware: Hardware) -> list[str]:
+    """The engines that could run on this machine, and what hinders them."""
+    return [
+        f"without {report.facts.name}: {report.why}; {report.mend}"
+        for report in reports
+        if report.state != READY and not lacking(report.facts, hardware)
+    ]
+
+
+def _busy(hardware: Hardware) -> list[str]:
     load = os.getloadavg()[0]
-    if load > BUSY_SHARE * hardware.cores:
-        busy = f"tune: this machine is busy (load {load:.1f} on {hardware.cores} cores); "
-        click.echo(busy + "what else runs takes its share of every number", err=True)
-    _run(subject, Search(bases, settings), options["minutes"], output)
+    if load <= BUSY_SHARE * hardware.cores:
+        return []
+    return [
+        f"this machine is busy (load {load:.1f} on {hardware.cores} cores); what else runs takes"
+        " its share of every number"
+    ]
 
 
 def _parsed(text: str) -> Candidate:
@@ -103,63 +140,99 @@ def _parsed(text: str) -> Candidate:
         raise click.UsageError(f"--try {text}: {error}") from error
     if candidate.engine not in ENGINES:
         raise click.UsageError(f"--try {text}: there is no engine {candidate.engine}")
-    return candidate
+    return candidate.adding("model", _typed(candidate.model)) if candidate.model else candidate
+
+
+def _typed(model: str) -> str:
+    """A model as any folder understands it: a path in full, or the id on the hub."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if model and path.exists() else model
+
+
+def copies_of(models: Sequence[str], file: str) -> dict[str, str]:
+    """The copies of the model, each with its format. Raises ``UserError`` if one is not there.
+
+    The first one's name is "" if none is given, which is the embedded model.
+    """
+    try:
+        return {_typed(one): format_of(one or None, file or None) for one in models or ("",)}
+    except ModelNotFound as error:
+        raise UserError(str(error)) from error
+
+
+def _reads(facts: Facts, copies: Mapping[str, str]) -> list[str]:
+    """The copies that an engine can read; one without formats takes anything, so the first."""
+    able = [one for one, model_format in copies.items() if model_format in facts.formats]
+    return able if facts.formats else list(copies)[:1]
 
 
 def _usable(
-    model: str | None, file: str, names: Sequence[str], tried: Sequence[str], hardware: Hardware
+    copies: Mapping[str, str], names: Sequence[str], tried: Sequence[Candidate], hardware: Hardware
 ) -> list[Report]:
-    """The engines that can serve the model here.
+    """The engines that were asked for, or all that read the model; at least one of them is ready.
 
-    Raises ``UserError`` if one that was asked for cannot, or if none can.
+    Raises ``UserError`` if one that was asked for cannot serve the model here, or if none can.
     """
-    asked = list(dict.fromkeys((*names, *tried)))
-    if asked == ["scripted"]:
-        return probe_all(hardware, asked)
-    try:
-        model_format = format_of(model, file or None)
-    except ModelNotFound as error:
-        raise UserError(str(error)) from error
-    able = [name for name, facts in ENGINES.items() if model_format in facts.formats]
+    asked = list(dict.fromkeys((*names, *(one.engine for one in tried))))
+    able = [name for name, facts in ENGINES.items() if facts.formats and _reads(facts, copies)]
     reports = probe_all(hardware, asked or able)
+    # What has a copy of its own is read from there.
+    elsewhere = {one.engine for one in tried if one.model}
+    formats = " or ".join(dict.fromkeys(copies.values()))
     for report in reports:
         facts = report.facts
         if asked and report.state != READY:
             raise UserError(f"{facts.name} cannot run here: {report.why}; {report.mend}")
-        if asked and facts.formats and facts.name not in able:
-            raise UserError(f"{facts.name} does not read {model_format} models")
-    ready = [report for report in reports if report.state == READY]
-    if not ready:
+        needed = facts.name in names or facts.name not in elsewhere
+        if asked and needed and not _reads(facts, copies):
+            raise UserError(f"{facts.name} does not read {formats} models")
+    if not any(report.state == READY for report in reports):
         raise UserError(
-            f"no engine that reads {model_format} models can run here;"
-            " 'roundhouse engines' says why"
+            f"no engine that reads {formats} models can run here; 'roundhouse engines' says why"
         )
-    return ready
+    return reports
 
 
 def _subject(
-    model: str | None, file: str, shape: Shape, hardware: Hardware, reports: Sequence[Report]
+    copies: Mapping[str, str],
+    file: str,
+    shape: Shape,
+    hardware: Hardware,
+    ready: Sequence[Report],
+    tried: Sequence[Candidate],
 ) -> "Subject":
-    """What is tuned; the model is downloaded now if it is on the hub, not in a candidate's time."""
+    """What is tuned; a model is downloaded now if it is on the hub, not in a candidate's time."""
     from deploy.tune import Subject
 
-    engine = reports[0].facts.name
-    try:
-        found = resolve(model, engine=engine, file=file or None, revision=None)
-    except ModelNotFound as error:
-        raise UserError(str(error)) from error
-    local = model is not None and found.path is not None and Path(model).expanduser().exists()
-    typed = str(Path(model).expanduser().resolve()) if model is not None and local else model or ""
+    first, *more = copies
+    found = _found(first, _reader(first, copies, ready), file)
+    own = {one: _reader(one, copies, ready) for one in more}
+    own |= {one.model: one.engine for one in tried if one.model}
     ours = version("roundhouse-llm")
     return Subject(
         found.model_id,
-        typed,
+        first,
         file,
-        _identity(found.path) if found.path else typed,
+        _identity(found.path) if found.path else first,
         hardware.fingerprint(),
         shape,
-        {one.facts.name: f"{one.version} in {ours}" for one in reports},
+        {one.facts.name: f"{one.version} in {ours}" for one in ready},
+        {one: _identity(_found(one, engine).path or Path(one)) for one, engine in own.items()},
     )
+
+
+def _reader(model: str, copies: Mapping[str, str], ready: Sequence[Report]) -> str:
+    """An engine that reads a copy; of one that nothing reads, any: only tries are served then."""
+    names = [report.facts.name for report in ready]
+    return next((name for name in names if model in _reads(ENGINES[name], copies)), names[0])
+
+
+def _found(model: str, engine: str, file: str = "") -> Model:
+    """A model on this machine. Raises ``UserError``."""
+    try:
+        return resolve(model or None, engine=engine, file=file or None, revision=None)
+    except ModelNotFound as error:
+        raise UserError(str(error)) from error
 
 
 def _identity(path: Path) -> str:
@@ -174,20 +247,20 @@ def _plain(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name.removesuffix(".gguf")).strip("-")
 
 
-def _run(subject: "Subject", search: Search, minutes: float, output: Path) -> None:
+def _run(
+    subject: "Subject", search: Search, minutes: float, output: Path, progress: Progress
+) -> None:
     """Measures, and says and writes what came of it, after an interrupt too."""
     from deploy.tune import Memory, Tuner, unfinished
 
     memory = output.with_suffix(".json")
-    tuner = Tuner(
-        subject, search, Memory(memory), minutes, lambda line: click.echo(f"tune: {line}", err=True)
-    )
+    tuner = Tuner(subject, search, Memory(memory), minutes, progress)
     try:
         asyncio.run(_until_signalled(tuner.run()))
     except asyncio.CancelledError:
         if tuner.results:
             click.echo("\n".join(table(tuner.results, None)))
-        click.echo(f"tune: interrupted; what was measured is kept in {memory}", err=True)
+        progress.say(f"interrupted; what was measured is kept in {memory}")
         raise click.Abort from None
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
@@ -196,7 +269,7 @@ def _run(subject: "Subject", search: Search, minutes: float, output: Path) -> No
         raise UserError(f"nothing could be measured: {_first_problem(tuner.results)}")
     click.echo("\n".join(table(tuner.results, best)))
     if unfinished(tuner.results):
-        click.echo("tune: the time was up; --minutes gives more, and goes on from here", err=True)
+        progress.say("the time was up; --minutes gives more, and goes on from here")
     _write(subject, tuner.results, best, output)
 
 

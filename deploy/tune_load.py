@@ -50,6 +50,18 @@ class Tally:
     finished_events: int = 0
     finished_tokens: int = 0
     warm_clients: int = 0
+    clients: int = 0
+    opened_s: float = 0.0
+
+    def begin(self) -> None:
+        """From now on it counts."""
+        self.open, self.opened_s = True, time.monotonic()
+
+    def words(self) -> str:
+        """How far it is, for people."""
+        if not self.open:
+            return f"warming up: {self.warm_clients} of {self.clients} clients have had an answer"
+        return f"measuring: {self.events / max(0.1, time.monotonic() - self.opened_s):.0f} events/s"
 
     def arrived(self, events: int, since_s: float, *, first: bool) -> None:
         """Some events came together, ``since_s`` after the request or the last ones."""
@@ -81,15 +93,18 @@ def _percentile_ms(values_s: list[float], share: float) -> float:
     return round(ordered[index] * 1e3, 2) if ordered else 0.0
 
 
-async def measure(address: Address, shape: Shape, warm_s: float, window_s: float) -> Numbers:
-    """Warms up, then measures for ``window_s`` seconds. Raises ``LoadError``.
+async def measure(
+    address: Address, shape: Shape, warm_s: float, window_s: float, tally: Tally
+) -> Numbers:
+    """Warms up, then measures for ``window_s`` seconds, in an empty tally. Raises ``LoadError``.
 
     The clients' first answers have different lengths, so that afterwards some are at their prompt
     while others are in their answer, as on a real server. The warm-up lasts until each has had one,
     at least ``warm_s`` and at most four times that.
     """
     pool = await vocabulary(address)
-    tally, draw = Tally(), random.Random(shape.concurrency)  # noqa: S311 - not for secrets
+    draw = random.Random(shape.concurrency)  # noqa: S311 - not for secrets
+    tally.clients = shape.concurrency
     clients = [
         asyncio.create_task(_client(address, shape, pool, tally, draw.random()), name=f"client {n}")
         for n in range(shape.concurrency)
@@ -100,12 +115,12 @@ async def measure(address: Address, shape: Shape, warm_s: float, window_s: float
             await _run(clients, min(0.1, warm_s))
             if time.monotonic() - began > 4 * warm_s:
                 break
-        tally.open, began = True, time.monotonic()
+        tally.begin()
         await _run(clients, window_s)
         tally.open = False
         if not tally.events:
             raise LoadError(f"no token came within {window_s:.0f} s")
-        return tally.numbers(time.monotonic() - began)
+        return tally.numbers(time.monotonic() - tally.opened_s)
     finally:
         for client in clients:
             client.cancel()

@@ -19,13 +19,13 @@ _COUNTS = ("threads", "step-tokens-max", "kv-tokens", "sequences-max", "num-shar
 def config_text(subject: "Subject", candidate: Candidate, comment: str = "") -> str:
     """The TOML file that makes ``serve --config`` serve the model as this candidate did."""
     lines = [f"# {line}".rstrip() for line in comment.splitlines()]
-    if subject.model:
-        lines.append(f"model = {_text(subject.model)}")
-    if subject.file:
+    if model := candidate.model or subject.model:
+        lines.append(f"model = {_text(model)}")
+    if subject.file and not candidate.model:
         lines.append(f"file = {_text(subject.file)}")
     lines.append(f"engine = {_text(candidate.engine)}")
     for option, value in candidate.settings:
-        if option != "engine-option":
+        if option not in ("engine-option", "model"):
             lines.append(f"{option} = {value if option in _COUNTS else _text(value)}")
     own = [value for option, value in candidate.settings if option == "engine-option"]
     if own:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 # The options of ``serve`` that a candidate may set.
 OPTIONS = (
-    *("threads", "step-tokens-max", "dtype", "kv-tokens", "sequences-max", "device", "num-shard"),
-    "engine-option",
+    *("model", "threads", "step-tokens-max", "dtype", "kv-tokens", "sequences-max", "device"),
+    *("num-shard", "engine-option"),
 )
 # Engines whose defaults reach this share of the best are worth refining after it.
 REFINED_SHARE = 0.6
@@ -40,23 +40,32 @@ class Shape:
 class Candidate:
     """An engine with settings: pairs of an option of ``serve`` and its value, in order.
 
-    An engine's own option is ``engine-option`` with the value KEY=VALUE.
+    An engine's own option is ``engine-option`` with the value KEY=VALUE. ``model`` is a setting of
+    those that serve another copy of the model than the first.
     """
 
     engine: str
     settings: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        shown = (
-            value if option == "engine-option" else f"{option}={value}"
-            for option, value in self.settings
-        )
-        return " ".join((self.engine, *shown))
+        return " ".join((self.engine, *(_shown(*pair) for pair in self.settings)))
+
+    @property
+    def model(self) -> str:
+        """Its own copy of the model; "": the first."""
+        return dict(self.settings).get("model", "")
 
     def adding(self, option: str, value: str) -> "Candidate":
         """The same with one setting more, which takes the place of what it contradicts."""
         kept = (pair for pair in self.settings if _subject(*pair) != _subject(option, value))
         return Candidate(self.engine, tuple(sorted((*kept, (option, value)))))
+
+
+def _shown(option: str, value: str) -> str:
+    """A setting in a table: as it is typed, but for names that go without saying."""
+    if option == "engine-option":
+        return value
+    return f"{option}={value.rstrip('/').rpartition('/')[2] if option == 'model' else value}"
 
 
 def _subject(option: str, value: str) -> str:
@@ -91,9 +100,14 @@ class Setting:
 Space = Callable[[str], Sequence[Setting]]
 
 
-def base(engine: str, shape: Shape) -> Candidate:
-    """An engine with its defaults, and the places that this traffic needs."""
+def base(engine: str, shape: Shape, model: str = "") -> Candidate:
+    """An engine with its defaults, and the places that this traffic needs.
+
+    ``model`` is the copy of the model that it serves, if that is not the first.
+    """
     candidate = Candidate(engine)
+    if model:
+        candidate = candidate.adding("model", model)
     if shape.concurrency > SEQUENCES_DEFAULT:
         candidate = candidate.adding("sequences-max", str(shape.concurrency))
     return candidate
@@ -102,13 +116,10 @@ def base(engine: str, shape: Shape) -> Candidate:
 def space(engine: str, cores: int, shape: Shape, *, on_cpu: bool) -> tuple[Setting, ...]:
     """The settings worth trying for an engine, the most promising first."""
     settings: list[Setting] = []
-    if engine in ("torch", "jax", "vllm"):
-        why = "half the memory traffic, or the width that the processor is fastest at"
-        settings.append(Setting("dtype", ("bfloat16", "float32"), why))
     if engine == "llamacpp":
         why = "flash attention is faster for many sequences, and not for every prompt"
         settings.append(Setting("engine-option", ("flash=off",), why))
-    if on_cpu and engine in ("llamacpp", "torch"):
+    if on_cpu and engine in ("llamacpp", "torch", "vllm"):
         counts = dict.fromkeys(str(count) for count in (cores, cores - 1) if count > 0)
         why = "a fixed number of threads, instead of one that follows the machine's load"
         settings.append(Setting("threads", tuple(counts), why))
@@ -122,6 +133,10 @@ def space(engine: str, cores: int, shape: Shape, *, on_cpu: bool) -> tuple[Setti
     if needed > KV_TOKENS_DEFAULT:
         why = "a cache that holds all requests at once"
         settings.append(Setting("kv-tokens", (str(-(-needed // 1024) * 1024),), why))
+    if engine in ("torch", "jax", "vllm"):
+        # Last, as they choose well, and may have to compile everything anew.
+        why = "half the memory traffic, or the width that the processor is fastest at"
+        settings.append(Setting("dtype", ("bfloat16", "float32"), why))
     return tuple(settings)
 
 
@@ -130,7 +145,7 @@ class Numbers:
     """What was measured: output tokens a second over all requests, and what one client feels.
 
     Times are in milliseconds. ``requests`` had their first token within the measurement, which took
-    ``seconds``.
+    ``seconds``. ``dtype`` is the element type that the engine computed in.
     """
 
     tokens_s: float
@@ -139,22 +154,32 @@ class Numbers:
     gap_p99_ms: float
     requests: int
     seconds: float
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One candidate's numbers; without them, ``problem`` says in one line why there are none."""
+    """One candidate's numbers; without them, ``problem`` says in one line why there are none.
+
+    ``late``: more time would have helped.
+    """
 
     candidate: Candidate
     numbers: Numbers | None = None
     problem: str = ""
     cached: bool = False
     load_s: float = 0.0
+    late: bool = False
 
     @property
     def score(self) -> float:
         """Output tokens a second; 0 for a failure."""
         return self.numbers.tokens_s if self.numbers else 0.0
+
+    @property
+    def dtype(self) -> str:
+        """What it computed in, whether or not it was told to; "" if that is not known."""
+        return self.numbers.dtype if self.numbers else ""
 
 
 @dataclass(slots=True)
@@ -176,8 +201,10 @@ class Search:
                 continue
             for setting in self.space(engine):
                 for value in setting.values:
-                    candidate = self._best(engine).candidate.adding(setting.option, value)
-                    if candidate not in self.results:
+                    best = self._best(engine)
+                    candidate = best.candidate.adding(setting.option, value)
+                    same = setting.option == "dtype" and best.dtype == value
+                    if not same and candidate not in self.results:
                         yield candidate
 
     def tell(self, result: Result) -> None:
@@ -211,6 +238,9 @@ def winner(results: Sequence[Result]) -> Result | None:
     near = [result for result in results if result.numbers and result.score >= top * (1 - NOISE)]
     return min(
         near,
-        key=lambda one: (len(one.candidate.settings), one.numbers.gap_p99_ms if one.numbers else 0),
+        key=lambda one: (
+            sum(option != "model" for option, _ in one.candidate.settings),
+            one.numbers.gap_p99_ms if one.numbers else 0,
+        ),
         default=None,
     )

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -16,11 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.environment import last_line
-from deploy.tune_load import Address
+from deploy.tune_load import ANSWER_S, Address
 
 # How long a server may take to leave; nobody waits for an answer by then.
 LEAVE_S = 5.0
 ERROR = "roundhouse: error: "
+# How the server says that a worker has ended, and how far one has loaded; see ``console``.
+DIED = re.compile(r"(.+?)(?: \(death \d+ in a row\))?; starting .+ again in [\d.]+ s")
+LOADING = re.compile(r".+: loading, (\d+%)")
+# How much of a log's end is read, in bytes.
+TAIL = 1 << 14
 
 
 class ServerError(Exception):
@@ -29,10 +35,11 @@ class ServerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server that is ready, and how long it took, in seconds."""
+    """A server that is ready, how long it took, in seconds, and the element type it computes in."""
 
     address: Address
     load_s: float
+    dtype: str
 
 
 @asynccontextmanager
@@ -55,8 +62,9 @@ async def serving(config: Path, log: Path) -> AsyncIterator[Served]:
             start_new_session=True,
         )
     try:
-        address = await _ready(process, log)
-        yield Served(address, time.monotonic() - began)
+        address, grpc_address = await _ready(process, log)
+        load_s = time.monotonic() - began
+        yield Served(address, load_s, await _dtype(grpc_address))
     finally:
         await _end(process)
 
@@ -69,18 +77,59 @@ def clean(env: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in env.items() if key not in options}
 
 
-async def _ready(process: asyncio.subprocess.Process, log: Path) -> Address:
-    """Waits for the line that says where it listens."""
+def loaded_share(log: Path) -> list[str]:
+    """How far a worker has loaded, as the server said it last; empty if it has said nothing."""
+    return [found[1] for found in map(LOADING.fullmatch, messages(log)) if found][-1:]
+
+
+def last_death(log: Path) -> str:
+    """Which worker ended last, and why; "" if all live."""
+    deaths = [found[1] for found in map(DIED.fullmatch, messages(log)) if found]
+    return deaths[-1] if deaths else ""
+
+
+def messages(log: Path) -> list[str]:
+    """The latest lines that the server has said, without what is around them."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL))
+        return [_message(line) for line in file.read().decode(errors="replace").splitlines()]
+    return []
+
+
+def _message(line: str) -> str:
+    try:
+        return str(json.loads(line)["message"])
+    except (ValueError, TypeError, KeyError):
+        return line
+
+
+async def _ready(process: asyncio.subprocess.Process, log: Path) -> tuple[Address, str]:
+    """Waits for the line that says where it listens, with REST and with gRPC."""
     assert process.stdout is not None, "it was started with a pipe"
     async for line in process.stdout:
         with contextlib.suppress(ValueError):
             said = json.loads(line)
             if said.get("event") == "ready":
                 host, _, port = said["rest"].removeprefix("http://").rpartition(":")
-                return Address(host, int(port))
+                return Address(host, int(port)), said["grpc"]
     await process.wait()
     reason = last_line(await asyncio.to_thread(log.read_text, errors="replace"))
     raise ServerError(reason.removeprefix(ERROR))
+
+
+async def _dtype(address: str) -> str:
+    """What its only group says that it computes in. Raises ``ServerError``."""
+    import grpc.aio
+
+    from router.v1 import router_pb2, router_pb2_grpc
+
+    try:
+        async with grpc.aio.insecure_channel(address) as channel:
+            ask = router_pb2_grpc.InferenceStub(channel).ListModels
+            answer = await ask(router_pb2.ListModelsRequest(), timeout=ANSWER_S)
+    except grpc.aio.AioRpcError as error:
+        raise ServerError(f"the server does not list its models: {error.details()}") from error
+    return str(answer.models[0].groups[0].dtype)
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -69,6 +69,21 @@ def test_away_from_a_terminal_there_is_no_bar(capsys: pytest.CaptureFixture[str]
     ]
 
 
+def test_away_from_a_terminal_a_slow_worker_says_now_and_then_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 4.9, 5.0, 6.0, 10.1])
+    monkeypatch.setattr("deploy.console.monotonic", lambda: next(clock))
+    console = Console(as_json=False)
+    for fraction in (0.1, 0.2, 0.3, 0.4, 0.5):
+        console.tell(Loading("worker 0", fraction))
+    console.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "worker 0: loading, 30%",
+        "worker 0: loading, 50%",
+    ]
+
+
 def test_json_output_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(as_json=True)
     console.tell(Said("worker 0", "line"))

@@ -1,5 +1,8 @@
 """Finding the fastest candidate: the order of the search, and real servers, scripted engine."""
 
+import asyncio
+import io
+import itertools
 import json
 import os
 import signal
@@ -8,13 +11,16 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 
+from deploy import tune_command
 from deploy.tune import Memory, Subject
 from deploy.tune_load import Tally
+from deploy.tune_progress import Progress
 from deploy.tune_report import comment, config_text, svg, table
 from deploy.tune_search import (
     Candidate,
@@ -106,12 +112,94 @@ def test_a_setting_takes_the_place_of_what_it_contradicts() -> None:
     assert str(changed) == "llamacpp exact=1 flash=off threads=1"
 
 
+def test_what_an_engine_computes_in_by_itself_is_not_tried_again() -> None:
+    dtypes = Setting("dtype", ("bfloat16", "float32"), "why")
+    search = Search([parse("a")], lambda _: (dtypes,))
+    order = []
+    for candidate in search.following():
+        order.append(str(candidate))
+        used = dict(candidate.settings).get("dtype", "float32")
+        search.tell(Result(candidate, replace(numbers(1.0), dtype=used)))
+    assert order == ["a", "a dtype=bfloat16"]
+
+
+def test_each_engine_is_tried_on_each_copy_of_the_model_that_it_reads(tmp_path: Path) -> None:
+    folder, file = tmp_path / "model", tmp_path / "model.Q8_0.gguf"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    file.write_bytes(b"")
+    copies = tune_command.copies_of((str(folder), str(file)), "")
+    assert copies == {str(folder): "safetensors", str(file): "gguf"}
+    bases = tune_command.bases_of(copies, ("llamacpp", "torch", "vllm"), SHAPE)
+    shown = [str(candidate) for candidate in bases]
+    assert shown == [
+        "llamacpp model=model.Q8_0.gguf",
+        "torch",
+        "torch model=model.Q8_0.gguf",
+        "vllm",
+    ]
+    # Another copy is no setting that makes a candidate less simple.
+    near = [found("vllm,threads=1", 100.5), Result(bases[0], numbers(100.0))]
+    assert winner(near) is near[1]
+    subject = replace(SUBJECT, file="Q4", others={str(file): "other content"})
+    assert tomllib.loads(config_text(subject, bases[0])) == {
+        "model": str(file),
+        "engine": "llamacpp",
+    }
+    same_names = replace(subject, others={str(file): "yet another"})
+    assert subject.key(bases[0]) != same_names.key(bases[0])
+    assert subject.key(bases[1]) == same_names.key(bases[1])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("out", [io.StringIO(), Terminal()], ids=["file", "terminal"])
+async def test_what_takes_long_is_seen_to_go_on(
+    out: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.tune_progress.FILE_S", 0.01)
+    monkeypatch.setattr("deploy.tune_progress.TERMINAL_S", 0.01)
+    calls = itertools.count(1)
+    seen = asyncio.Event()
+
+    def now() -> str:
+        if (call := next(calls)) == 3:
+            seen.set()
+        return f"step {call}"
+
+    progress = Progress(out)
+    progress.say("loading ...")
+    async with progress.during(now):
+        await asyncio.wait_for(seen.wait(), 30)
+    progress.say("done")
+    shown = out.getvalue()
+    if out.isatty():
+        # One line, written over and erased at the end.
+        first, ticks, end = shown.split("\n")
+        assert first == "\r\033[Ktune: loading ..."
+        assert ticks.startswith("\r\033[Ktune:   step 1, 0 s\r\033[Ktune:   step 2, 0 s")
+        assert ticks.endswith("\r\033[K\r\033[Ktune: done")
+        assert end == ""
+    else:
+        assert shown.splitlines()[:3] == [
+            "tune: loading ...",
+            "tune:   step 1, 0 s",
+            "tune:   step 2, 0 s",
+        ]
+        assert shown.endswith("\ntune: done\n")
+
+
 def test_the_space_leaves_out_what_cannot_matter() -> None:
     def options(engine: str, shape: Shape, *, on_cpu: bool = True) -> dict[str, tuple[str, ...]]:
         found = space(engine, 2, shape, on_cpu=on_cpu)
         assert all(setting.why for setting in found)
         return {setting.option: setting.values for setting in found}
 
+    assert "threads" in options("vllm", Shape(32, 64, 1))
+    assert "threads" not in options("vllm", Shape(32, 64, 1), on_cpu=False)
     small = options("llamacpp", Shape(32, 64, 1))
     assert small == {"engine-option": ("flash=off",), "threads": ("2", "1")}
     large = options("torch", Shape(2000, 500, 32), on_cpu=False)
@@ -220,10 +308,12 @@ def command(*arguments: str, program: tuple[str, str] = ("-m", "deploy.cli")) ->
     return [sys.executable, *program, "tune", *shape, *arguments]
 
 
-def tune(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def tune(
+    folder: Path, *arguments: str, program: str = QUICK, **env: str
+) -> subprocess.CompletedProcess[str]:
     output = ("--output", str(folder / "best.toml"))
     return subprocess.run(
-        command(*output, *arguments, program=("-c", QUICK)),
+        command(*output, *arguments, program=("-c", program)),
         env=os.environ | {"TMPDIR": str(folder)} | env,
         check=False,
         capture_output=True,
@@ -274,7 +364,23 @@ def test_a_candidate_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> 
     rows = {line.split()[-1 if "*" in line else 1]: line for line in result.stdout.splitlines()[:4]}
     assert "unknown engine option no_such" in rows["no_such=1"]
     assert rows["crash_after_steps=2"].split()[2] == "-"
+    assert "worker 0: " in rows["crash_after_steps=2"], "why it died, not what a client saw of it"
     assert tomllib.loads((tmp_path / "best.toml").read_text())["engine-option"] == ["step_ms=6"]
+
+
+def test_a_candidate_that_loads_for_too_long_leaves_time_for_the_others(tmp_path: Path) -> None:
+    slow, fine = [f"scripted,engine-option=step_ms={ms}" for ms in (5, 6)]
+    result = tune(
+        *(tmp_path, "--try", slow, "--try", fine, *AMPLE),
+        program=f"import deploy.tune\ndeploy.tune.LOAD_SHARE = 1e-4\n{QUICK}",
+    )
+    assert result.returncode == 0, result.stderr
+    best, late = result.stdout.splitlines()[1:3]
+    assert best.split()[:3] == ["*", "scripted", "step_ms=6"]
+    assert "step_ms=5" in late
+    assert "not ready after 0 s, which was its share of the time; --minutes gives more" in late
+    assert "--minutes gives more, and goes on from here" in result.stderr
+    assert not list(tmp_path.glob("roundhouse-*")), "the one that was given up is cleared away"
 
 
 def test_if_nothing_can_be_measured_the_first_reason_is_the_error(tmp_path: Path) -> None:

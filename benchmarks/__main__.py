@@ -22,6 +22,7 @@ from benchmarks.processes import StartError, wait_calm
 from benchmarks.router_scenarios import cpu_per_token, streams_1000, ttft_overhead
 from benchmarks.rows import Row
 from benchmarks.selfcheck import selfcheck
+from benchmarks.tuned_scenario import tuned
 
 SCENARIOS: dict[str, Callable[[bool], list[Row]]] = {
     "selfcheck": selfcheck,
@@ -44,6 +45,7 @@ EXTRA: dict[str, Callable[[bool], list[Row]]] = {
     "vllm_c8": partial(vllm_scenarios.decode, 8),
     "vllm_c32": partial(vllm_scenarios.decode, 32),
     "vllm_prefix": vllm_scenarios.shared_prefix,
+    "tuned_c32": partial(tuned, 32),
 }
 
 
@@ -51,7 +53,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measures Roundhouse; without a name, all but 'tune' and 'vllm_...'.",
+        description=f"Measures Roundhouse; without a name, all but {', '.join(EXTRA)}.",
         epilog="Progress goes to stderr. The last line of stdout is one JSON object.",
     )
     names = [*SCENARIOS, *EXTRA]

@@ -22,8 +22,9 @@ WINDOW_MIN_S, WINDOW_MAX_S = 5.0, 30.0
 WINDOW_SHARE = 0.4
 WARM_SHARE = 0.25
 LOAD_GUESS_S = 5.0
-# The share of the time left that one candidate may take to load while others wait for their turn:
-# an engine that compiles for minutes must not keep the rest from being measured.
+# The share of the time left that one candidate may take to load, and again until a token comes,
+# while others wait for their turn: an engine that compiles for minutes must not keep the rest from
+# being measured.
 LOAD_SHARE = 0.5
 
 
@@ -144,7 +145,7 @@ class Tuner:
     async def _loaded(self, config: Path, log: Path, place: str) -> AsyncIterator[Served]:
         """A server that is ready. Raises ``_SlowError`` if it takes too much of the time left."""
         self.progress.say(f"{place}: loading ...")
-        limit_s = self._load_limit_s()
+        limit_s = self._share_s()
         async with AsyncExitStack() as stack:
             try:
                 async with (
@@ -167,7 +168,12 @@ class Tuner:
         )
         async with self.progress.during(tally.words):
             numbers = await measure(
-                served.address, self.subject.shape, window_s * WARM_SHARE, window_s, tally
+                served.address,
+                self.subject.shape,
+                window_s * WARM_SHARE,
+                window_s,
+                patience_s=max(window_s, self._share_s()),
+                tally=tally,
             )
         self.progress.say(f"{place}: {numbers.tokens_s:.1f} tokens/s")
         return replace(numbers, dtype=served.dtype)
@@ -175,8 +181,11 @@ class Tuner:
     def _left_s(self) -> float:
         return self._ends_at - time.monotonic()
 
-    def _load_limit_s(self) -> float:
-        """How long a candidate may load: all the time if it is the last, or a share of it."""
+    def _share_s(self) -> float:
+        """How long a candidate may take to load, and until a token comes.
+
+        All the time that is left if it is the last one, or else a part of it.
+        """
         last = self.search.planned() - len(self.results) <= 1
         return max(0.0, self._left_s() - WINDOW_MIN_S) * (1.0 if last else LOAD_SHARE)
 

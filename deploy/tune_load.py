@@ -23,6 +23,8 @@ TEXT = (
 # How long a server that is up may take to accept a connection, and to answer what needs no model.
 CONNECT_S = 10.0
 ANSWER_S = 60.0
+# How many times its length the warm-up may take for each client to have had an answer.
+WARM_MAX = 4.0
 # Longest line of an answer, in bytes.
 LIMIT = 1 << 20
 
@@ -49,6 +51,7 @@ class Tally:
     gaps_s: list[float] = field(default_factory=list)
     finished_events: int = 0
     finished_tokens: int = 0
+    seen: bool = False
     warm_clients: int = 0
     clients: int = 0
     opened_s: float = 0.0
@@ -65,6 +68,7 @@ class Tally:
 
     def arrived(self, events: int, since_s: float, *, first: bool) -> None:
         """Some events came together, ``since_s`` after the request or the last ones."""
+        self.seen = self.seen or events > 0
         if self.open and events:
             self.events += events
             (self.firsts_s if first else self.gaps_s).append(since_s)
@@ -94,13 +98,20 @@ def _percentile_ms(values_s: list[float], share: float) -> float:
 
 
 async def measure(
-    address: Address, shape: Shape, warm_s: float, window_s: float, tally: Tally
+    address: Address,
+    shape: Shape,
+    warm_s: float,
+    window_s: float,
+    *,
+    patience_s: float,
+    tally: Tally,
 ) -> Numbers:
     """Warms up, then measures for ``window_s`` seconds, in an empty tally. Raises ``LoadError``.
 
     The clients' first answers have different lengths, so that afterwards some are at their prompt
     while others are in their answer, as on a real server. The warm-up lasts until each has had one,
-    at least ``warm_s`` and at most four times that.
+    at least ``warm_s`` and at most four times that. Both last in any case until a token has come,
+    which may take ``patience_s``.
     """
     pool = await vocabulary(address)
     draw = random.Random(shape.concurrency)  # noqa: S311 - not for secrets
@@ -111,20 +122,29 @@ async def measure(
     ]
     try:
         began = time.monotonic()
-        while tally.warm_clients < shape.concurrency or time.monotonic() - began < warm_s:
+        while not _is_warm(tally, lasted_s := time.monotonic() - began, warm_s):
+            if not tally.seen and lasted_s > patience_s:
+                raise LoadError(f"no token came within {patience_s:.0f} s")
             await _run(clients, min(0.1, warm_s))
-            if time.monotonic() - began > 4 * warm_s:
-                break
         tally.begin()
         await _run(clients, window_s)
+        while not tally.events:
+            if time.monotonic() - tally.opened_s > patience_s:
+                raise LoadError(f"no token came within {patience_s:.0f} s")
+            await _run(clients, min(0.1, warm_s))
         tally.open = False
-        if not tally.events:
-            raise LoadError(f"no token came within {window_s:.0f} s")
         return tally.numbers(time.monotonic() - tally.opened_s)
     finally:
         for client in clients:
             client.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
+
+
+def _is_warm(tally: Tally, lasted_s: float, warm_s: float) -> bool:
+    """Whether the warm-up, which has lasted so long, is over."""
+    if tally.warm_clients >= tally.clients:
+        return lasted_s >= warm_s
+    return tally.seen and lasted_s >= WARM_MAX * warm_s
 
 
 async def _run(clients: list[asyncio.Task[None]], seconds: float) -> None:

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 # The router's own bound on open requests; see ``router.config.Settings``.
 REQUESTS_DEFAULT = 128
-ROW, LEFT, BARS, RIGHT, TOP = 26, 330, 420, 250, 64
+ROW, LEFT_MIN, BARS, RIGHT, TOP = 26, 200, 420, 330, 64
+# About the width of a letter in the plot; the longest name decides where the bars begin.
+LETTER = 7
 _COUNTS = ("threads", "step-tokens-max", "kv-tokens", "sequences-max", "num-shard")
 
 
@@ -95,7 +97,9 @@ def svg(subject: "Subject", results: Sequence[Result], best: Result | None) -> s
     """Bars of tokens/s, fastest first, with the times that a client feels beside them."""
     shown = [result for result in ranked(results) if result.numbers]
     top = max((result.score for result in shown), default=1.0)
-    width, height = LEFT + BARS + RIGHT, TOP + ROW * len(shown) + 12
+    names = [str(result.candidate) for result in shown]
+    left = max(LEFT_MIN, 24 + LETTER * max(map(len, names), default=0))
+    width, height = left + BARS + RIGHT, TOP + ROW * len(shown) + 12
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
         ' font-family="sans-serif" font-size="13">',
@@ -110,10 +114,9 @@ def svg(subject: "Subject", results: Sequence[Result], best: Result | None) -> s
         tokens, first, gap, gap_p99 = _cells(result.numbers) if result.numbers else ("",) * 4
         label = f"{tokens} tok/s; first {first}, gap {gap}, p99 {gap_p99}"
         parts += [
-            f'<text x="{LEFT - 8}" y="{y + 15}" text-anchor="end">'
-            f"{escape(str(result.candidate))}</text>",
-            f'<rect x="{LEFT}" y="{y + 2}" width="{length:.1f}" height="{ROW - 8}" fill="{fill}"/>',
-            f'<text x="{LEFT + length + 6:.1f}" y="{y + 15}">{escape(label)}</text>',
+            f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(names[row])}</text>',
+            f'<rect x="{left}" y="{y + 2}" width="{length:.1f}" height="{ROW - 8}" fill="{fill}"/>',
+            f'<text x="{left + length + 6:.1f}" y="{y + 15}">{escape(label)}</text>',
         ]
     return "\n".join([*parts, "</svg>\n"])
 

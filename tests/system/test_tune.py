@@ -260,6 +260,9 @@ def test_the_plot_is_xml_with_a_bar_for_each_measurement() -> None:
     assert bars[0] == 2 * bars[1]
     texts = [node.text or "" for node in tree.iter() if node.tag.endswith("text")]
     assert any('a "model": 16 prompt + 8 new tokens' in text for text in texts)
+    long = [found(f"a,model=/models/{'x' * 200}", 10)]
+    wide = ET.fromstring(svg(SUBJECT, long, long[0]))
+    assert float(wide.attrib["width"]) > float(tree.attrib["width"]) + 900
 
 
 def test_events_count_as_many_tokens_as_the_answers_ends_say() -> None:
@@ -381,6 +384,16 @@ def test_a_candidate_that_loads_for_too_long_leaves_time_for_the_others(tmp_path
     assert "not ready after 0 s, which was its share of the time; --minutes gives more" in late
     assert "--minutes gives more, and goes on from here" in result.stderr
     assert not list(tmp_path.glob("roundhouse-*")), "the one that was given up is cleared away"
+
+
+def test_an_engine_whose_tokens_are_rare_is_measured_all_the_same(tmp_path: Path) -> None:
+    slow = "scripted,engine-option=step_ms=5000"
+    result = tune(
+        *(tmp_path, "--try", slow, *AMPLE),
+        program=f"import deploy.tune\ndeploy.tune.WINDOW_MIN_S = 2.0\n{QUICK}",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[1].startswith("*  scripted step_ms=5000")
 
 
 def test_if_nothing_can_be_measured_the_first_reason_is_the_error(tmp_path: Path) -> None:

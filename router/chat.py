@@ -6,6 +6,7 @@ What the modes of tools mean is in ``docs/chat.md``.
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -48,6 +49,14 @@ class Laid:
     opened: bool
     closed: bool
     named: bool
+
+
+class _NotShownError(RequestError):
+    """A message is to be continued that the template leaves out or rewrites."""
+
+    def __init__(self) -> None:
+        text = "the chat template does not show the last message, so it cannot be continued"
+        super().__init__(Fault.TEMPLATE, text, "continue_final_message")
 
 
 class ChatService:
@@ -99,6 +108,15 @@ class ChatService:
         return laid.card, laid.prompt
 
     async def _lay_out(self, ask: ChatAsk) -> Laid:
+        """Raises RequestError. Finds out whether to go on with the last message if nobody says."""
+        if ask.continuing is not None:
+            return await self._lay_out_as(ask)
+        if _has_begun(ask):
+            with suppress(_NotShownError):
+                return await self._lay_out_as(replace(ask, continuing=True))
+        return await self._lay_out_as(replace(ask, continuing=False))
+
+    async def _lay_out_as(self, ask: ChatAsk) -> Laid:
         _check(ask)
         card = self._service.card(ask.model)
         messages = laid_open(ask.messages)
@@ -291,13 +309,21 @@ def _reader(ask: ChatAsk, laid: Laid, marks: Mapping[str, int]) -> AnswerReader:
     return AnswerReader(splitter, tools)
 
 
+def _has_begun(ask: ChatAsk) -> bool:
+    """Whether the last message is an answer that the model can go on with."""
+    last = ask.messages[-1] if ask.messages else {}
+    return last.get("role") == "assistant" and not last.get("tool_calls")
+
+
 def _cut_behind(text: str, last: Mapping[str, Any]) -> str:
-    """A laid out conversation up to the end of its last message's content."""
+    """A laid out conversation up to the end of its last message's content.
+
+    Raises _NotShownError if it is not there.
+    """
     content = text_of(last["content"]).strip()
     at = text.rfind(content) if content else -1
     if at < 0:
-        message = "the chat template does not show the last message, so it cannot be continued"
-        raise RequestError(Fault.TEMPLATE, message, "continue_final_message")
+        raise _NotShownError
     return text[: at + len(content)]
 
 

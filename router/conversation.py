@@ -43,7 +43,8 @@ class ChatAsk:
     one function that must be called, or None; ``mode`` is then REQUIRED. ``params.constraint`` is
     for the text of an answer, and excludes a mode of REQUIRED. ``variables`` are what the client
     sets for the template (chat_template_kwargs). ``opening`` ends the prompt with the header of an
-    answer; ``continuing`` goes on with the last message instead. ``template`` names one of the
+    answer; ``continuing`` goes on with the last message instead, and None does so if that is the
+    assistant's, has no calls, and the template shows its text. ``template`` names one of the
     model's templates; None is the default, or ``tool_use`` if there are tools and it is there.
     ``reasoning`` False leaves the thoughts of a model in its text.
     """
@@ -60,7 +61,7 @@ class ChatAsk:
     parallel_calls: bool = True
     variables: Mapping[str, Any] = field(default_factory=dict)
     opening: bool = True
-    continuing: bool = False
+    continuing: bool | None = False
     template: str | None = None
     reasoning: bool = True
 

@@ -151,8 +151,8 @@ def test_a_result_without_content_is_empty() -> None:
 def test_a_begun_answer_is_continued() -> None:
     ask = asked(messages=[user("The capital of France?"), assistant("It is")])
     assert (ask.continuing, ask.opening) == (True, False)
-    plain = asked()
-    assert (plain.continuing, plain.opening) == (False, True)
+    for plain in (asked(), asked(messages=[user("The capital of France?"), assistant(" ")])):
+        assert (plain.continuing, plain.opening) == (False, True)
 
 
 async def test_ids_of_calls_go_the_whole_way_round() -> None:

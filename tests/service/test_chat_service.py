@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -309,6 +310,33 @@ async def test_going_on_with_the_last_message() -> None:
     chat, _ = chats(HERMES, said(" so</think>Yes"))
     got = await answer(chat, ChatAsk(messages, continuing=True))
     assert (got.reasoning, got.text) == ("so", "Yes")
+
+
+BEGUN = {"role": "assistant", "content": "Once upon "}
+MADE = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+LOUD = CHATML.replace("m.content", "m.content | upper")
+
+
+@pytest.mark.parametrize(
+    ("template", "last", "end"),
+    [
+        (CHATML, BEGUN, "<|im_start|>assistant\nOnce upon"),
+        (CHATML, {**BEGUN, "content": " "}, "<|im_start|>assistant\n"),
+        (CHATML, {**BEGUN, "role": "user"}, "<|im_start|>assistant\n"),
+        (HERMES, {**BEGUN, "tool_calls": MADE}, "<|im_start|>assistant\n"),
+        (LOUD, BEGUN, "ONCE UPON <|im_end|>\n<|im_start|>assistant\n"),
+    ],
+)
+async def test_a_begun_answer_is_seen_if_nobody_says_so(
+    template: str, last: dict[str, Any], end: str
+) -> None:
+    """It needs a text that the template shows, and no calls; else the message is answered."""
+    chat, service = chats(template, said("a"))
+    await answer(chat, ChatAsk((*USER, last), continuing=None))
+    prompt = str(service.asks[0].prompt)
+    assert prompt.endswith(end)
+    await answer(chat, ChatAsk((*USER, last), continuing=False))
+    assert (service.asks[1].prompt == prompt) == (end != "<|im_start|>assistant\nOnce upon")
 
 
 async def test_a_prompt_without_a_header() -> None:

@@ -1,4 +1,5 @@
 import asyncio
+from typing import Any
 
 import httpx
 import openai
@@ -197,8 +198,20 @@ async def test_the_last_message_can_be_continued() -> None:
     answer = await chat(service, messages=messages, continue_final_message=True)
     assert answer.status_code == 200
     assert service.asks[0].prompt == "<user>Hi</><assistant>It is"
+    await chat(service, messages=messages)
+    assert service.asks[1].prompt == "<user>Hi</><assistant>It is"
     both = {"continue_final_message": True, "add_generation_prompt": True}
     assert (await chat(service, **both)).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "fields", [{"continue_final_message": False}, {"add_generation_prompt": True}]
+)
+async def test_the_last_message_is_answered_where_that_is_said(fields: dict[str, Any]) -> None:
+    service = FakeService()
+    await chat(service, messages=[*USER, {"role": "assistant", "content": "It is "}], **fields)
+    prompt = "<user>Hi</><assistant>It is </><assistant>"
+    assert str(service.asks[0].prompt) == prompt
 
 
 async def test_the_openai_client_works() -> None:

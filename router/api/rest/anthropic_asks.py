@@ -53,9 +53,10 @@ def chat_ask(body: MessagesPrompt, fleet: Fleet, settings: Settings) -> ChatAsk:
     tools = tuple(_tool(tool, f"tools.{at}") for at, tool in enumerate(body.tools or ()))
     mode, tool = _choice(body, {tool.name for tool in tools})
     messages = messages_of(body)
-    continuing = messages[-1]["role"] == "assistant"
-    if continuing and messages[-1].get("tool_calls"):
+    last = messages[-1]
+    if last["role"] == "assistant" and last.get("tool_calls"):
         raise invalid("`messages` cannot end with a `tool_use` without its result", "messages")
+    continuing = last["role"] == "assistant" and bool(last["content"].strip())
     choice = body.tool_choice
     return ChatAsk(
         messages=messages,

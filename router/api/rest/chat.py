@@ -28,10 +28,6 @@ def chat_ask(body: ChatRequest, settings: Settings, fleet: Fleet) -> tuple[ChatA
     messages = messages_of(body)
     if choice.tools:
         messages = with_tool_prompt(messages, body.tool_prompt)
-    going_on = bool(body.continue_final_message)
-    if going_on and body.add_generation_prompt:
-        text = "continue_final_message and add_generation_prompt exclude each other"
-        raise invalid(text, "continue_final_message")
     ask = ChatAsk(
         messages=messages,
         params=params,
@@ -44,12 +40,22 @@ def chat_ask(body: ChatRequest, settings: Settings, fleet: Fleet) -> tuple[ChatA
         # OpenAI's older answers have room for one call.
         parallel_calls=body.parallel_tool_calls is not False and not choice.legacy,
         variables=variables_of(body, model),
-        opening=not going_on and body.add_generation_prompt is not False,
-        continuing=going_on,
+        opening=body.add_generation_prompt is not False,
+        continuing=_continuing(body),
         template=body.chat_template,
         reasoning=body.separate_reasoning is not False,
     )
     return ask, choice
+
+
+def _continuing(body: ChatRequest) -> bool | None:
+    """Whether to go on with the last message: as in vLLM if it is said, else as in TGI."""
+    if body.continue_final_message and body.add_generation_prompt:
+        text = "continue_final_message and add_generation_prompt exclude each other"
+        raise invalid(text, "continue_final_message")
+    if body.continue_final_message is None and body.add_generation_prompt is not None:
+        return False
+    return body.continue_final_message
 
 
 def chat_params(body: ChatRequest, settings: Settings) -> Params:

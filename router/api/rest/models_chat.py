@@ -136,7 +136,9 @@ class ChatRequest(SamplingFields):
         default=None, description="End the prompt with the header of the answer. Default true."
     )
     continue_final_message: bool | None = Field(
-        default=None, description="Go on with the last message instead of answering it."
+        default=None,
+        description="Go on with the last message instead of answering it. Default: if that is the "
+        "assistant's and has a text, as in TGI; not if add_generation_prompt is given.",
     )
     metadata: dict[str, str] | None = Field(
         default=None, description="At most 16 pairs, which the answer repeats."

@@ -4,18 +4,23 @@ These tests run in environments without Roundhouse, so the server is a process o
 interpreter. It asks for a key, which every client must be able to send in its own way. Clients of
 REST reach it in two ways: at the router itself, and at a gateway process before it. Tests that are
 marked ``both_ways`` run on both; ``--gateway`` sends all the others through the gateway as well.
+
+The server has a real model, whose last digits depend on where in its cache a sequence lies. Tests
+that compare two answers of it may ask only what it is sure of; all others are marked ``repeatable``
+and meet the scripted engine, whose answers depend on the prompt and the seed alone.
 """
 
 import ipaddress
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.heavy.clients.world import KEY, PYTHON, SERVER
+from tests.heavy.clients.world import KEY, MODEL, PYTHON, SCRIPT
 from tests.system.server import Server, gateway, serving
 
 _connect = socket.socket.connect
@@ -53,6 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     config.addinivalue_line("filterwarnings", "ignore")
     config.addinivalue_line("markers", "both_ways: runs at the router and through a gateway")
+    told = "repeatable: compares two answers, so it runs on the engine that gives equal ones"
+    config.addinivalue_line("markers", told)
     patch = pytest.MonkeyPatch()
     patch.setattr(socket.socket, "connect", only_here)
     patch.setattr(socket, "getaddrinfo", resolve_here)
@@ -87,24 +94,66 @@ def asked() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="session")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def modelled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The embedded model of 135M parameters, on llama.cpp: gRPC, and its own REST."""
-    with serving(tmp_path_factory.mktemp("router"), *SERVER, python=python()) as router:
-        router.client.headers["authorization"] = f"Bearer {KEY}"
-        yield router
+    yield from keyed(serving(tmp_path_factory.mktemp("model"), *MODEL, python=python()))
 
 
 @pytest.fixture(scope="session")
-def server(router: Server, way: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same faces before an engine without a model, which never gives two answers to one ask."""
+    yield from keyed(serving(tmp_path_factory.mktemp("script"), *SCRIPT, python=python()))
+
+
+@pytest.fixture(scope="session")
+def modelled_gateway(
+    modelled: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A gateway that asks the router with the model."""
+    yield from keyed(before(modelled, tmp_path_factory.mktemp("gateway")))
+
+
+@pytest.fixture(scope="session")
+def scripted_gateway(
+    scripted: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A gateway that asks the router without one."""
+    yield from keyed(before(scripted, tmp_path_factory.mktemp("gateway")))
+
+
+@pytest.fixture
+def router(request: pytest.FixtureRequest) -> Server:
+    """The router that a test is to meet: with the model, or if it compares answers without."""
+    found: Server = request.getfixturevalue(engine_of(request))
+    return found
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, way: str) -> Server:
     """What clients of REST talk to: the router, or a gateway that asks the same of them."""
-    if way == "router":
-        yield router
-        return
+    name = engine_of(request)
+    found: Server = request.getfixturevalue(name if way == "router" else f"{name}_gateway")
+    return found
+
+
+def engine_of(request: pytest.FixtureRequest) -> str:
+    return "scripted" if request.node.get_closest_marker("repeatable") else "modelled"
+
+
+@contextmanager
+def before(router: Server, folder: Path) -> Iterator[Server]:
+    """A gateway, of the same model as the router behind it."""
     keys = ("--router-api-key", KEY, "--api-key", KEY)
-    with gateway(tmp_path_factory.mktemp("gateway"), router.grpc, *keys, python=python()) as before:
-        before.client.headers["authorization"] = f"Bearer {KEY}"
-        before.model = router.model
-        yield before
+    with gateway(folder, router.grpc, *keys, python=python()) as found:
+        found.model = router.model
+        yield found
+
+
+def keyed(started: AbstractContextManager[Server]) -> Iterator[Server]:
+    """A server whose own client sends the key."""
+    with started as server:
+        server.client.headers["authorization"] = f"Bearer {KEY}"
+        yield server
 
 
 def python() -> str:

@@ -198,6 +198,7 @@ def test_a_schema_for_the_answer(client: Anthropic) -> None:
     jsonschema.validate(json.loads(answer.content[0].text), PERSON)  # type: ignore[union-attr]
 
 
+@pytest.mark.repeatable
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_are_taken_and_streamed_whole(client: Anthropic, text: str) -> None:
     fields = {**ASK, "messages": [{"role": "user", "content": text}], "max_tokens": 6}

@@ -132,6 +132,12 @@ def test_chat(client: InferenceClient) -> None:
     assert text == answer.choices[0].message.content
 
 
+def test_a_begun_answer_is_continued(client: InferenceClient) -> None:
+    messages = [*USER, {"role": "assistant", "content": "The capital of France is"}]
+    answer = client.chat_completion(**{**ASK, "messages": messages, "max_tokens": 4})
+    assert str(answer.choices[0].message.content).startswith(" Paris")
+
+
 def test_the_openai_way_of_calling_it(client: InferenceClient) -> None:
     answer = client.chat.completions.create(model="tgi", **ASK, logprobs=True, top_logprobs=2)
     assert "Paris" in str(answer.choices[0].message.content)

@@ -58,6 +58,7 @@ def long(chat: ChatOpenAI, tokens: int) -> ChatOpenAI:
     return chat.model_copy(update={"max_tokens": tokens})
 
 
+@pytest.mark.repeatable
 def test_invoke_and_stream(chat: ChatOpenAI) -> None:
     messages = [SystemMessage("You know all capitals."), HumanMessage(QUESTION)]
     whole = chat.invoke(messages)

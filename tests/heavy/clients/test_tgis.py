@@ -98,6 +98,7 @@ def test_tokens_in_detail(stub: Any) -> None:
     assert all(token.logprob <= 0 for token in answer.input_tokens)
 
 
+@pytest.mark.repeatable
 def test_sampling_and_seeds(stub: Any) -> None:
     given = pb.Parameters(
         method=SAMPLE,

@@ -97,6 +97,7 @@ def test_constraints(client: InferenceServerClient, router: Server) -> None:
     jsonschema.validate(json.loads(answer), PERSON)
 
 
+@pytest.mark.repeatable
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_are_taken(client: InferenceServerClient, router: Server, text: str) -> None:
     assert ask(client, router, text, max_tokens=4) == ask(client, router, text, max_tokens=4)

@@ -9,11 +9,11 @@ from typing import Any
 PYTHON = Path(__file__).resolve().parents[3] / ".venv" / "bin" / "python"
 KEY = "rh-only-for-tests"
 LIMIT = 1024
-SERVER = (
-    *("--api-key", KEY, "--max-total-tokens", str(LIMIT), "--max-best-of", "4"),
-    # So that equal requests have equal answers, as far as the engine can make them.
-    *("--engine-option", "exact=1", "--engine-option", "embeddings=1", "--threads", "1"),
-)
+SERVER = ("--api-key", KEY, "--max-total-tokens", str(LIMIT), "--max-best-of", "4")
+# Equal requests then differ by little more than rounding.
+EXACT = ("--engine-option", "exact=1", "--threads", "1")
+MODEL = (*SERVER, *EXACT, "--engine-option", "embeddings=1")
+SCRIPT = (*SERVER, "--engine", "scripted")
 # What a client may wait for an answer, in seconds: the machine may be busy.
 PATIENCE_S = 60
 

@@ -60,6 +60,7 @@ def test_the_streaming_helper_gathers_it(client: OpenAI) -> None:
     assert final.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.repeatable
 def test_several_answers(client: OpenAI) -> None:
     fields = {**CHAT, "temperature": 1.2, "seed": 3, "n": 3, "max_tokens": 8}
     answer = client.chat.completions.create(**fields)
@@ -128,11 +129,13 @@ def test_a_stop_text_is_cut(client: OpenAI) -> None:
 
 def test_a_begun_answer_is_continued(client: OpenAI) -> None:
     messages = [*USER, {"role": "assistant", "content": "The capital of France is"}]
-    extra = {"add_generation_prompt": False, "continue_final_message": True}
-    answer = client.chat.completions.create(
-        **{**CHAT, "messages": messages, "max_tokens": 4}, extra_body=extra
-    )
-    assert str(answer.choices[0].message.content).startswith(" Paris")
+    fields = {**CHAT, "messages": messages, "max_tokens": 4}
+    asked = {"add_generation_prompt": False, "continue_final_message": True}
+    for extra in ({}, asked):
+        answer = client.chat.completions.create(**fields, extra_body=extra)
+        assert str(answer.choices[0].message.content).startswith(" Paris")
+    fresh = client.chat.completions.create(**fields, extra_body={"continue_final_message": False})
+    assert not str(fresh.choices[0].message.content).startswith(" Paris")
 
 
 def test_typed_content_and_all_roles(client: OpenAI) -> None:
@@ -150,6 +153,7 @@ def test_typed_content_and_all_roles(client: OpenAI) -> None:
     assert answer.choices[0].message.content
 
 
+@pytest.mark.repeatable
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_are_taken_and_streamed_whole(client: OpenAI, text: str) -> None:
     fields = {**CHAT, "messages": [{"role": "user", "content": text}], "max_tokens": 6}

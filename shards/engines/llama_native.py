@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.engines.base import EngineLost, ModelError, Progress
+from shards.engines.llama_threads import ThreadPool
 
 # ggml_log_level in ggml.h.
 _LEVEL_ERROR = 4
@@ -174,9 +175,9 @@ def _pointer(array: NDArray[Any], kind: type[Any]) -> Any:
 
 
 class Context:
-    """The KV cache and the compute buffers. All calls from one thread."""
+    """The KV cache and the compute buffers. All calls from one thread, which computes, too."""
 
-    def __init__(self, model: Model, sizes: ContextSizes) -> None:
+    def __init__(self, model: Model, sizes: ContextSizes, pool: ThreadPool) -> None:
         _errors.clear()
         params = _context_params(sizes)
         pointer = llama.llama_init_from_model(model.pointer, params)
@@ -184,6 +185,7 @@ class Context:
             raise ModelError(
                 f"llama.cpp cannot make a KV cache of {sizes.kv_tokens} tokens: {last_error()}"
             )
+        pool.attach(pointer)
         self._pointer = pointer
         self._adapter: Adapter | None = None
         self._memory = llama.llama_get_memory(pointer)
@@ -272,7 +274,7 @@ class EmbeddingContext:
     tokens are equal. Nothing stays in the cache from one call to the next.
     """
 
-    def __init__(self, model: Model, sizes: ContextSizes, pooling: int) -> None:
+    def __init__(self, model: Model, sizes: ContextSizes, pool: ThreadPool, pooling: int) -> None:
         _errors.clear()
         params = _context_params(sizes)
         params.embeddings = True
@@ -282,6 +284,7 @@ class EmbeddingContext:
             raise ModelError(
                 f"llama.cpp cannot make room to embed {sizes.kv_tokens} tokens: {last_error()}"
             )
+        pool.attach(pointer)
         self._pointer = pointer
         self._memory = llama.llama_get_memory(pointer)
         self._width = model.width

@@ -51,6 +51,7 @@ from shards.engines.llama_native import (
     has_gpu,
     has_openmp,
 )
+from shards.engines.llama_threads import ThreadPool
 from shards.engines.threads import ThreadControl
 from shards.extras import Extras
 from shards.gguf_file import dtype_name, read_metadata
@@ -105,6 +106,7 @@ class LlamaCppEngine(CallerEngine):
         embeds = extras.whole("embeddings", 0) > 0
         extras.finish()
         self._control = ThreadControl(options.threads)
+        self._pool = ThreadPool(self._control.threads)  # the most that it will ever say
         self._control.start()
         self._model = Model(self._path, gpu_layers, progress)
         if not self._model.decodes:
@@ -112,7 +114,7 @@ class LlamaCppEngine(CallerEngine):
         self._spare = 1 if exact else 0
         sizes = self._sizes(options, EXACT_UBATCH_TOKENS if exact else ubatch, flash=flash)
         self._ubatch_tokens = sizes.ubatch_tokens
-        self._context = Context(self._model, sizes)
+        self._context = Context(self._model, sizes, self._pool)
         self._limits = self._limit(sizes)
         super().__init__(self._limits)
         self._sampler = Sampler(self._model.vocab_size)
@@ -155,7 +157,7 @@ class LlamaCppEngine(CallerEngine):
             flash=sizes.flash,
         )
         kind = POOLINGS[pooling] if pooling else pooling_of(self._path, self._metadata)
-        return EmbeddingContext(self._model, small, kind)
+        return EmbeddingContext(self._model, small, self._pool, kind)
 
     def _limit(self, sizes: ContextSizes) -> Limits:
         kv_tokens = self._context.kv_tokens - self._spare
@@ -222,11 +224,12 @@ class LlamaCppEngine(CallerEngine):
         self._context.clear()
 
     def close(self) -> None:
-        """Frees the cache, then the weights."""
+        """Frees the caches, then what they computed with."""
         self._control.close()
         if self._embedder is not None:
             self._embedder.close()
         self._context.close()
+        self._pool.close()
         self._model.close()
 
     def _let_go(self, resident: Resident) -> None:

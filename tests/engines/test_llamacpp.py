@@ -11,12 +11,14 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from shards.engines import load
 from shards.engines.base import Engine, EngineOptions, ModelError, Plan, SamplingParams
+from shards.engines.llama_native import has_openmp
 from shards.engines.llamacpp import (
     LlamaCppEngine,
     kv_bytes_per_token,
@@ -37,13 +39,14 @@ def model_file() -> Path:
     return next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
 
 
-def make(**extra: object) -> Engine:
+def make(threads: int = 0, **extra: object) -> Engine:
     options = EngineOptions(
         model_file(),
         "smollm2",
         kv_tokens=1024,
         sequences_max=12,
         step_tokens_max=256,
+        threads=threads,
         extra=tuple((key, str(value)) for key, value in extra.items()),
     )
     return load("llamacpp", options, lambda _fraction: None)
@@ -197,6 +200,25 @@ def test_threads_can_change_between_steps(
         monkeypatch.setattr(exact, "_control", ThreadControl(count))
         drawn += decode(exact, 1, 1)
     assert drawn == expected
+
+
+def test_compute_threads_are_kept_between_steps_and_end_with_the_engine() -> None:
+    """A thread made anew for each step starts late on a machine that was idle."""
+    assert not has_openmp()
+    before = native_threads()
+    engine = make(threads=3)
+    made = native_threads() - before
+    engine.step(Plan(admits=[admit(1, [1, 2, 3, 4])], work=[(1, 3)]))
+    engine.step(Plan(work=[(1, 1)]))
+    assert len(made) == 2  # the caller is the third
+    assert native_threads() - before == made
+    engine.close()
+    assert native_threads() & made == set()
+
+
+def native_threads() -> set[int]:
+    """The threads of this process, those that Python does not know included."""
+    return {thread.id for thread in psutil.Process().threads()}
 
 
 def test_a_lone_token_in_a_long_cache_does_not_depend_on_the_threads(

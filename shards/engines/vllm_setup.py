@@ -4,6 +4,7 @@ Nothing here imports vLLM before ``environment`` has been called: it reads most 
 variables once.
 """
 
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shards.engines.base import EngineOptions, ModelError, Progress
 from shards.engines.peers import Peers
 from shards.engines.threads import usable_cores
+from shards.engines.vllm_compile import whole_files_only
 from shards.extras import Extras
 from shards.hf_folder import is_hf_folder, read_config, read_json
 
@@ -90,6 +92,9 @@ def environment(options: EngineOptions) -> None:
     os.environ.update(_ALWAYS)
     for key, value in _UNLESS_SET.items():
         os.environ.setdefault(key, value)
+    if os.environ["VLLM_LOGGING_LEVEL"] == _UNLESS_SET["VLLM_LOGGING_LEVEL"]:
+        # It warns of what is so on every CPU, before vLLM's own level holds.
+        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads(options) or usable_cores()))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
@@ -165,6 +170,8 @@ def make(folder: Path, options: EngineOptions, progress: Progress) -> "LLMEngine
 
     from shards.engines.vllm_loader import report_to
 
+    if not chosen(options).eager:
+        whole_files_only()
     set_threads(threads(options) or usable_cores())
     progress(_IMPORTED)
     try:

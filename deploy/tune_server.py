@@ -125,7 +125,7 @@ async def _dtype(address: str) -> str:
 
     try:
         async with grpc.aio.insecure_channel(address) as channel:
-            ask = router_pb2_grpc.InferenceStub(channel).ListModels
+            ask = router_pb2_grpc.InferenceStub(channel).ListModels  # type: ignore[no-untyped-call]
             answer = await ask(router_pb2.ListModelsRequest(), timeout=ANSWER_S)
     except grpc.aio.AioRpcError as error:
         raise ServerError(f"the server does not list its models: {error.details()}") from error

@@ -21,6 +21,7 @@ from benchmarks.loads import say
 from benchmarks.processes import StartError, wait_calm
 from benchmarks.router_scenarios import cpu_per_token, streams_1000, ttft_overhead
 from benchmarks.rows import Row
+from benchmarks.sampling_scenario import sampling
 from benchmarks.selfcheck import selfcheck
 from benchmarks.tuned_scenario import tuned
 
@@ -36,6 +37,7 @@ SCENARIOS: dict[str, Callable[[bool], list[Row]]] = {
     "shared_prefix": shared_prefix,
     "contended": contended,
     "constrained": constrained,
+    "sampling": sampling,
     "bare": bare,
 }
 # A scenario starts when other programs leave the machine alone, or after waiting so long.

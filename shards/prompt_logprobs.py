@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.engines.base import Outcome, PromptLogprobs
+from shards.filters import Floats, largest
 from shards.residents import Resident
-from shards.sampling import Floats, largest
 
 ROWS_MAX = 128
 # Numbers that are exponentiated at once: 4 MiB of them.

@@ -13,9 +13,6 @@ distribution that the former one left, renormalised. Sources:
   that is a function of (seed, position): splitmix64 [2] of the two. There is no state, so a draw
   does not depend on what else is in the batch, and a resumed sequence draws the same.
 
-Filters do not sort the vocabulary. They sort the few tokens above a bound that provably leaves in
-all that can survive.
-
 [1] ``generation/utils.py``, ``_get_logits_processor``. [2] Steele et al., OOPSLA 2014,
 doi:10.1145/2660193.2660195.
 """
@@ -26,27 +23,16 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shards.allowed import GuideError, Guiding, holds, pick
 from shards.engines.base import Logprobs, SamplingParams
+from shards.filters import Floats, Ids, keep, largest
 from shards.watermark import mark
-
-Floats = NDArray[np.float32]
-Ids = NDArray[np.intp]
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-# Weights, the largest being 1, down to which the nucleus is looked for.
-_FLOORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0)
-# Distances of surprise from the entropy, in nats, for typical_p.
-_SPREADS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 9.0, math.inf)
 _BLOCK = 256
-_GROUPS = 512
-# So few are sorted at once.
-_FEW = 2048
 _MINUS_INF = np.float32(-np.inf)
-_TINY = np.float32(1e-38)
 
 
 class Row(Protocol):
@@ -210,7 +196,7 @@ class Sampler:
             ids = likeliest if ids is None else ids[likeliest]
             logits = logits[likeliest]
         weights = self._weigh(logits, sampling.temperature, peak)
-        kept = _filter(weights, sampling)
+        kept = keep(weights, sampling)
         if kept is not None:
             ids = kept if ids is None else ids[kept]
             weights = weights[kept]
@@ -259,87 +245,6 @@ def _adjusts(row: Row) -> bool:
         or len(row.tokens) - row.prompt_len < sampling.min_tokens
         or sampling.watermark is not None
     )
-
-
-def largest(logits: Floats, count: int) -> Ids:
-    """Ids of the ``count`` largest, ascending; of equal ones the smaller ids.
-
-    The count-th largest of the maxima of groups bounds the count-th largest of all from below, and
-    closely, so that few tokens are looked at twice. A group is every 512th token: that is how numpy
-    finds the maxima fastest.
-    """
-    height = len(logits) // _GROUPS
-    near: Ids
-    if count <= _GROUPS and height > 1:
-        maxima = logits[: height * _GROUPS].reshape(height, _GROUPS).max(axis=0)
-        near = np.flatnonzero(logits >= np.partition(maxima, _GROUPS - count)[_GROUPS - count])
-    else:
-        near = np.arange(len(logits))
-    values = logits[near]
-    last = np.partition(values, len(values) - count)[len(values) - count]
-    return _first(near, values, last, count)
-
-
-def _first(ids: Ids, values: Floats, last: np.float32, count: int) -> Ids:
-    """The ``count`` ids with the largest values, of which ``last`` is the smallest, ascending."""
-    chosen = values > last
-    equal = np.flatnonzero(values == last)[: count - int(np.count_nonzero(chosen))]
-    chosen[equal] = True
-    found: Ids = ids[chosen]
-    return found
-
-
-def _filter(weights: Floats, sampling: SamplingParams) -> Ids | None:
-    """Indices that top_p, min_p and typical_p leave, ascending; None if none of them is on."""
-    kept: Ids | None = None
-    if 0.0 < sampling.top_p < 1.0:
-        kept = _nucleus(weights, sampling.top_p)
-    if sampling.min_p > 0.0:
-        # The likeliest token weighs 1, whatever top_p took away.
-        floor = np.float32(min(sampling.min_p, 1.0))
-        likely = weights >= floor
-        kept = np.flatnonzero(likely) if kept is None else kept[likely[kept]]
-    if 0.0 < sampling.typical_p < 1.0:
-        if kept is None:
-            kept = _typical(weights, sampling.typical_p)
-        else:
-            kept = kept[_typical(weights[kept], sampling.typical_p)]
-    return kept
-
-
-def _nucleus(weights: Floats, top_p: float) -> Ids:
-    """Indices of the smallest set of likeliest tokens with that share of the mass, ascending."""
-    wanted = top_p * float(weights.sum())
-    for floor in _FLOORS if len(weights) > _FEW else (0.0,):
-        near = np.flatnonzero(weights >= np.float32(floor))
-        values = weights[near]
-        if floor == 0.0 or float(values.sum()) >= wanted:
-            break
-    falling = np.sort(values)[::-1]
-    last = int(np.searchsorted(np.cumsum(falling, dtype=np.float64), wanted))
-    last = min(last, len(falling) - 1)
-    return _first(near, values, falling[last], last + 1)
-
-
-def _typical(weights: Floats, typical_p: float) -> Ids:
-    """Indices whose surprise is nearest to the entropy, up to that share of the mass, ascending."""
-    total = float(weights.sum())
-    # A token without weight gets a large but finite surprise: it must not spoil the entropy.
-    surprise = np.log(np.maximum(weights, _TINY))
-    np.subtract(np.float32(math.log(total)), surprise, out=surprise)
-    entropy = float(np.multiply(weights, surprise).sum()) / total
-    distance = np.abs(surprise - np.float32(entropy))
-    distance[weights == 0.0] = np.inf
-    wanted = typical_p * total
-    for spread in _SPREADS:
-        near = np.flatnonzero(distance <= np.float32(spread))
-        if spread == math.inf or float(weights[near].sum()) >= wanted:
-            break
-    far = -distance[near]
-    order = np.argsort(far)[::-1]
-    last = int(np.searchsorted(np.cumsum(weights[near][order], dtype=np.float64), wanted))
-    last = min(last, len(order) - 1)
-    return _first(near, far, far[order[last]], last + 1)
 
 
 def _invert(weights: Floats, chance: float) -> int:

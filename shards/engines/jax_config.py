@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shards.engines.base import ModelError
-from shards.sampling import Floats
+from shards.filters import Floats
 
 ARCHITECTURES = (
     "LlamaForCausalLM",

@@ -39,11 +39,12 @@ from shards.engines.jax_model import Loader, Model
 from shards.engines.jax_programs import Arrays, Programs
 from shards.engines.paged import PagedEngine
 from shards.extras import Extras
+from shards.filters import Floats
 from shards.gguf_file import read_metadata
 from shards.hf_folder import is_hf_folder
 from shards.kv import StepLayout
 from shards.residents import Limits, Resident
-from shards.sampling import Drawn, Floats
+from shards.sampling import Drawn
 from shards.weights import gguf_file_of, open_weights
 
 SEQUENCES_MAX = 64

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from shards.engines.base import ModelError
 from shards.engines.self_model import load_package, one_line
-from shards.sampling import Floats
+from shards.filters import Floats
 
 Ints = NDArray[np.int32]
 Found = NDArray[Any]

@@ -8,10 +8,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 from shards.engines.caller import CallerEngine, Work
+from shards.filters import Floats
 from shards.kv import PageTables, StepLayout, lay_out
 from shards.prompt_logprobs import targets_of
 from shards.residents import Limits, Resident
-from shards.sampling import Drawn, Floats, Sampler
+from shards.sampling import Drawn, Sampler
 
 
 class PagedEngine(CallerEngine):

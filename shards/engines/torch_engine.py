@@ -49,10 +49,11 @@ from shards.engines.torch_ranks import Ranks, check_split, load_slice
 from shards.engines.torch_views import Viewer
 from shards.engines.torch_weights import Checkpoint, count_bytes
 from shards.extras import Extras
+from shards.filters import Floats
 from shards.kv import StepLayout
 from shards.prompt_logprobs import Pairs, targets_of
 from shards.residents import Limits, Resident
-from shards.sampling import Drawn, Floats
+from shards.sampling import Drawn
 
 PAGE_TOKENS = 16
 SEQUENCES_MAX = 64

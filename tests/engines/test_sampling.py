@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from shards.allowed import Guiding
 from shards.engines.base import SamplingParams
+from shards.filters import largest, nucleus
 from shards.residents import is_plain
-from shards.sampling import Sampler, largest, splitmix64, uniform
+from shards.sampling import Sampler, splitmix64, uniform
 
 VOCAB = 1100
 
@@ -229,3 +230,20 @@ def test_masked_tokens_are_never_drawn_by_any_filter() -> None:
                 temperature=2.0, seed=seed, min_tokens=1, stop_tokens=banned, **filters
             )
             assert draw_one(logits, Row(sampling)) % 2 == 1
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 2.0, 4.0, 20.0])
+def test_the_nucleus_is_the_smallest_set_of_likeliest_tokens(spread: float, top_p: float) -> None:
+    """Also where most of a large vocabulary takes part, and where all tokens are equally likely."""
+    logits = np.random.default_rng(5).normal(0, spread, 40_000).round(3)
+    weights = np.exp(logits - logits.max()).astype(np.float32)
+    kept = nucleus(weights, top_p)
+    inside, outside = weights[kept].astype(np.float64), np.delete(weights, kept)
+    wanted = top_p * weights.sum(dtype=np.float64)
+    slack = 1e-5 * weights.sum()
+    assert wanted - slack <= inside.sum() < wanted + inside.min() + slack
+    assert inside.min() >= outside.max()
+    equal = np.flatnonzero(weights == weights[kept].min())
+    assert (np.isin(equal, kept) == (np.arange(len(equal)) < np.isin(equal, kept).sum())).all()
+    assert (np.diff(kept) > 0).all()

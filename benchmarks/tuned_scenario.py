@@ -7,6 +7,7 @@ baseline is the better of the other two, each in the configuration that is faste
 What ``tune`` has measured is kept in ``benchmarks/out``: a further run begins with the turns.
 """
 
+import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -31,6 +32,11 @@ MINUTES, QUICK_MINUTES = 20.0, 6.0
 # A search that is over time ends by itself; loading and leaving come on top.
 SPARE_S = 120.0
 ENGINES = ("llamacpp", "torch", "jax", "vllm")
+# vLLM's compilation takes minutes; where it is left out, vllm serve does without it, too.
+EAGER_TRIES = (
+    "engine-option=eager=1",
+    f"engine-option=eager=1,threads={len(os.sched_getaffinity(0))}",
+)
 CHOSEN = "# Chosen by 'roundhouse tune': "
 
 
@@ -44,9 +50,10 @@ def picked(clients: int, quick: bool) -> Path:
     command += ["--concurrency", str(clients), "--minutes", str(minutes), "--output", str(output)]
     here = installed_here()
     for engine in filter(here.__contains__, ENGINES):
-        # Its compilation takes minutes, and vllm serve does without it, too.
-        eager = EAGER and engine == "vllm"
-        command += ["--try", "vllm,engine-option=eager=1"] if eager else ["--engine", engine]
+        if EAGER and engine == "vllm":
+            command += [word for one in EAGER_TRIES for word in ("--try", f"vllm,{one}")]
+        else:
+            command += ["--engine", engine]
     ended = subprocess.run(
         command,
         check=False,

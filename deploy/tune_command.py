@@ -79,10 +79,10 @@ def tune(models: tuple[str, ...], **options: Any) -> None:
     """
     progress = Progress(sys.stderr)
     shape = Shape(options["prompt_tokens"], options["new_tokens"], options["concurrency"])
-    asked = [_parsed(text) for text in options["tries"]]
     names: tuple[str, ...] = options["names"]
     hardware = detect()
     copies = copies_of(models, options["file"])
+    asked = [on_a_copy(_parsed(text), copies) for text in options["tries"]]
     progress.say("asking each engine in its own interpreter ...")
     reports = _usable(copies, names, asked, hardware)
     ready = [report for report in reports if report.state == READY]
@@ -154,10 +154,20 @@ def copies_of(models: Sequence[str], file: str) -> dict[str, str]:
 
     The first one's name is "" if none is given, which is the embedded model.
     """
+    first, *more = models or ("",)
     try:
-        return {_typed(one): format_of(one or None, file or None) for one in models or ("",)}
+        formats = [format_of(first or None, file or None), *map(format_of, more)]
+        return dict(zip(map(_typed, (first, *more)), formats, strict=True))
     except ModelNotFound as error:
         raise UserError(str(error)) from error
+
+
+def on_a_copy(candidate: Candidate, copies: Mapping[str, str]) -> Candidate:
+    """A candidate that was typed without a copy, on the first one that its engine reads."""
+    readable = _reads(ENGINES[candidate.engine], copies)
+    if candidate.model or not readable or readable[0] == next(iter(copies)):
+        return candidate
+    return candidate.adding("model", readable[0])
 
 
 def _reads(facts: Facts, copies: Mapping[str, str]) -> list[str]:

@@ -138,6 +138,8 @@ def test_each_engine_is_tried_on_each_copy_of_the_model_that_it_reads(tmp_path: 
         "torch model=model.Q8_0.gguf",
         "vllm",
     ]
+    placed = [tune_command.on_a_copy(parse(text), copies) for text in ("llamacpp", "vllm")]
+    assert placed == [bases[0], bases[3]]
     # Another copy is no setting that makes a candidate less simple.
     near = [found("vllm,threads=1", 100.5), Result(bases[0], numbers(100.0))]
     assert winner(near) is near[1]

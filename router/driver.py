@@ -133,7 +133,9 @@ class Driver:
                 "(max_concurrent_requests); try again later",
             )
         assert submitted.request not in self._channels
-        life = Lifetime(len(submitted.prompt), submitted.max_tokens, self._clock())
+        count, model = len(submitted.prompt), submitted.model
+        life = Lifetime(count, submitted.max_tokens, self._clock(), model=model)
+        self.metrics.models.submitted(model)
         channel = self._channels[submitted.request] = channel_of(life)
         self._submissions += 1
         self.post(submitted)
@@ -145,6 +147,7 @@ class Driver:
         if channel is not None:
             if channel.counted:
                 self.metrics.ended(channel.life, reason, self._clock())
+            self.metrics.models.ended(channel.life, reason, self._clock())
             self.post(Ended(request, reason))
             self._notice_empty()
 
@@ -295,6 +298,7 @@ class Driver:
         if channel is not None:
             if channel.counted:
                 self.metrics.ended(channel.life, close.reason, now_ms)
+            self.metrics.models.ended(channel.life, close.reason, now_ms)
             channel.close(close)
             self._wake_later(channel)
 

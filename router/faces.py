@@ -166,7 +166,9 @@ class Faces:
         try:
             if settings.grpc_port == 0:
                 settings = replace(settings, grpc_port=_free_port(settings.host))
-            rpc = await start_grpc(service, fleet, settings, gateways=gateways)
+            rpc = await start_grpc(
+                service, fleet, settings, gateways=gateways, models=metrics.models
+            )
         except BaseException:
             listener.close()
             raise

@@ -24,6 +24,7 @@ from router.core.snapshot import Snapshot
 from router.errors import FAULT_OF_REASON, Fault, RequestError
 from router.metrics_batches import Batches
 from router.metrics_histogram import SECONDS, TOKENS, Histogram
+from router.metrics_models import Models
 
 ERR_OF_FAULT: dict[Fault, str] = {
     Fault.VALIDATION: "validation",
@@ -48,7 +49,7 @@ class Lifetime:
     """One request in numbers. Instants are the driver's milliseconds, -1 before they come.
 
     ``cached_tokens`` counts the prompt tokens that a resident sequence had already computed;
-    ``group`` is the latest that it was admitted to.
+    ``group`` is the latest that it was admitted to, ``model`` the one that it is for.
     """
 
     prompt_tokens: int
@@ -59,6 +60,7 @@ class Lifetime:
     tokens: int = 0
     cached_tokens: int = 0
     group: str = ""
+    model: str = ""
 
 
 class Metrics(Collector):
@@ -110,7 +112,8 @@ class Metrics(Collector):
             "Tokens guessed ahead that were right, per generated token: none are guessed",
             (0.0, 1.0),
         )
-        self.batches = Batches()
+        self.models = Models()
+        self.batches = Batches(self.models)
         self._continued: dict[tuple[str, str], int] = {}
         self._engines: Callable[[], Mapping[str, str]] = dict
         self._snapshot: Callable[[], Snapshot] | None = None

@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import HistogramMetricFamily, Metric, Unknow
 
 from router.core.effects import RunPlan
 from router.metrics_histogram import SECONDS, SEQUENCES, Histogram
+from router.metrics_models import Models
 
 METHODS = ("prefill", "decode")
 
@@ -24,7 +25,7 @@ class Calls:
     def __init__(self, batches: "Batches", group: str) -> None:
         self._batches = batches
         self._group = group
-        self._open: deque[tuple[str, float] | None] = deque()
+        self._open: deque[tuple[str, float, int] | None] = deque()
         self._free_s = 0.0
 
     def sent(self, plan: RunPlan) -> None:
@@ -34,7 +35,7 @@ class Calls:
             return
         method = "prefill" if plan.admits else "decode"
         self._batches.began(method, len(plan.admits), len(plan.work_sequences))
-        self._open.append((method, perf_counter()))
+        self._open.append((method, perf_counter(), len(plan.work_sequences)))
 
     def answered(self, engine_s: float) -> None:
         """The oldest plan was answered; its engine took so many seconds for it.
@@ -45,8 +46,9 @@ class Calls:
         now_s = perf_counter()
         call = self._open.popleft()
         if call is not None:
-            method, sent_s = call
+            method, sent_s, sequences = call
             self._batches.ended(method, now_s - max(sent_s, self._free_s), engine_s)
+            self._batches.models.stepped(self._group, sequences, engine_s)
         self._batches.stepped(self._group, engine_s)
         self._free_s = now_s
 
@@ -59,9 +61,10 @@ class Calls:
 
 
 class Batches:
-    """Counts calls over all groups, and steps by group."""
+    """Counts calls over all groups, and steps by group. ``models`` hears of the latter, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Models) -> None:
+        self.models = models
         self._counts = dict.fromkeys(METHODS, 0)
         self._successes = dict.fromkeys(METHODS, 0)
         self._failures = dict.fromkeys(METHODS, 0)

@@ -13,6 +13,7 @@ from router.config import Settings
 from router.fleet import Fleet
 from router.gateway_wire import MESSAGE_BYTES_MAX
 from router.gateway_wire import SERVICE as GATEWAY
+from router.metrics_models import Models
 from router.service import Service
 
 SERVICES = (grpc_inference.SERVICE, fmaas.SERVICE, kserve.SERVICE)
@@ -38,12 +39,13 @@ async def start(
     settings: Settings,
     chats: ChatService | None = None,
     gateways: Gateways | None = None,
+    models: Models | None = None,
 ) -> grpc.aio.Server:
     """Starts serving on ``settings.host`` and ``grpc_port``; the caller stops it.
 
     ``chats`` answers conversations; None means one on top of the service. ``gateways`` serves the
-    processes that run REST faces elsewhere, if there may be any. Raises OSError, with one line, if
-    the port cannot be had.
+    processes that run REST faces elsewhere, if there may be any; ``models`` is what requests are
+    counted in. Raises OSError, with one line, if the port cannot be had.
     """
     bytes_max = 0 if gateways is None else MESSAGE_BYTES_MAX
     server = grpc.aio.server(options=_options(settings, bytes_max))
@@ -52,7 +54,9 @@ async def start(
     handlers = {
         grpc_inference.SERVICE: Inference(service, chats, fleet, keys, settings).handlers(),
         fmaas.SERVICE: fmaas.GenerationService(service, fleet, keys, settings).handlers(),
-        kserve.SERVICE: kserve.InferenceService(service, fleet, keys, settings).handlers(),
+        kserve.SERVICE: kserve.InferenceService(
+            service, fleet, keys, settings, models or Models()
+        ).handlers(),
         grpc_health.SERVICE: Health(fleet, SERVICES).handlers(),
     }
     if gateways is not None:

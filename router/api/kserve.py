@@ -26,7 +26,14 @@ from router.api.grpc_calls import (
 )
 from router.api.grpc_errors import known_fault, renaming
 from router.api.kserve_answers import Piece, logprob_sum, outputs_of
-from router.api.kserve_models import VERSION, config_of, index_of, is_ready, metadata_of
+from router.api.kserve_models import (
+    VERSION,
+    config_of,
+    index_of,
+    is_ready,
+    metadata_of,
+    statistics_of,
+)
 from router.api.kserve_params import Wish, field_name, values_of, wish_of
 from router.api.kserve_tensors import Tensor, add_outputs, inputs_of
 from router.api.rest.collect import collect_all
@@ -36,10 +43,11 @@ from router.config import Settings
 from router.errors import Fault, RequestError
 from router.fleet import Fleet, ModelCard
 from router.kserve.v1 import inference_pb2 as pb
+from router.metrics_models import Models
 from router.service import Service
 
 SERVICE = "inference.GRPCInferenceService"
-EXTENSIONS = ("model_configuration", "parameters", "schedule_policy")
+EXTENSIONS = ("model_configuration", "parameters", "schedule_policy", "statistics")
 FINAL = "triton_final_response"
 
 ABSENT = {
@@ -55,7 +63,6 @@ ABSENT = {
         ),
         "tensors travel in the messages",
     ),
-    "ModelStatistics": "the REST port has statistics at /metrics",
     "TraceSetting": "tracing is not set over this protocol",
     "LogSettings": "logging is set when the router starts",
 }
@@ -86,10 +93,16 @@ class Job:
 
 
 class InferenceService:
-    """The methods of the service. ``keys`` guards those that run a model."""
+    """The methods of the service. ``keys`` guards those that run a model.
 
-    def __init__(self, service: Service, fleet: Fleet, keys: ApiKeys, settings: Settings) -> None:
+    ``models`` has counted the requests of each model.
+    """
+
+    def __init__(
+        self, service: Service, fleet: Fleet, keys: ApiKeys, settings: Settings, models: Models
+    ) -> None:
         self._service = service
+        self._models = models
         self._fleet = fleet
         self._keys = keys
         self._settings = settings
@@ -148,6 +161,18 @@ class InferenceService:
         """Lists the models."""
         async with opened(request, context) as known:
             return index_of(self._fleet, known.ready)
+        raise AssertionError("either returned or aborted")
+
+    async def model_statistics(
+        self, request: Received[pb.ModelStatisticsRequest], context: Context
+    ) -> pb.ModelStatisticsResponse:
+        """Tells what became of the requests of a model, or of each model if none is named."""
+        async with opened(request, context) as known:
+            named = known.name or known.version
+            cards = [self._card(known.name, known.version)] if named else self._fleet.models()
+            return pb.ModelStatisticsResponse(
+                model_stats=[statistics_of(card, self._models) for card in cards]
+            )
         raise AssertionError("either returned or aborted")
 
     async def model_infer(
@@ -275,6 +300,7 @@ class InferenceService:
             "ModelMetadata": self.model_metadata,
             "ModelInfer": self.model_infer,
             "ModelConfig": self.model_config,
+            "ModelStatistics": self.model_statistics,
             "RepositoryIndex": self.repository_index,
         }
         found = {

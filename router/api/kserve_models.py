@@ -3,6 +3,7 @@
 from router.api.kserve_params import OUTPUTS, RETURNS
 from router.fleet import Fleet, ModelCard
 from router.kserve.v1 import inference_pb2 as pb
+from router.metrics_models import Models, Sum
 
 VERSION = "1"
 """Every model has one version."""
@@ -64,6 +65,38 @@ def config_of(card: ModelCard) -> pb.ModelConfigResponse:
     for name, value in limits.items():
         config.parameters[name].string_value = str(value)
     return pb.ModelConfigResponse(config=config)
+
+
+def statistics_of(card: ModelCard, models: Models) -> pb.ModelStatistics:
+    """Returns what became of a model's requests. What is not measured apart is left out."""
+    counts = models.of(card.id)
+    sizes: dict[int, Sum] = {}
+    for group in card.groups:
+        for size, steps in models.steps(group.name).items():
+            whole = sizes.setdefault(size, Sum())
+            whole.count += steps.count
+            whole.seconds += steps.seconds
+    return pb.ModelStatistics(
+        name=card.id,
+        version=VERSION,
+        last_inference=counts.latest_ms,
+        inference_count=counts.succeeded.count,
+        execution_count=sum(steps.count for steps in sizes.values()),
+        inference_stats=pb.InferStatistics(
+            success=_duration(counts.succeeded),
+            fail=_duration(counts.failed),
+            queue=_duration(counts.queued),
+            compute_infer=_duration(counts.inferred),
+        ),
+        batch_stats=[
+            pb.InferBatchStatistics(batch_size=size, compute_infer=_duration(sizes[size]))
+            for size in sorted(sizes)
+        ],
+    )
+
+
+def _duration(whole: Sum) -> pb.StatisticDuration:
+    return pb.StatisticDuration(count=whole.count, ns=round(whole.seconds * 1e9))
 
 
 def index_of(fleet: Fleet, only_ready: bool) -> pb.RepositoryIndexResponse:

@@ -114,6 +114,18 @@ TRITON = {
         "19 model_transaction_policy Policy"
     ),
     "ModelConfigResponse": "1 config ModelConfig",
+    "Duration": "1 count uint64, 2 ns uint64",
+    "InferStatistics": (
+        "1 success Duration, 2 fail Duration, 3 queue Duration, 4 compute_input Duration, "
+        "5 compute_infer Duration, 6 compute_output Duration"
+    ),
+    "BatchStatistics": "1 batch_size uint64, 3 compute_infer Duration",
+    "ModelStatistics": (
+        "1 name string, 2 version string, 3 last_inference uint64, 4 inference_count uint64, "
+        "5 execution_count uint64, 6 inference_stats InferStatistics, "
+        "7* batch_stats BatchStatistics"
+    ),
+    "ModelStatisticsResponse": "1* model_stats ModelStatistics",
     "RepositoryIndexRequest": "1 repository_name string, 2 ready bool",
     "ModelIndex": "1 name string, 2 version string, 3 state string, 4 reason string",
     "RepositoryIndexResponse": "1* models ModelIndex",

@@ -22,8 +22,8 @@ from tests.service.kserve_rig import (
 
 TEXT = "Once upon a tîme 🙂"
 ABSENT = (
-    *("ModelStatistics", "RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting"),
-    *("LogSettings", "SystemSharedMemoryStatus", "CudaSharedMemoryRegister"),
+    *("RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings"),
+    *("SystemSharedMemoryStatus", "CudaSharedMemoryRegister"),
 )
 
 
@@ -278,6 +278,12 @@ async def test_the_server_and_its_models() -> None:
         assert all(one.optional for one in config.input[1:])
         limits = {entry.key: entry.value.string_value for entry in config.parameters}
         assert limits["max_total_tokens"] == "2048"
+        for name in ("m/one", ""):
+            request = named(name=name)
+            found = await client.ask("ModelStatistics", "ModelStatisticsResponse", request)
+            assert [(one.name, one.inference_count) for one in found.model_stats] == [("m/one", 0)]
+        error = await failure(client.ask("ModelStatistics", "Nothing", named(name="nope")))
+        assert error.code() is grpc.StatusCode.NOT_FOUND
         request = PB["RepositoryIndexRequest"]()
         index = await client.ask("RepositoryIndex", "RepositoryIndexResponse", request)
         assert [(one.name, one.version, one.state) for one in index.models] == [

@@ -1,6 +1,7 @@
 """All gRPC services over the real router and a real worker with the scripted engine."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -31,7 +32,8 @@ async def house_in(folder: Path, **worker: Any) -> AsyncIterator[tuple[Router, g
         settings = Settings(host="127.0.0.1", grpc_port=_free_port("127.0.0.1"))
         async with Router(settings, [GroupSpec("g", None, (address,))]) as router:
             await router.fleet.wait_ready()
-            server = await grpc_server.start(router.service, router.fleet, settings)
+            models = router.metrics.models
+            server = await grpc_server.start(router.service, router.fleet, settings, models=models)
             target = f"127.0.0.1:{settings.grpc_port}"
             async with grpc.aio.insecure_channel(target) as channel:
                 yield router, channel
@@ -143,6 +145,31 @@ async def test_a_time_limit_of_tgis_ends_with_what_there_is(tmp_path: Path) -> N
             assert 0 < one.generated_token_count < 1500
             assert one.text
         assert running(router) == 0
+
+
+async def test_triton_is_told_what_became_of_the_requests_of_all_services(tmp_path: Path) -> None:
+    began_ms = time.time_ns() // 1_000_000
+    async with house_in(tmp_path, step_ms="2") as (router, channel):
+        await asyncio.gather(*(read(talk(channel, "Once", 20)) for talk in (inference, triton)))
+        left = chat(channel, "Once", 1000)
+        await left.read()
+        left.cancel()
+        await until(lambda: running(router) == 0)
+        client = kserve_rig.Client(channel)
+        answer = await client.ask("ModelStatistics", "ModelStatisticsResponse")
+    (found,) = answer.model_stats
+    assert began_ms <= found.last_inference <= time.time_ns() // 1_000_000
+    whole = found.inference_stats
+    assert found.inference_count == whole.success.count == 2
+    assert whole.fail.count == 1
+    assert whole.queue.count == whole.compute_infer.count == 2
+    assert whole.queue.ns + whole.compute_infer.ns == pytest.approx(whole.success.ns, abs=2)
+    assert whole.compute_infer.ns >= 2 * 19 * 2_000_000  # two answers of twenty steps of 2 ms
+    assert not whole.HasField("compute_input")
+    sizes = {one.batch_size: one.compute_infer for one in found.batch_stats}
+    assert list(sizes) == [1, 2]
+    assert sum(one.count for one in sizes.values()) == found.execution_count >= 20
+    assert sum(one.ns for one in sizes.values()) >= 19 * 2_000_000
 
 
 async def test_chats_are_laid_out_and_scored_prompts_come_whole(tmp_path: Path) -> None:

@@ -74,6 +74,11 @@ class GRPCInferenceServiceStub(object):
                 request_serializer=router_dot_kserve_dot_v1_dot_inference__pb2.ModelConfigRequest.SerializeToString,
                 response_deserializer=router_dot_kserve_dot_v1_dot_inference__pb2.ModelConfigResponse.FromString,
                 _registered_method=True)
+        self.ModelStatistics = channel.unary_unary(
+                '/inference.GRPCInferenceService/ModelStatistics',
+                request_serializer=router_dot_kserve_dot_v1_dot_inference__pb2.ModelStatisticsRequest.SerializeToString,
+                response_deserializer=router_dot_kserve_dot_v1_dot_inference__pb2.ModelStatisticsResponse.FromString,
+                _registered_method=True)
         self.RepositoryIndex = channel.unary_unary(
                 '/inference.GRPCInferenceService/RepositoryIndex',
                 request_serializer=router_dot_kserve_dot_v1_dot_inference__pb2.RepositoryIndexRequest.SerializeToString,
@@ -141,6 +146,13 @@ class GRPCInferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ModelStatistics(self, request, context):
+        """Triton's: tells what became of the requests of each model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RepositoryIndex(self, request, context):
         """Triton's: lists the models.
         """
@@ -190,6 +202,11 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
                     servicer.ModelConfig,
                     request_deserializer=router_dot_kserve_dot_v1_dot_inference__pb2.ModelConfigRequest.FromString,
                     response_serializer=router_dot_kserve_dot_v1_dot_inference__pb2.ModelConfigResponse.SerializeToString,
+            ),
+            'ModelStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.ModelStatistics,
+                    request_deserializer=router_dot_kserve_dot_v1_dot_inference__pb2.ModelStatisticsRequest.FromString,
+                    response_serializer=router_dot_kserve_dot_v1_dot_inference__pb2.ModelStatisticsResponse.SerializeToString,
             ),
             'RepositoryIndex': grpc.unary_unary_rpc_method_handler(
                     servicer.RepositoryIndex,
@@ -413,6 +430,33 @@ class GRPCInferenceService(object):
             '/inference.GRPCInferenceService/ModelConfig',
             router_dot_kserve_dot_v1_dot_inference__pb2.ModelConfigRequest.SerializeToString,
             router_dot_kserve_dot_v1_dot_inference__pb2.ModelConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/ModelStatistics',
+            router_dot_kserve_dot_v1_dot_inference__pb2.ModelStatisticsRequest.SerializeToString,
+            router_dot_kserve_dot_v1_dot_inference__pb2.ModelStatisticsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -80,6 +80,25 @@ def test_metadata(client: InferenceServerClient, router: Server) -> None:
     assert [model.name for model in index.models] == [router.model]
 
 
+def test_statistics(client: InferenceServerClient, router: Server) -> None:
+    def counts() -> Any:
+        (found,) = client.get_inference_statistics(router.model, headers=HEADERS).model_stats
+        assert found.name == router.model
+        return found
+
+    before = counts()
+    ask(client, router, TEMPLATED)
+    after = counts()
+    assert after.inference_count == before.inference_count + 1
+    assert after.execution_count > before.execution_count + 3
+    assert after.last_inference > before.last_inference
+    whole = after.inference_stats
+    assert whole.success.count == whole.queue.count == after.inference_count
+    assert whole.success.ns > before.inference_stats.success.ns
+    assert {one.batch_size for one in after.batch_stats} >= {1}
+    assert len(client.get_inference_statistics(headers=HEADERS).model_stats) == 1
+
+
 def test_infer(client: InferenceServerClient, router: Server) -> None:
     answer = ask(client, router, TEMPLATED)
     assert "Paris" in answer

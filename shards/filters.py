@@ -19,11 +19,10 @@ _FLOORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0)
 # Distances of surprise from the entropy, in nats, for typical_p.
 _SPREADS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 9.0, math.inf)
 _GROUPS = 512
-# So few are sorted at once; of more than some, others are told apart first. That ends where many
-# are equal.
+# So few are sorted at once. More are narrowed down first, in so many tries: all can be equal.
 _FEW = 2048
-_SOME = 8192
 _NARROWINGS = 24
+_STRIDE = 16
 _TINY = np.float32(1e-38)
 
 
@@ -79,15 +78,14 @@ def nucleus(weights: Floats, top_p: float) -> Ids:
     for floor in _FLOORS if len(weights) > _FEW else (0.0,):
         likely = weights >= np.float32(floor)
         count = int(np.count_nonzero(likely))
-        if count > _SOME:
-            return _wide_nucleus(weights, wanted, floor, (high, above, most))
-        near = np.flatnonzero(likely)
-        values = weights[near]
+        if count > _FEW:
+            return _wide_nucleus(weights, wanted, (high, above, most))
+        values = weights[likely]
         mass = float(values.sum())
         if floor == 0.0 or mass >= wanted:
             break
         high, above, most = floor, mass, count
-    return near[_first(values, *_least(values, wanted))]
+    return np.flatnonzero(likely)[_first(values, *_least(values, wanted))]
 
 
 def _least(values: Floats, wanted: float) -> tuple[np.float32, int]:
@@ -98,26 +96,31 @@ def _least(values: Floats, wanted: float) -> tuple[np.float32, int]:
     return falling[place], place + 1
 
 
-def _wide_nucleus(
-    weights: Floats, wanted: float, guess: float, known: tuple[float, float, int]
-) -> Ids:
-    """As ``nucleus`` where most of the vocabulary takes part, of a flat distribution.
+def _wide_nucleus(weights: Floats, wanted: float, known: tuple[float, float, int]) -> Ids:
+    """As ``nucleus`` where many tokens take part, of a flat distribution.
 
-    Too many to sort, or to copy often: the weight of the last one is narrowed down from a guess, on
-    a scale of logarithms, until few are in question. ``known`` is a weight that is too high, with
-    the sum and the number of the tokens that have at least that.
+    They are too many to sort, or to copy more than once. The weight of the last one is guessed from
+    every 16th token, and narrowed down until few are in question. ``known`` is a weight that is too
+    high, with the sum and the number of the tokens that have at least that.
     """
-    (high, above, most), low, count, middle = known, 0.0, len(weights), guess
+    (high, above, most), low, count = known, 0.0, len(weights)
+    sample = weights[::_STRIDE]
+    sample = sample[sample < np.float32(high)]
+    middle = float(_least(sample, (wanted - above) / _STRIDE)[0])
+    step = 1.15
     for _ in range(_NARROWINGS):
         if count - most <= _FEW:
             break
         likely = weights >= np.float32(middle)
-        mass = float(np.multiply(weights, likely).sum())
+        mass, number = float(np.multiply(weights, likely).sum()), int(np.count_nonzero(likely))
         if mass >= wanted:
-            low, count = middle, int(np.count_nonzero(likely))
+            low, count = middle, number
         else:
-            high, above, most = middle, mass, int(np.count_nonzero(likely))
-        middle = math.sqrt(low * min(high, 1.0)) if low > 0.0 else high / 100
+            high, above, most = middle, mass, number
+        if low > 0.0 and high < math.inf:
+            middle = math.sqrt(low * high)
+        else:
+            middle, step = (middle * step if low > 0.0 else middle / step), step * step
     band = weights[(weights >= np.float32(low)) & (weights < np.float32(high))]
     last, number = _least(band, wanted - above)
     return _first(weights, last, most + number)

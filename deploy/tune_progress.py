@@ -1,7 +1,6 @@
 """What ``roundhouse tune`` says while it is at work: lines that stay, and one that counts up."""
 
 import asyncio
-import contextlib
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
@@ -33,8 +32,7 @@ class Progress:
             yield
         finally:
             ticking.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await ticking
+            await asyncio.gather(ticking, return_exceptions=True)
             if self._terminal:
                 self._write(_ERASE)
 

@@ -14,7 +14,7 @@ from deploy.tune_load import LoadError, Tally, measure
 from deploy.tune_progress import Progress
 from deploy.tune_report import config_text
 from deploy.tune_search import Candidate, Numbers, Result, Search, Shape
-from deploy.tune_server import Served, ServerError, last_death, loaded_share, serving
+from deploy.tune_server import Served, ServerError, last_trouble, loaded_share, serving
 
 # A window is long enough to average over some answers, and short enough to try much.
 WINDOW_MIN_S, WINDOW_MAX_S = 5.0, 30.0
@@ -137,8 +137,8 @@ class Tuner:
             except ServerError as error:
                 return Result(candidate, problem=_line(error))
             except LoadError as error:
-                # What clients saw follows from what befell the worker.
-                return Result(candidate, problem=last_death(log) or _line(error))
+                # What clients saw follows from what befell the server.
+                return Result(candidate, problem=last_trouble(log) or _line(error))
             return Result(candidate, numbers, load_s=served.load_s)
 
     @asynccontextmanager

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deploy.environment import last_line
 from deploy.tune_load import ANSWER_S, Address
@@ -82,25 +83,38 @@ def loaded_share(log: Path) -> list[str]:
     return [found[1] for found in map(LOADING.fullmatch, messages(log)) if found][-1:]
 
 
-def last_death(log: Path) -> str:
-    """Which worker ended last, and why; "" if all live."""
+def last_trouble(log: Path) -> str:
+    """Which worker ended last, and why; or else what the router says went wrong; "" if nothing."""
     deaths = [found[1] for found in map(DIED.fullmatch, messages(log)) if found]
-    return deaths[-1] if deaths else ""
+    errors = [_error(said) for said in _said(log) if said.get("level") == "ERROR"]
+    return next(iter((*deaths[-1:], *errors[-1:])), "")
 
 
 def messages(log: Path) -> list[str]:
     """The latest lines that the server has said, without what is around them."""
+    return [str(said.get("message", "")) for said in _said(log)]
+
+
+def _error(said: Mapping[str, Any]) -> str:
+    """A message, with the end of its traceback if it has one."""
+    cause = last_line(str(said["error"])) if "error" in said else ""
+    return ": ".join(filter(None, (str(said.get("message", "")), cause)))
+
+
+def _said(log: Path) -> list[dict[str, Any]]:
+    """The objects on the latest lines of a log; what is none is a message."""
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL))
-        return [_message(line) for line in file.read().decode(errors="replace").splitlines()]
+        return [_object(line) for line in file.read().decode(errors="replace").splitlines()]
     return []
 
 
-def _message(line: str) -> str:
-    try:
-        return str(json.loads(line)["message"])
-    except (ValueError, TypeError, KeyError):
-        return line
+def _object(line: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        found = json.loads(line)
+        if isinstance(found, dict):
+            return found
+    return {"message": line}
 
 
 async def _ready(process: asyncio.subprocess.Process, log: Path) -> tuple[Address, str]:

@@ -34,6 +34,7 @@ from deploy.tune_search import (
     space,
     winner,
 )
+from deploy.tune_server import last_trouble, loaded_share
 from tests.system.server import alive, children, eventually, serving
 
 SHAPE = Shape(16, 8, 4)
@@ -371,6 +372,20 @@ def test_a_candidate_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> 
     assert rows["crash_after_steps=2"].split()[2] == "-"
     assert "worker 0: " in rows["crash_after_steps=2"], "why it died, not what a client saw of it"
     assert tomllib.loads((tmp_path / "best.toml").read_text())["engine-option"] == ["step_ms=6"]
+
+
+def test_why_a_server_failed_is_read_from_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert last_trouble(log) == ""
+    failed = {"level": "ERROR", "message": "request failed", "error": "Traceback\nKeyError: 'x'"}
+    said = ["a line", "[1]", json.dumps({"level": "INFO", "message": "group g is up"})]
+    log.write_text("\n".join((*said, json.dumps(failed), "worker 0: loading, 40%", "")))
+    assert last_trouble(log) == "request failed: KeyError: 'x'"
+    assert loaded_share(log) == ["40%"]
+    death = "worker 1: killed by SIGKILL (death 4 in a row); starting all 2 ranks again in 0.5 s"
+    with log.open("a") as file:
+        file.write(json.dumps({"level": "INFO", "message": death}) + "\n")
+    assert last_trouble(log) == "worker 1: killed by SIGKILL"
 
 
 def test_a_candidate_that_loads_for_too_long_leaves_time_for_the_others(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ class ChatGeneration:
         self._reader = reader
         self._thought = 0
         self.model = model
+        self.prompt_ids = answer.prompt_ids
         self.prompt_tokens = answer.prompt_tokens
 
     def __aiter__(self) -> Self:

@@ -232,15 +232,15 @@ class Generation:
         "_text",
         "_writer",
         "model",
+        "prompt_ids",
         "prompt_tokens",
         "request",
     )
 
     def __init__(self, driver: Driver, channel: Channel, work: Work) -> None:
         params, submitted = work.params, work.submitted
-        self.model = work.model
-        self.request = submitted.request
-        self.prompt_tokens = len(submitted.prompt)
+        self.model, self.request = work.model, submitted.request
+        self.prompt_ids, self.prompt_tokens = submitted.prompt, len(submitted.prompt)
         self._driver = driver
         self._channel = channel
         self._params = params

@@ -59,7 +59,7 @@ class FakeGeneration:
     """Plays one script."""
 
     def __init__(self, service: "FakeService", steps: Sequence[Step]) -> None:
-        self.prompt_tokens = 7
+        self.prompt_tokens, self.prompt_ids = 7, tuple(range(70, 77))
         self._service = service
         finishes = [step.finish for step in steps if isinstance(step, Chunk) and step.finish]
         self.prompt = finishes[0].prompt if finishes else ()

@@ -15,7 +15,6 @@ from tests.service.rest_server import chat, client_of, complete
         ({"web_search_options": {}}, "web_search_options"),
         ({"store": True}, "store"),
         ({"use_beam_search": True}, "use_beam_search"),
-        ({"return_token_ids": True}, "return_token_ids"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"reasoning_effort": "some"}, "reasoning_effort"),

@@ -7,8 +7,9 @@ import orjson
 
 from router.api.rest.collect import WholeChat
 from router.api.rest.models_chat import ChatRequest
-from router.api.rest.openai_shapes import FINISH_REASON, Head, Json, cut_tops, finite
+from router.api.rest.openai_shapes import FINISH_REASON, Head, Json, cut_tops, finite, ids_of
 from router.ask import TokenOut
+from router.chat import ChatGeneration
 from router.conversation import Call, CallDelta, ChatChunk, ChatFinish
 
 
@@ -17,20 +18,27 @@ class Style:
     """How answers to one request are written.
 
     ``tops`` is the number of likeliest tokens to report, or None for no log probabilities;
-    ``legacy`` says that calls go by OpenAI's older name, functions.
+    ``legacy`` says that calls go by OpenAI's older name, functions; ``ids`` that the ids of tokens
+    are reported.
     """
 
     tops: int | None
     legacy: bool
+    ids: bool
 
     @classmethod
     def of(cls, body: ChatRequest, legacy: bool) -> "Style":
         """The style that a request asks for."""
-        return cls((body.top_logprobs or 0) if body.logprobs else None, legacy)
+        tops = (body.top_logprobs or 0) if body.logprobs else None
+        return cls(tops, legacy, bool(body.return_token_ids))
 
     def logprobs(self, tokens: Iterable[TokenOut]) -> Json | None:
         """Returns the log probabilities of tokens, if they were asked for."""
         return None if self.tops is None else chat_logprobs(cut_tops(tokens, self.tops))
+
+    def token_ids(self, tokens: Iterable[TokenOut]) -> Json:
+        """Returns a choice's field with the ids of tokens, if they were asked for."""
+        return {"token_ids": ids_of(tokens)} if self.ids else {}
 
     def reason(self, finish: ChatFinish) -> str:
         """Returns why an answer ended."""
@@ -75,6 +83,7 @@ def chat_choice(index: int, answer: WholeChat, style: Style) -> Json:
         "message": message,
         "logprobs": style.logprobs(answer.tokens),
         "finish_reason": style.reason(chat),
+        **style.token_ids(answer.tokens),
     }
 
 
@@ -98,7 +107,12 @@ class ChatEvents:
         self._index = index
         self._style = style
         self._first = True
+        self._prompt_ids: Sequence[int] = ()
         self._before, self._after = head.prepared(index, b'"delta":{"content":', b"}")
+
+    def begin(self, answer: ChatGeneration) -> None:
+        """Says which answer the chunks will be of."""
+        self._prompt_ids = answer.prompt_ids
 
     def of(self, chunk: ChatChunk) -> bytes:
         """Returns the event of a chunk; empty if it has nothing for the client."""
@@ -106,6 +120,7 @@ class ChatEvents:
             self._first
             or chunk.finish is not None
             or self._style.tops is not None
+            or self._style.ids
             or chunk.calls
             or chunk.reasoning
         ):
@@ -116,14 +131,17 @@ class ChatEvents:
 
     def _full(self, chunk: ChatChunk) -> bytes:
         delta = self._delta(chunk)
+        first = self._first and self._style.ids
+        more: Json = {"prompt_token_ids": self._prompt_ids} if first else {}
         self._first = False
         choice = {
             "index": self._index,
             "delta": delta,
             "logprobs": self._style.logprobs(chunk.tokens),
             "finish_reason": self._style.reason(chunk.finish) if chunk.finish else None,
+            **self._style.token_ids(chunk.tokens),
         }
-        return self._head.event([choice])
+        return self._head.event([choice], **more)
 
     def _delta(self, chunk: ChatChunk) -> Json:
         delta: Json = {}

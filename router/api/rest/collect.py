@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ class Whole:
     submitted: float
     first: float
     ended: float
+    prompt_ids: Sequence[int] = field(default=(), kw_only=True)
 
     @property
     def mean_logprob(self) -> float:
@@ -49,7 +50,8 @@ async def collect(service: Service, ask: Ask) -> Whole:
             first = first or perf_counter()
             tokens.extend(chunk.tokens)
             if chunk.finish is not None:
-                return Whole(tokens, chunk.finish, submitted, first, perf_counter())
+                ids, ended = answer.prompt_ids, perf_counter()
+                return Whole(tokens, chunk.finish, submitted, first, ended, prompt_ids=ids)
     raise AssertionError("an answer ends with a finish or an error")
 
 
@@ -63,7 +65,8 @@ async def collect_chat(start: Callable[[], Awaitable[ChatGeneration]]) -> WholeC
             first = first or perf_counter()
             tokens.extend(chunk.tokens)
             if (chat := chunk.finish) is not None:
-                return WholeChat(tokens, chat.finish, submitted, first, perf_counter(), chat)
+                ids, times = answer.prompt_ids, (submitted, first, perf_counter())
+                return WholeChat(tokens, chat.finish, *times, chat, prompt_ids=ids)
     raise AssertionError("an answer ends with a finish or an error")
 
 

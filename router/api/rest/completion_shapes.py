@@ -13,6 +13,7 @@ from router.api.rest.openai_shapes import (
     Json,
     cut_tops,
     finite,
+    ids_of,
     prompt_logprobs,
 )
 from router.ask import Chunk, TokenOut
@@ -25,7 +26,8 @@ class Style:
 
     ``tops`` is the number of likeliest tokens to report, or None for no log probabilities;
     ``scored`` says that the prompt's belong to the answer, ``silent`` that only the prompt does;
-    ``special`` tokens are part of the text; ``prompt_tops`` is as ``tops``, in a list of its own.
+    ``special`` tokens are part of the text; ``prompt_tops`` is as ``tops``, in a list of its own;
+    ``ids`` says that the ids of tokens are reported.
     """
 
     tops: int | None
@@ -33,6 +35,7 @@ class Style:
     silent: bool
     special: bool
     prompt_tops: int | None
+    ids: bool
 
     @classmethod
     def of(cls, body: CompletionRequest) -> "Style":
@@ -43,6 +46,7 @@ class Style:
             silent=body.max_tokens == 0,
             special=body.skip_special_tokens is False,
             prompt_tops=body.prompt_logprobs,
+            ids=bool(body.return_token_ids),
         )
 
 
@@ -63,6 +67,8 @@ def completion_choice(index: int, answer: Whole, echo: str, style: Style) -> Jso
     }
     if style.prompt_tops is not None:
         choice["prompt_logprobs"] = prompt_logprobs(finish.prompt, style.prompt_tops)
+    if style.ids:
+        choice |= {"prompt_token_ids": answer.prompt_ids, "token_ids": ids_of(tokens)}
     return choice
 
 
@@ -118,15 +124,17 @@ class CompletionEvents:
         offset = 0 if style.scored else len(echo)
         self._logprobs = None if style.tops is None else Logprobs(offset, style)
         self._answer: Generation | None = None
+        self._prompt_ids: Sequence[int] = ()
         self._before, self._after = head.prepared(index, b'"text":', b"")
 
     def begin(self, answer: Generation) -> None:
         """Says which answer the chunks will be of."""
         self._answer = answer
+        self._prompt_ids = answer.prompt_ids
 
     def of(self, chunk: Chunk) -> bytes:
         """Returns the event of a chunk; empty if it has nothing for the client."""
-        if self._logprobs is not None or chunk.finish is not None:
+        if self._logprobs is not None or self._style.ids or chunk.finish is not None:
             return self._full(chunk)
         text = "" if self._style.silent else chunk.text
         if self._echo:
@@ -137,6 +145,7 @@ class CompletionEvents:
         silent = self._style.silent
         text = self._echo if silent else self._echo + chunk.text
         tokens: Sequence[TokenOut] = () if silent else chunk.tokens
+        ids = self._ids(tokens) if self._style.ids else {}
         self._echo = ""
         if self._style.scored and self._answer is not None:
             # All of the prompt has been scored when the first token comes.
@@ -147,5 +156,12 @@ class CompletionEvents:
             "text": text,
             "logprobs": None if self._logprobs is None else self._logprobs.of(tokens),
             "finish_reason": FINISH_REASON[finish.reason] if finish else None,
+            **ids,
         }
         return self._head.event([choice])
+
+    def _ids(self, tokens: Sequence[TokenOut]) -> Json:
+        """The ids of an event's tokens, and on the first one those of the prompt."""
+        before, self._prompt_ids = self._prompt_ids, ()
+        first = {"prompt_token_ids": before} if before else {}
+        return {**first, "token_ids": ids_of(tokens)}

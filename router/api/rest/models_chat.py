@@ -229,6 +229,9 @@ class ChatChoice(BaseModel):
     message: AnswerMessage = Field(description="The answer.")
     logprobs: ChatLogprobs | None = Field(description="If asked for.")
     finish_reason: FinishReason = Field(description="Why it ended.")
+    token_ids: list[int] | None = Field(
+        default=None, description="The ids of its tokens, with return_token_ids."
+    )
 
 
 class ChatCompletion(BaseModel):
@@ -246,6 +249,9 @@ class ChatCompletion(BaseModel):
     usage: Usage = Field(description="Token counts.")
     metadata: dict[str, str] | None = Field(default=None, description="The request's.")
     prompt_logprobs: PromptLogprobs | None = Field(default=None, description="If asked for.")
+    prompt_token_ids: list[int] | None = Field(
+        default=None, description="The ids of the prompt's tokens, with return_token_ids."
+    )
 
 
 class DeltaFunction(BaseModel):
@@ -285,6 +291,9 @@ class ChunkChoice(BaseModel):
     delta: Delta = Field(description="What it adds.")
     logprobs: ChatLogprobs | None = Field(description="If asked for.")
     finish_reason: FinishReason | None = Field(description="On the last event of a choice.")
+    token_ids: list[int] | None = Field(
+        default=None, description="The ids of what it adds, with return_token_ids."
+    )
 
 
 class ChatCompletionChunk(BaseModel):
@@ -300,3 +309,6 @@ class ChatCompletionChunk(BaseModel):
     )
     choices: list[ChunkChoice] = Field(description="One, or none on the usage event.")
     usage: Usage | None = Field(default=None, description="On the usage event.")
+    prompt_token_ids: list[int] | None = Field(
+        default=None, description="On the first event of each choice, with return_token_ids."
+    )

@@ -61,6 +61,12 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None = Field(description="If asked for.")
     finish_reason: FinishReason | None = Field(description="Why it ended.")
     prompt_logprobs: PromptLogprobs | None = Field(default=None, description="If asked for.")
+    token_ids: list[int] | None = Field(
+        default=None, description="The ids of its tokens, with return_token_ids."
+    )
+    prompt_token_ids: list[int] | None = Field(
+        default=None, description="Those of its prompt; in streams on its first event."
+    )
 
 
 class Completion(BaseModel):

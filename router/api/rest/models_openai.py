@@ -152,7 +152,10 @@ class SamplingFields(Body):
     guided_grammar: str | None = Field(default=None, description="A grammar in Lark or GBNF.")
     guided_whitespace_pattern: Any = Field(default=None, description=ABSENT)
     use_beam_search: Any = Field(default=None, description="Refused unless it is null or false.")
-    return_token_ids: Any = Field(default=None, description="Refused unless it is null or false.")
+    return_token_ids: bool | None = Field(
+        default=None,
+        description="vLLM's: report the ids of the prompt's tokens and of the generated ones.",
+    )
 
 
 class PromptDetails(BaseModel):

@@ -44,17 +44,24 @@ class ChatRoute:
         job = Job(body, model, head, body.n or 1, characters_of(body))
         asks = fan_out(ask, job.tries)
         style = shapes.Style.of(body, choice.legacy)
-        starts = [partial(self._start, ask) for ask in asks]
         if body.stream:
-            events = [shapes.ChatEvents(head, index, style).of for index in range(job.tries)]
-            return stream(job, starts, events)
-        answers = await together([collect_chat(start) for start in starts])
+            events = [shapes.ChatEvents(head, index, style) for index in range(job.tries)]
+            begins = [partial(self._begin, *pair) for pair in zip(asks, events, strict=True)]
+            return stream(job, begins, [one.of for one in events])
+        answers = await together([collect_chat(partial(self._start, ask)) for ask in asks])
         choices = [shapes.chat_choice(index, answer, style) for index, answer in enumerate(answers)]
         more: dict[str, Any] = {} if body.metadata is None else {"metadata": body.metadata}
         if body.prompt_logprobs is not None:
             prompt = answers[0].finish.prompt
             more["prompt_logprobs"] = prompt_logprobs(prompt, body.prompt_logprobs)
+        if body.return_token_ids:
+            more["prompt_token_ids"] = answers[0].prompt_ids
         return whole(job, answers, choices, arrived, **more)
+
+    async def _begin(self, ask: ChatAsk, events: shapes.ChatEvents) -> ChatGeneration:
+        answer = await self._start(ask)
+        events.begin(answer)
+        return answer
 
     async def _start(self, ask: ChatAsk) -> ChatGeneration:
         """Submits one chat. What the service calls a prompt are the client's messages."""

@@ -45,10 +45,11 @@ class Head:
         if body.service_tier is not None:
             self.fields["service_tier"] = TIERS[priority(body)]
 
-    def event(self, choices: Sequence[Json], counts: Json | None = None) -> bytes:
+    def event(self, choices: Sequence[Json], counts: Json | None = None, **more: Any) -> bytes:
         """Returns an event of a stream; those without counts say so if the last one has them."""
         usage = {"usage": counts} if self.counted else {}
-        return b"data: " + orjson.dumps({**self.fields, "choices": choices, **usage}) + b"\n\n"
+        fields = {**self.fields, "choices": choices, **usage, **more}
+        return b"data: " + orjson.dumps(fields) + b"\n\n"
 
     def prepared(self, index: int, opening: bytes, closing: bytes) -> tuple[bytes, bytes]:
         """Returns what is before and behind the one thing that changes from event to event.
@@ -80,6 +81,11 @@ def usage(finishes: Sequence[Finish], prompts: Sequence[Finish]) -> Json:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(finish.cached_tokens for finish in prompts)},
     }
+
+
+def ids_of(tokens: Iterable[TokenOut]) -> list[int]:
+    """Returns the ids of tokens, as vLLM's `token_ids` has them: those that end an answer, too."""
+    return [token.id for token in tokens]
 
 
 def finite(logprob: float | None) -> float:

@@ -13,7 +13,6 @@ HARMLESS: dict[str, tuple[object, ...]] = {
     "guided_whitespace_pattern": (None,),
     "modalities": (None, ["text"]),
     "moderation": (None,),
-    "return_token_ids": (None, False),
     "store": (None, False),
     "suffix": (None, ""),
     "use_beam_search": (None, False),

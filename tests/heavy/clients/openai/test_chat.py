@@ -90,6 +90,25 @@ def test_log_probabilities(client: OpenAI) -> None:
     assert str(choice.message.content) in raw.decode()
 
 
+@pytest.mark.repeatable
+def test_token_ids_as_vllm_reports_them(client: OpenAI) -> None:
+    """Whole and streamed; as the ids of a prompt they make the same completion."""
+    extra = {"return_token_ids": True}
+    whole = client.chat.completions.create(**CHAT, extra_body=extra).model_dump()
+    prompt, ids = whole["prompt_token_ids"], whole["choices"][0]["token_ids"]
+    assert len(prompt) == whole["usage"]["prompt_tokens"]
+    assert len(ids) == whole["usage"]["completion_tokens"]
+    chunks = [
+        chunk.model_dump()
+        for chunk in client.chat.completions.create(**CHAT, extra_body=extra, stream=True)
+    ]
+    assert [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]] == ids
+    assert chunks[0]["prompt_token_ids"] == prompt
+    fields = {"model": "tgi", "prompt": prompt, "max_tokens": 24, "temperature": 0}
+    again = client.completions.create(**fields, extra_body=extra).model_dump()["choices"][0]
+    assert (again["prompt_token_ids"], again["token_ids"]) == (prompt, ids)
+
+
 def test_every_plain_parameter(client: OpenAI) -> None:
     body = {
         "top_k": 30,

@@ -7,12 +7,14 @@ samples while the other compute threads wait, so the share is one of wall time.
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from benchmarks.jobs import LoadError
 from benchmarks.prompts import distinct
@@ -24,10 +26,19 @@ from shards.sampling import Drawn, Sampler
 
 SHARE_BAR = 0.05
 SEQUENCES, PROMPT, STEPS = 32, 32, 24
+ABOUT = ("history of Rome", "water cycle", "violin", "steam engine", "planet Mars", "human heart")
+ABOUT += ("potato", "alphabet")
+TEXTS = (
+    "<|im_start|>user\nExplain the {} to a child.<|im_end|>\n<|im_start|>assistant\n",
+    "The {} is one of the most important subjects because",
+    "Once upon a time there was a teacher who talked about the {} every day, and",
+    "Here are three facts about the {}:\n1.",
+)
+NUCLEUS = "temperature 1, top_p 0.95"
 KINDS = {
     "greedy": SamplingParams(),
     "temperature 1": SamplingParams(temperature=1.0),
-    "temperature 1, top_p 0.95": SamplingParams(temperature=1.0, top_p=0.95),
+    NUCLEUS: SamplingParams(temperature=1.0, top_p=0.95),
     "temperature 0.8, top_k 40, top_p 0.95, min_p 0.05": SamplingParams(
         temperature=0.8, top_k=40, top_p=0.95, min_p=0.05
     ),
@@ -77,17 +88,26 @@ def engine() -> Engine:
     return load("llamacpp", options, lambda _fraction: None)
 
 
+def texts(files: dict[str, bytes]) -> list[list[int]]:
+    """Prompts as people write them, after which a model has opinions."""
+    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+    return [tokenizer.encode(text.format(about)).ids for about in ABOUT for text in TEXTS]
+
+
 def shares(
-    run: Callable[[Plan], object], clock: Clock, params: SamplingParams
+    run: Callable[[Plan], object],
+    clock: Clock,
+    params: SamplingParams,
+    prompts: Sequence[Sequence[int]],
 ) -> tuple[float, float]:
     """The sampler's time and the whole of a decode step in seconds, medians over the steps."""
-    for number, prompt in enumerate(distinct(SEQUENCES, PROMPT, 7300)):
-        admit = Admit(number + 1, list(prompt), PROMPT, params)
-        run(Plan(admits=[admit], work=[(number + 1, PROMPT)]))
+    for number, prompt in enumerate(prompts, start=1):
+        admit = Admit(number, list(prompt), len(prompt), params)
+        run(Plan(admits=[admit], work=[(number, len(prompt))]))
     sampler, step = [], []
     for _ in range(STEPS):
         clock.spent_s, began = 0.0, perf_counter()
-        run(Plan(work=[(number + 1, 1) for number in range(SEQUENCES)]))
+        run(Plan(work=[(number, 1) for number in range(1, len(prompts) + 1)]))
         step.append(perf_counter() - began)
         sampler.append(clock.spent_s)
     return median(sampler), median(step)
@@ -112,10 +132,16 @@ def main() -> None:
     """Measures in this process and prints the times by kind."""
     measured = {}
     running = engine()
+    natural = texts(running.tokenizer_files())
     with clocked() as clock:
         for kind, params in KINDS.items():
             running.reset()
-            measured[kind] = shares(running.step, clock, params)
+            measured[kind] = shares(running.step, clock, params, natural)
+        running.reset()
+        # After words at random nearly all tokens are about as likely: the most work for top_p.
+        words = distinct(SEQUENCES, PROMPT, 7300)
+        flat = shares(running.step, clock, KINDS[NUCLEUS], words)
+        measured[f"{NUCLEUS}, after random words"] = flat
     running.close()
     print(json.dumps(measured))
 

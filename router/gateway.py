@@ -26,7 +26,7 @@ from router.config import ConfigError, GroupSpec, Settings
 from router.driver import Driver, monotonic_ms
 from router.faces import RestFace, Signals, settle_memory, unless
 from router.fleet import Fleet
-from router.gateway_wire import card_from_wire, limits_from_wire, specs_from_wire
+from router.gateway_wire import card_from_wire, limits_from_wire, specs_from_wire, unknown_to
 from router.link import Backoff, LinkDownError
 from router.logs import configure
 from router.metrics import Metrics
@@ -83,6 +83,7 @@ class Gateway(Collector):
         self._tokenizers: dict[str, Tokenizer] = {}
         self._backoff = Backoff(Random())  # noqa: S311
         self._attached = self._closing = False
+        self._withheld = frozenset[str]()
         self._cause = ""
         self._tasks = asyncio.TaskGroup()
         self._keeper: asyncio.Task[None] | None = None
@@ -136,6 +137,11 @@ class Gateway(Collector):
             settings = limits_from_wire(welcome.limits, self._settings)
         except ConfigError as error:
             raise LinkDownError(f"router {self._router}: unusable limits: {error}") from None
+        withheld = unknown_to(welcome.limits)
+        if withheld - self._withheld:
+            text = "router %s is older than this gateway, so there is no %s here: update it first"
+            log.warning(text, self._router, ", ".join(sorted(withheld)))
+        self._withheld = withheld
         if (settings, specs) != (self._settings, self._specs):
             self._serve(settings, specs)
 
@@ -144,7 +150,7 @@ class Gateway(Collector):
         for group in fleet.groups:
             if not group.HasField("card"):
                 continue
-            card = card_from_wire(group.name, group.card)
+            card = card_from_wire(group.name, group.card, self._withheld)
             tokenizer = await self._tokenizer(link, card.tokenizer_sha256)
             embed, prepare = partial(link.embed, card.name), partial(link.prepare, card.name)
             self.fleet.up(card, tokenizer, embed, prepare)

@@ -20,6 +20,9 @@ TOKENIZER_PIECE_BYTES = 2**20
 
 LIMITS = tuple(field.name for field in pb.Limits.DESCRIPTOR.fields)
 """The settings that a router tells its gateways; all others are of a process."""
+_DEFAULTS = {field.name: field.default for field in fields(Settings)}
+_FEATURE_OF = dict.fromkeys(("watermark_gamma", "watermark_delta", "watermark_key"), "watermark")
+"""Limits that came with a feature. The first routers that took gateways knew all others."""
 
 REASON_TO_WIRE: dict[Reason, pb.EndReason] = {
     reason: cast(pb.EndReason, pb.EndReason.Value(f"END_REASON_{reason.name}")) for reason in Reason
@@ -53,12 +56,18 @@ def limits_to_wire(settings: Settings) -> pb.Limits:
 def limits_from_wire(limits: pb.Limits, own: Settings) -> Settings:
     """A gateway's own settings, with the router's limits.
 
-    Raises ``ConfigError`` if they cannot work.
+    One that a router is too old to tell is the default; see ``unknown_to``. Raises ``ConfigError``
+    if they cannot work.
     """
     given: dict[str, Any] = {
-        name: getattr(limits, name) if limits.HasField(name) else None for name in LIMITS
+        name: getattr(limits, name) if limits.HasField(name) else _DEFAULTS[name] for name in LIMITS
     }
     return replace(own, **given)
+
+
+def unknown_to(limits: pb.Limits) -> frozenset[str]:
+    """Features that a router is too old to know: it does not tell what they are limited to."""
+    return frozenset(feature for name, feature in _FEATURE_OF.items() if not limits.HasField(name))
 
 
 def fleet_to_wire(groups: Iterable[tuple[GroupSpec, GroupCard | None]]) -> pb.Fleet:
@@ -88,9 +97,12 @@ def specs_from_wire(fleet: pb.Fleet) -> tuple[GroupSpec, ...]:
     return tuple(GroupSpec(group.name, group.model or None, ()) for group in fleet.groups)
 
 
-def card_from_wire(name: str, card: pb.FleetCard) -> GroupCard:
-    """What the ranks of a group have said."""
+def card_from_wire(
+    name: str, card: pb.FleetCard, withheld: frozenset[str] = frozenset()
+) -> GroupCard:
+    """What the ranks of a group have said, without the features that are ``withheld``."""
     said = {field: _plain(getattr(card, field)) for field in _SAID}
+    said["features"] = tuple(one for one in card.features if one not in withheld)
     held = {field: getattr(card, field) for field in _HELD}
     if not card.HasField("donor_tokens_max"):
         held["donor_tokens_max"] = None

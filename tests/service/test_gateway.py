@@ -22,7 +22,7 @@ from router.config import ConfigError, GroupSpec, Settings
 from router.errors import Fault, RequestError
 from router.faces import Faces, _free_port
 from router.gateway import Gateway
-from router.gateway_wire import PROTOCOL
+from router.gateway_wire import PROTOCOL, limits_to_wire
 from router.service import Service
 from router.v1 import gateway_pb2 as pb
 from router.v1.gateway_pb2_grpc import GatewayStub
@@ -89,6 +89,32 @@ async def test_an_answer_is_the_same_on_both_sides(tmp_path: Path, params: Param
         ask = Ask("the same question", params)
         assert await answer(gateway.service, ask) == await answer(house.router.service, ask)
         await until(house.idle)
+
+
+async def test_before_an_older_router_there_are_no_watermarks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its workers may have them, but nobody says with which key."""
+
+    def as_before(settings: Settings) -> pb.Limits:
+        limits = limits_to_wire(settings)
+        for name in ("watermark_gamma", "watermark_delta", "watermark_key"):
+            limits.ClearField(name)  # type: ignore[arg-type]
+        return limits
+
+    monkeypatch.setattr("router.api.gateway_server.limits_to_wire", as_before)
+    async with house_in(tmp_path) as house, before(house) as (gateway, _):
+        params = Params(seed=5, max_tokens=9)
+        tokens, _finish = await answer(gateway.service, Ask("a question", params))
+        assert len(tokens) == 9
+        with pytest.raises(RequestError, match="watermark") as caught:
+            await gateway.service.generate(Ask("a", replace(params, watermark=True)))
+        assert caught.value.fault is Fault.UNSUPPORTED
+    older = [record.getMessage() for record in caplog.records if "older" in record.getMessage()]
+    assert older == [
+        f"router {house.grpc} is older than this gateway, so there is no watermark here: "
+        "update it first"
+    ]
 
 
 async def test_constraints_are_compiled_and_kept_through_a_gateway(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from router.gateway_wire import (
     specs_from_wire,
     submit_to_wire,
     submitted_of,
+    unknown_to,
 )
 from router.v1 import gateway_pb2 as pb
 from shards.v1.shard_pb2 import Constraint, Sampling
@@ -77,6 +78,23 @@ def test_the_routers_limits_take_the_place_of_a_gateways() -> None:
         assert getattr(got, name) == getattr(told, name), name
     assert got.max_input_tokens is None
     assert (got.port, got.api_key) == (2, "gateway's")
+
+
+OLDER = bytes.fromhex("080710021804200528e80738802051333333333333d33f5814600468c0843d7800")
+"""The limits of a router from before watermarks: 7 requests, 1000 input tokens, 1 MB."""
+
+
+def test_an_older_router_does_not_tell_what_it_does_not_know() -> None:
+    wire = pb.Limits.FromString(OLDER)
+    got = limits_from_wire(wire, Settings(max_total_tokens=5, watermark_delta=9.0))
+    assert (got.max_concurrent_requests, got.max_input_tokens) == (7, 1000)
+    assert got.payload_limit == 1_000_000
+    assert got.max_total_tokens is None
+    assert got.watermark_delta == Settings().watermark_delta
+    assert unknown_to(wire) == {"watermark"}
+    assert unknown_to(limits_to_wire(Settings())) == frozenset()
+    (group,) = fleet_to_wire([(GroupSpec("g", "m", ()), CARD)]).groups
+    assert card_from_wire("g", group.card, frozenset({"seed"})).features == ("logprobs",)
 
 
 @pytest.mark.parametrize("kept", [77, None])

@@ -137,6 +137,8 @@ async def test_parameters_become_the_routers() -> None:
         ({"parameters": {"top_k": 5}}, 1.0),
         ({"parameters": {"top_p": 1.0}}, 0.0),
         ({"parameters": {"top_p": 0.5}}, 1.0),
+        ({"parameters": {"typical_p": 1.0}}, 0.0),
+        ({"parameters": {"typical_p": 0.5}}, 1.0),
     ],
 )
 async def test_sampling_is_on_as_in_tgi(body: dict[str, object], temperature: float) -> None:
@@ -171,7 +173,6 @@ async def test_best_of_returns_the_likeliest_and_lists_the_others() -> None:
         ({"max_new_tokens": True}, "max_new_tokens"),
         ({"max_new_tokens": 10**30}, "max_new_tokens"),
         ({"temperature": "hot"}, "temperature"),
-        ({"truncate": 0}, "truncate"),
         ({"stop": "a"}, "stop"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": [1]}, "stop"),

@@ -139,8 +139,6 @@ def _check_native(
         raise invalid(text, "frequency_penalty")
     if given.max_new_tokens is not None and given.max_new_tokens <= 0:
         raise invalid("`max_new_tokens` must be strictly positive", "max_new_tokens")
-    if given.truncate is not None and given.truncate <= 0:
-        raise invalid("`truncate` must be strictly positive", "truncate")
     check_stops(given.stop, settings)
     top_n = given.top_n_tokens or 0
     if top_n > settings.max_top_n_tokens:

@@ -9,8 +9,10 @@ Engine options (``--engine-option key=value``):
 
 - ``page_tokens``: tokens in one page of KV cache, a power of two. Default: 16.
 - ``graphs``: ``on`` (default) or ``off``: replay decode steps on CUDA as captured graphs.
-- ``fuse``: ``on`` or ``off``: multiply weights that share their input as one matrix. Default: on
-  accelerators, where it is one kernel instead of three; on CPUs it gained nothing.
+- ``pack``: ``on`` or ``off``: keep weights in the order in which a CPU's kernels read them.
+  Default: where torch has such kernels.
+- ``fuse``: ``on`` or ``off``: multiply weights that share their input as one matrix. Default: where
+  they are packed, and on accelerators, where it is one kernel instead of three.
 - ``peer_timeout_s``: how long a rank waits for the others within a step. Default: 5.
 """
 
@@ -43,7 +45,7 @@ from shards.engines.torch_devices import (
     kv_tokens_default,
 )
 from shards.engines.torch_graphs import CudaCapture, DecodeGraphs, Packing, is_decode
-from shards.engines.torch_linear import fuse
+from shards.engines.torch_linear import can_pack, fuse, pack
 from shards.engines.torch_model import PagedModel, length_trained
 from shards.engines.torch_ranks import Ranks, check_split, load_slice
 from shards.engines.torch_views import Viewer
@@ -80,6 +82,7 @@ class TorchEngine(PagedEngine):
         page = extras.whole("page_tokens", PAGE_TOKENS)
         graphs = extras.choice("graphs", "on", ("on", "off")) == "on"
         fused = extras.choice("fuse", "auto", ("auto", "on", "off"))
+        packed = extras.choice("pack", "auto", ("auto", "on", "off"))
         peer_timeout_s = extras.number("peer_timeout_s", PEER_TIMEOUT_S)
         extras.finish()
         if page < 1 or page & (page - 1):
@@ -88,12 +91,13 @@ class TorchEngine(PagedEngine):
         self._device.use()
         self._checkpoint = Checkpoint(options.model)
         self._dtype = choose_dtype(options.dtype, self._checkpoint.stored_dtype, self._device)
+        packing = self._packs(packed)
         self._control = ThreadControl(_threads(options, self._device))
         self._set_threads()
         check_split(self._checkpoint.config, options.world, self._checkpoint.where)
         self._ranks = Ranks(options, self._device, peer_timeout_s)
-        together = fused == "on" or (fused == "auto" and self._device.kind != "cpu")
-        self._model, self._weight_bytes = self._load(progress, fused=together)
+        fusing = fused == "on" or (fused == "auto" and (packing or self._device.kind != "cpu"))
+        self._model, self._weight_bytes = self._load(progress, fusing, packing)
         self._limits = self._limit(options, page)
         self._model.make_cache(self._limits.kv_tokens // page, page)
         super().__init__(self._limits)
@@ -103,15 +107,27 @@ class TorchEngine(PagedEngine):
         self._control.start()
         progress(1.0)
 
-    def _load(self, progress: Progress, *, fused: bool) -> tuple[PagedModel, int]:
+    def _packs(self, wanted: str) -> bool:
+        """Whether weights are packed; asked for where they cannot be, that is refused."""
+        able = self._device.kind == "cpu" and can_pack(self._dtype)
+        if wanted == "on" and not able:
+            raise ModelError(
+                f"torch: engine option pack=on: this torch has no packed products of"
+                f" {dtype_name(self._dtype)} for this {self._device.kind}; leave it out"
+            )
+        return able and wanted != "off"
+
+    def _load(self, progress: Progress, fusing: bool, packing: bool) -> tuple[PagedModel, int]:
         device = self._device.torch
         if self._ranks.world == 1:
             model = self._checkpoint.load(self._dtype, device, progress)
         else:
             model = load_slice(self._checkpoint, self._dtype, self._device, self._ranks, progress)
         weight_bytes = count_bytes(model)
-        if fused:
+        if fusing:
             fuse(model)
+        if packing:
+            pack(model)
         # The probe computes together, and its collectives do not wait as long as a slow disk takes.
         self._ranks.least(0, self._device)
         try:

@@ -138,8 +138,7 @@ class PagedModel:
 
     def _probe(self, where: str) -> list[tuple[Any, Shape]]:
         model = self._model
-        vocab = model.get_input_embeddings().weight.shape[0]
-        tokens = torch.arange(1, 1 + _PROBE_TOKENS, device=self._device) * 7 % vocab
+        tokens = torch.arange(1, 1 + _PROBE_TOKENS, device=self._device) * 7 % self.vocab_size
         positions = torch.arange(_PROBE_TOKENS, device=self._device)
         last = positions[-1:]
         model.set_attn_implementation("eager")

@@ -83,7 +83,7 @@ def test_a_model_that_does_more_in_its_attention_is_refused(
 def test_fused_layers_compute_the_same(tmp_path: Path) -> None:
     """Qwen2 has biases in some of the layers that are put together."""
     random_model(tmp_path, "qwen2")
-    fused, plain = make(tmp_path, extra={"fuse": "on"}), make(tmp_path)
+    fused, plain = (make(tmp_path, extra={"fuse": how, "pack": "off"}) for how in ("on", "off"))
     names = [type(module).__name__ for module in fused._model._model.modules()]
     assert names.count("Lead") == 6
     assert answer(fused, PROMPTS, COUNT) == answer(plain, PROMPTS, COUNT)

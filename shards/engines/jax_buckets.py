@@ -16,7 +16,8 @@ import numpy as np
 from shards.kv import TRASH, Ints, StepLayout
 
 DECODES = (1, 4, 8, 16, 32, 64, 128, 256)
-MIXED = (32, 128, 512, 2048, 8192)
+# Padding costs as much as tokens do, on CPUs above all: a prompt of 32 beside 31 decodes is common.
+MIXED = (32, 64, 128, 256, 512, 2048, 8192)
 # Queries of one sequence that the plain attention computes together.
 BLOCK = 64
 # Pages of a sequence that it looks at together. A table has as many more at its end, so that such a

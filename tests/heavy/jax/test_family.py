@@ -149,13 +149,21 @@ def test_pages_in_common_are_counted() -> None:
 def test_every_step_within_the_limits_fits_a_bucket() -> None:
     buckets = choose(12, 100, pages=8, least=4)
     assert [bucket.tokens for bucket in buckets.decodes] == [4, 8, 12]
-    assert [bucket.tokens for bucket in buckets.mixed] == [32, 100]
-    assert set(MIXED) > {32}
+    assert [bucket.tokens for bucket in buckets.mixed] == [32, 64, 100]
+    assert set(MIXED) > {32, 64}
     for sequences in range(1, 13):
         layout = layout_of([(3, 1)] * (sequences - 1) + [(0, 100 - 12)], 0, _random())
         assert buckets.fit(layout).mixed
         layout = layout_of([(3, 1)] * sequences, 0, _random())
         assert buckets.fit(layout).sequences >= sequences
+
+
+def test_less_than_half_of_a_mixed_step_is_padding() -> None:
+    """From 33 tokens up to what a CPU computes in a step."""
+    buckets = choose(64, 256, pages=8)
+    for tokens in range(33, 257):
+        layout = layout_of([(3, 1), (0, tokens - 1)], 0, _random())
+        assert buckets.fit(layout).tokens < 2 * tokens
 
 
 def _random() -> np.random.Generator:

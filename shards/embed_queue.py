@@ -3,12 +3,12 @@
 The line of the engine thread is first come, first served. As the next batch joins it only when the
 one before is done, plans that came meanwhile are before it: between two plans there is never more
 than one batch, however many wait. Calls send their batches one after the other, so a long call
-takes turns with the others.
+takes turns with the others. A batch that the engine does in turns stands in the line anew for each.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shards.engines.base import EngineLost, Vectors
@@ -23,11 +23,15 @@ class BusyError(Exception):
 
 @dataclass(eq=False)
 class EmbedJob:
-    """One batch. The loop owns it; the engine thread reads ``inputs`` and ``over`` only."""
+    """One batch. The loop owns it; the engine thread reads ``inputs`` and ``over`` only.
+
+    ``turns`` is the engine thread's own.
+    """
 
     inputs: Sequence[Sequence[int]]
     done: asyncio.Future[Vectors]
     over: bool = False
+    turns: Iterator[Vectors | None] | None = None
 
 
 class EmbedQueue:

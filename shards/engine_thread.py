@@ -248,11 +248,17 @@ class EngineThread:
         return True
 
     def _embed(self, engine: Engine, job: EmbedJob) -> bool:
-        """Embeds one batch, if its call still waits; says whether the engine can go on."""
+        """Embeds a turn of a batch, if its call still waits; says whether the engine can go on.
+
+        What is left of it then stands behind the plans that came meanwhile.
+        """
         answer: Vectors | FeatureError | None = None
         try:
-            if not job.over:
-                answer = engine.embed(job.inputs)
+            while answer is None and not job.over:
+                job.turns = job.turns or engine.embedding(job.inputs)
+                answer = next(job.turns)
+                if answer is None and self._again(job):
+                    return True
         except FeatureError as error:
             answer = error
         except EngineLost as error:
@@ -263,6 +269,14 @@ class EngineThread:
             self._lose(self._session, f"the engine failed: {type(error).__name__}: {error}")
             return False
         self._call(self.embeds.answered, job, answer)
+        return True
+
+    def _again(self, job: EmbedJob) -> bool:
+        """Lets a job stand in the line once more, if there is a place."""
+        try:
+            self._jobs.put_nowait(job)
+        except Full:
+            return False
         return True
 
     def _end(self, session: Session, end: End) -> None:

@@ -6,7 +6,7 @@ log of plans is the only thing that changes this.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -225,6 +225,14 @@ class Engine(ABC):
         the engine cannot, ``EngineLost`` when nothing can be trusted any more.
         """
         raise FeatureError(f"engine {self.describe().engine} does not support embeddings")
+
+    def embedding(self, inputs: Sequence[Sequence[int]]) -> Iterator[Vectors | None]:
+        """Does what ``embed`` does in turns, between which there may be steps.
+
+        Each yields None, the last one the vectors. One that is not run to its end was given up.
+        Raises as ``embed`` does.
+        """
+        yield self.embed(inputs)
 
     def guide_with(self, grammar: "Grammar") -> None:
         """Gives the engine what compiles constraints, before its first step.

@@ -26,13 +26,6 @@ _NO_SLOT = 1
 Adapter = Any
 """llama.cpp's handle of a LoRA adapter, which is told from others by identity."""
 
-POOLINGS = {
-    "mean": llama.LLAMA_POOLING_TYPE_MEAN,
-    "first": llama.LLAMA_POOLING_TYPE_CLS,
-    "last": llama.LLAMA_POOLING_TYPE_LAST,
-}
-"""What becomes the vector of an input: the mean of its tokens' states, or that of one of them."""
-
 _errors: deque[str] = deque(maxlen=4)
 
 
@@ -45,6 +38,11 @@ def _keep_errors(level: int, text: bytes, _data: int | None) -> None:
 
 # llama.cpp keeps the pointer, so the object lives as long as the process.
 _ON_LOG = llama.llama_log_callback(_keep_errors)
+
+
+def forget_errors() -> None:
+    """Lets ``last_error`` speak of what comes from now on."""
+    _errors.clear()
 
 
 def last_error() -> str:
@@ -179,7 +177,7 @@ class Context:
 
     def __init__(self, model: Model, sizes: ContextSizes, pool: ThreadPool) -> None:
         _errors.clear()
-        params = _context_params(sizes)
+        params = context_params(sizes)
         pointer = llama.llama_init_from_model(model.pointer, params)
         if not pointer:
             raise ModelError(
@@ -249,7 +247,8 @@ class Context:
         llama.llama_free(self._pointer)
 
 
-def _context_params(sizes: ContextSizes) -> Any:
+def context_params(sizes: ContextSizes) -> Any:
+    """llama.cpp's parameters of a context of these sizes."""
     params = llama.llama_context_default_params()
     params.n_ctx = sizes.kv_tokens
     params.n_batch = sizes.step_tokens_max
@@ -265,62 +264,6 @@ def _context_params(sizes: ContextSizes) -> Any:
     params.swa_full = True
     params.no_perf = True
     return params
-
-
-class EmbeddingContext:
-    """A context of its own that turns inputs into vectors. All calls from one thread.
-
-    ``pooling`` is one of ``POOLINGS``. Pooling needs a whole input in one ubatch, so all sizes of
-    tokens are equal. Nothing stays in the cache from one call to the next.
-    """
-
-    def __init__(self, model: Model, sizes: ContextSizes, pool: ThreadPool, pooling: int) -> None:
-        _errors.clear()
-        params = _context_params(sizes)
-        params.embeddings = True
-        params.pooling_type = pooling
-        pointer = llama.llama_init_from_model(model.pointer, params)
-        if not pointer:
-            raise ModelError(
-                f"llama.cpp cannot make room to embed {sizes.kv_tokens} tokens: {last_error()}"
-            )
-        pool.attach(pointer)
-        self._pointer = pointer
-        self._memory = llama.llama_get_memory(pointer)
-        self._width = model.width
-        self._batch = Batch(sizes.step_tokens_max, sizes.sequences_max)
-        self._sequences_max = sizes.sequences_max
-
-    def embed(self, inputs: Sequence[Sequence[int]], threads: int) -> NDArray[np.float32]:
-        """Vectors of length 1 [inputs, width], of inputs that fit. May raise ``EngineLost``."""
-        llama.llama_set_n_threads(self._pointer, threads, threads)
-        most = self._sequences_max
-        parts = [self._embed(inputs[at : at + most]) for at in range(0, len(inputs), most)]
-        vectors: NDArray[np.float32] = np.concatenate(parts)
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors /= np.maximum(lengths, np.finfo(np.float32).tiny)
-        return vectors
-
-    def _embed(self, inputs: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        tokens = [token for one in inputs for token in one]
-        positions = [position for one in inputs for position in range(len(one))]
-        slots = [slot for slot, one in enumerate(inputs) for _ in one]
-        self._batch.fill(tokens, positions, slots, range(len(tokens)))
-        llama.llama_memory_clear(self._memory, False)
-        code = llama.llama_decode(self._pointer, self._batch.native)
-        if code:
-            raise EngineLost(f"llama_decode failed with code {code}: {last_error()}")
-        return np.stack([self._vector(slot) for slot in range(len(inputs))])
-
-    def _vector(self, slot: int) -> NDArray[np.float32]:
-        first = llama.llama_get_embeddings_seq(self._pointer, slot)
-        if not first:
-            raise EngineLost(f"llama.cpp made no embedding: {last_error()}")
-        return np.ctypeslib.as_array(first, (self._width,)).copy()
-
-    def close(self) -> None:
-        """Frees the buffers."""
-        llama.llama_free(self._pointer)
 
 
 def has_gpu() -> bool:

@@ -16,13 +16,13 @@ Engine options (``--engine-option key=value``):
 - ``gpu_layers``: layers to keep on an accelerator, if the build has one. Default: all.
 - ``embeddings=1``: can embed too. Costs the memory of a second, small context, most of which is
   4 bytes for each of ``embed_tokens`` times the vocabulary.
-- ``embed_tokens``: the longest input to embed, and how many tokens are embedded between two steps.
+- ``embed_tokens``: the longest input to embed.
 - ``pooling``: ``mean``, ``first`` or ``last`` token. Default: what the file says; models that were
   made to generate say nothing, and the state of the last token stands for the input.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,12 @@ from shards.engines.base import (
     Vectors,
 )
 from shards.engines.caller import CallerEngine, Work
+from shards.engines.llama_embed import POOLINGS, EmbeddingContext, is_causal, pooling_of
 from shards.engines.llama_native import (
-    POOLINGS,
     Adapter,
     Batch,
     Context,
     ContextSizes,
-    EmbeddingContext,
     Model,
     has_gpu,
     has_openmp,
@@ -157,7 +156,8 @@ class LlamaCppEngine(CallerEngine):
             flash=sizes.flash,
         )
         kind = POOLINGS[pooling] if pooling else pooling_of(self._path, self._metadata)
-        return EmbeddingContext(self._model, small, self._pool, kind)
+        causal = is_causal(self._metadata)
+        return EmbeddingContext(self._model, small, self._pool, kind, causal=causal)
 
     def _limit(self, sizes: ContextSizes) -> Limits:
         kv_tokens = self._context.kv_tokens - self._spare
@@ -242,8 +242,15 @@ class LlamaCppEngine(CallerEngine):
         """See ``Engine``. Always with the model itself: no adapter is used."""
         if self._embedder is None:
             return super().embed(inputs)
-        vectors: Vectors = self._embedder.embed(inputs, self._control.threads).tolist()
-        return vectors
+        return next(filter(None, self.embedding(inputs)))
+
+    def embedding(self, inputs: Sequence[Sequence[int]]) -> Iterator[Vectors | None]:
+        """See ``Engine``."""
+        if self._embedder is None:
+            self.embed(inputs)  # refuses
+            return
+        for vectors in self._embedder.turns(inputs, lambda: self._control.threads):
+            yield None if vectors is None else vectors.tolist()
 
     def _compute(self, work: Work, rows: Sequence[Resident]) -> Drawn:
         self._context.set_threads(self._control.threads)
@@ -328,16 +335,6 @@ def adapter_file(name: str, path: Path) -> Path:
         f"adapter {name}: folder {path} holds {len(files)} GGUF files, and one is needed;"
         " convert_lora_to_gguf.py of llama.cpp makes it of an adapter for transformers"
     )
-
-
-def pooling_of(path: Path, metadata: dict[str, Any]) -> int:
-    """How the model makes one vector of its tokens' states; see ``llama_pooling_type``."""
-    kind = int(metadata.get(f"{metadata['general.architecture']}.pooling_type", 0))
-    if kind in POOLINGS.values():
-        return kind
-    if kind > 0:
-        raise ModelError(f"model file {path}: is made to rank, not to embed")
-    return POOLINGS["last"]
 
 
 def kv_tokens_default(metadata: dict[str, Any], length_trained: int, memory_bytes: int) -> int:

@@ -9,7 +9,14 @@ from tokenizers import Tokenizer
 
 from shards.engines import load
 from shards.engines.base import Engine, EngineOptions, FeatureError, ModelError, Plan
-from shards.engines.llamacpp import pooling_of
+from shards.engines.llama_embed import (
+    EMBED_TURN_TOKENS,
+    EmbeddingContext,
+    Part,
+    is_causal,
+    pooling_of,
+    turns_of,
+)
 from tests.engines.contract import admit, decode, generate
 from tests.engines.lora import write_adapter
 from tests.engines.test_llamacpp import TEXTS, model_file
@@ -95,6 +102,66 @@ def test_more_inputs_than_the_context_has_sequences(mean: Engine) -> None:
     assert found.shape == (100, WIDTH)
     assert vectors(mean, [inputs[90]])[0] @ found[90] > 0.9999
     assert found[90] @ found[10] < 0.9999
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_long_inputs_are_embedded_in_turns_with_the_same_result(
+    pooling: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams wait for one turn, not for a batch; what comes out is as if it were done at once."""
+    computed: list[int] = []
+    compute = EmbeddingContext._compute
+
+    def counted(self: EmbeddingContext, inputs: object, parts: list[Part]) -> None:
+        computed.append(sum(part.end - part.begin for part in parts))
+        compute(self, inputs, parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(EmbeddingContext, "_compute", counted)
+    text = tokenizer.encode(" ".join(TEXTS)).ids
+    inputs = [(text * 20)[:200], text[:9], (text[::-1] * 20)[:150]]
+    engine = make(embeddings=1, pooling=pooling)
+    try:
+        *before, found = engine.embedding(inputs)
+        assert before == [None] * 5
+        assert computed == [EMBED_TURN_TOKENS] * 5 + [359 - 5 * EMBED_TURN_TOKENS]
+        monkeypatch.setattr("shards.engines.llama_embed.EMBED_TURN_TOKENS", 512)
+        (whole,) = engine.embedding(inputs)
+        assert whole is not None
+        assert found is not None
+        assert np.sum(np.array(found) * np.array(whole), axis=1).min() > 0.999
+        half = engine.embedding(inputs)  # given up in its midst, as when a client leaves
+        monkeypatch.setattr("shards.engines.llama_embed.EMBED_TURN_TOKENS", 100)
+        assert next(half) is None
+        assert vectors(engine, inputs) @ np.array(whole).T == pytest.approx(
+            np.array(whole) @ np.array(whole).T, abs=0.02
+        )
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "splits", "turns"),
+    [
+        ([64], True, [[(0, 0, 64)]]),
+        ([65], True, [[(0, 0, 64)], [(0, 64, 65)]]),
+        ([65], False, [[(0, 0, 65)]]),
+        ([40, 40], True, [[(0, 0, 40), (1, 0, 24)], [(1, 24, 40)]]),
+        ([40, 40], False, [[(0, 0, 40)], [(1, 0, 40)]]),
+        ([10, 500, 10], False, [[(0, 0, 10)], [(1, 0, 500)], [(2, 0, 10)]]),
+        ([1, 1, 1, 1], True, [[(0, 0, 1), (1, 0, 1), (2, 0, 1)], [(3, 0, 1)]]),
+    ],
+)
+def test_what_is_embedded_at_once(
+    lengths: list[int], splits: bool, turns: list[list[tuple[int, int, int]]]
+) -> None:
+    expected = [[Part(*part) for part in parts] for parts in turns]
+    assert list(turns_of(lengths, 3, splits=splits)) == expected
+
+
+def test_inputs_are_cut_only_where_tokens_see_what_is_before_them() -> None:
+    metadata = {"general.architecture": "qwen3"}
+    assert is_causal(metadata)
+    assert not is_causal({"general.architecture": "bert", "bert.attention.causal": False})
 
 
 def test_generation_does_not_notice(mean: Engine, tokenizer: Tokenizer) -> None:

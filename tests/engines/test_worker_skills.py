@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -28,19 +28,30 @@ ADAPTERS = (("prose", Path("p")), ("verse", Path("v")))
 
 
 class Gated(SkilledEngine):
-    """Waits at its gate before it embeds; ``done`` is the order in which work was done."""
+    """Waits at its gate before it embeds; ``done`` is the order in which work was done.
+
+    A batch takes so many ``turns``.
+    """
 
     def __init__(self) -> None:
         super().__init__(EngineOptions(None, "m", 4096, 8, 256, adapters=ADAPTERS))
         self.gate = threading.Event()
         self.gate.set()
         self.done: list[str] = []
+        self.turns = 1
         self.fault: Exception | None = None
 
     def step(self, plan: Plan) -> Outcome:
         if plan.work:
             self.done.append("step")
         return super().step(plan)
+
+    def embedding(self, inputs: Sequence[Sequence[int]]) -> Iterator[Vectors | None]:
+        for _ in range(self.turns - 1):
+            self.gate.wait(PATIENCE_S)
+            self.done.append("turn")
+            yield None
+        yield from super().embedding(inputs)
 
     def embed(self, inputs: Sequence[Sequence[int]]) -> Vectors:
         self.gate.wait(PATIENCE_S)
@@ -190,6 +201,40 @@ async def test_between_two_plans_there_is_one_batch_at_most(client: Client, engi
     assert engine.done.count("step") == 5
     # All plans were there when the first batch was done: the others waited for them.
     assert engine.done[:6] == ["embed", *["step"] * 5]
+
+
+async def test_plans_go_between_the_turns_of_a_batch(client: Client, engine: Gated) -> None:
+    engine.turns = 3
+    calls = await until_running(engine, client)
+    stream = client.stub.Run()
+    await stream.write(first_plan(1))
+    for plan_id in range(2, 5):
+        await stream.write(next_plan(plan_id, 1))
+    while client.worker._engine._jobs.qsize() < 5:
+        await asyncio.sleep(0.001)
+    engine.gate.set()
+    await asyncio.gather(*calls)
+    for _ in range(4):
+        await stream.read()
+    assert engine.done[:7] == ["turn", *["step"] * 4, "turn", "embed"]
+
+
+async def test_a_batch_that_nobody_waits_for_is_given_up_after_its_turn(
+    client: Client, engine: Gated
+) -> None:
+    engine.turns = 3
+    (call,) = await until_running(engine, client)
+    job = client.worker._engine.embeds._current
+    assert job is not None
+    while job.turns is None:
+        await asyncio.sleep(0.001)
+    call.cancel()
+    while not job.over:
+        await asyncio.sleep(0.001)
+    engine.gate.set()
+    await client.stub.Embed(request([5]))
+    assert engine.done == ["turn", "turn", "turn", "embed"]
+    assert engine.batches == [[[5]]]
 
 
 async def test_long_calls_take_turns_with_short_ones(client: Client, engine: Gated) -> None:

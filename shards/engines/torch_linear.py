@@ -123,6 +123,8 @@ class Packed(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.packed = packed  # has no storage that a parameter could have
         self.bias = bias
+        # Of several operators of that name this one; to find it takes as long as a small product.
+        self._product = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
 
     @property
     def weight(self) -> Any:
@@ -131,7 +133,7 @@ class Packed(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Any) -> Any:
         """[..., in] to [..., out]."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # noqa: SLF001
+        return self._product(x, self.packed, self.bias, "none", [], "")
 
 
 class Table(nn.Module):  # type: ignore[misc]

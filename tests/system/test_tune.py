@@ -404,13 +404,13 @@ def test_a_candidate_that_loads_for_too_long_leaves_time_for_the_others(tmp_path
 
 
 def test_an_engine_whose_tokens_are_rare_is_measured_all_the_same(tmp_path: Path) -> None:
-    slow = "scripted,engine-option=step_ms=5000"
+    slow = "scripted,engine-option=step_ms=1500"
     result = tune(
         *(tmp_path, "--try", slow, *AMPLE),
-        program=f"import deploy.tune\ndeploy.tune.WINDOW_MIN_S = 2.0\n{QUICK}",
+        program=f"import deploy.tune\ndeploy.tune.WINDOW_MIN_S = 0.5\n{QUICK}",
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[1].startswith("*  scripted step_ms=5000")
+    assert result.stdout.splitlines()[1].startswith("*  scripted step_ms=1500")
 
 
 def test_if_nothing_can_be_measured_the_first_reason_is_the_error(tmp_path: Path) -> None:

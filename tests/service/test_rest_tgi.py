@@ -258,6 +258,9 @@ async def test_tokenize_counts_bytes() -> None:
     answer = await post(FakeService(), "/chat_tokenize", body)
     assert answer.json()["templated_text"] == "<user>h</><assistant>"
     assert len(answer.json()["tokenize_response"]) == len("<user>h</><assistant>")
+    body["messages"].append({"role": "assistant", "content": "so "})
+    answer = await post(FakeService(), "/chat_tokenize", body)
+    assert answer.json()["templated_text"] == "<user>h</><assistant>so"
 
 
 async def test_info_health_and_metrics() -> None:

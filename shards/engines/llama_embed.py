@@ -49,6 +49,11 @@ def is_causal(metadata: dict[str, Any]) -> bool:
     return bool(metadata.get(f"{metadata['general.architecture']}.attention.causal", True))
 
 
+def tokens_at_once(longest: int, *, causal: bool) -> int:
+    """The most that a turn computes where inputs have up to ``longest`` tokens."""
+    return min(longest, EMBED_TURN_TOKENS) if causal else longest
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Tokens ``begin`` to ``end`` of the input number ``which``."""
@@ -80,8 +85,8 @@ def turns_of(lengths: Sequence[int], parts_max: int, *, splits: bool) -> Iterato
 class EmbeddingContext:
     """A context of its own that turns inputs into vectors. All calls from one thread.
 
-    ``pooling`` is one of ``POOLINGS``. A model that is not ``causal`` needs a whole input in one
-    ubatch, so all sizes of tokens are equal. Nothing stays in the cache from one call to the next.
+    ``pooling`` is one of ``POOLINGS``. What a turn computes must fit into one ubatch; a model that
+    is not ``causal`` needs a whole input in it. Nothing stays in the cache from call to call.
     """
 
     def __init__(

@@ -14,8 +14,9 @@ Engine options (``--engine-option key=value``):
   put a sequence's tokens: in memory that ended sequences left in pieces, attention adds up in
   another order, and quantised models make 0.1 in a log probability of that rounding.
 - ``gpu_layers``: layers to keep on an accelerator, if the build has one. Default: all.
-- ``embeddings=1``: can embed too. Costs the memory of a second, small context, most of which is
-  4 bytes for each of ``embed_tokens`` times the vocabulary.
+- ``embeddings=1``: can embed too, 64 tokens between two steps. Costs the memory of a second, small
+  context, most of which is 256 bytes times the vocabulary. Models whose tokens see those behind
+  them embed an input at once, and need 4 bytes times the vocabulary for each of ``embed_tokens``.
 - ``embed_tokens``: the longest input to embed.
 - ``pooling``: ``mean``, ``first`` or ``last`` token. Default: what the file says; models that were
   made to generate say nothing, and the state of the last token stands for the input.
@@ -40,7 +41,13 @@ from shards.engines.base import (
     Vectors,
 )
 from shards.engines.caller import CallerEngine, Work
-from shards.engines.llama_embed import POOLINGS, EmbeddingContext, is_causal, pooling_of
+from shards.engines.llama_embed import (
+    POOLINGS,
+    EmbeddingContext,
+    is_causal,
+    pooling_of,
+    tokens_at_once,
+)
 from shards.engines.llama_native import (
     Adapter,
     Batch,
@@ -147,16 +154,17 @@ class LlamaCppEngine(CallerEngine):
         tokens = self._embed_tokens
         if tokens < 1:
             raise ModelError("llamacpp: engine option embed_tokens must be at least 1")
+        causal = is_causal(self._metadata)
+        at_once = tokens_at_once(tokens, causal=causal)
         small = ContextSizes(
             kv_tokens=tokens,
-            sequences_max=min(tokens, EMBED_SEQUENCES),
-            step_tokens_max=tokens,
-            ubatch_tokens=tokens,
+            sequences_max=min(at_once, EMBED_SEQUENCES),
+            step_tokens_max=at_once,
+            ubatch_tokens=at_once,
             threads=sizes.threads,
             flash=sizes.flash,
         )
         kind = POOLINGS[pooling] if pooling else pooling_of(self._path, self._metadata)
-        causal = is_causal(self._metadata)
         return EmbeddingContext(self._model, small, self._pool, kind, causal=causal)
 
     def _limit(self, sizes: ContextSizes) -> Limits:

@@ -121,22 +121,21 @@ def test_long_inputs_are_embedded_in_turns_with_the_same_result(
     inputs = [(text * 20)[:200], text[:9], (text[::-1] * 20)[:150]]
     engine = make(embeddings=1, pooling=pooling)
     try:
+        assert next(engine.embedding(inputs)) is None  # and given up, as when a client leaves
+        computed.clear()
         *before, found = engine.embedding(inputs)
         assert before == [None] * 5
         assert computed == [EMBED_TURN_TOKENS] * 5 + [359 - 5 * EMBED_TURN_TOKENS]
-        monkeypatch.setattr("shards.engines.llama_embed.EMBED_TURN_TOKENS", 512)
-        (whole,) = engine.embedding(inputs)
-        assert whole is not None
-        assert found is not None
-        assert np.sum(np.array(found) * np.array(whole), axis=1).min() > 0.999
-        half = engine.embedding(inputs)  # given up in its midst, as when a client leaves
-        monkeypatch.setattr("shards.engines.llama_embed.EMBED_TURN_TOKENS", 100)
-        assert next(half) is None
-        assert vectors(engine, inputs) @ np.array(whole).T == pytest.approx(
-            np.array(whole) @ np.array(whole).T, abs=0.02
-        )
     finally:
         engine.close()
+    monkeypatch.setattr("shards.engines.llama_embed.EMBED_TURN_TOKENS", 512)
+    engine = make(embeddings=1, pooling=pooling)
+    try:
+        (whole,) = engine.embedding(inputs)
+    finally:
+        engine.close()
+    assert computed[-1] == 359
+    assert np.sum(np.array(found) * np.array(whole), axis=1).min() > 0.999
 
 
 @pytest.mark.parametrize(

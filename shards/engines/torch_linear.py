@@ -7,7 +7,7 @@ own code still calls each layer by its name: the first computes all, the others 
 On CPUs weights are packed: kept in the blocks in which oneDNN reads them, and in no other form.
 Plain weights are brought into such an order at each product, which is most of its work while there
 are few rows. (SmolLM2-135M in float32 on two Zen 3 cores, the products of a step of 8, 32 and 256
-rows: 57, 99 and 505 ms instead of 97, 139 and 551.)
+rows: 57, 108 and 505 ms instead of 97, 139 and 551.)
 """
 
 import ctypes

@@ -10,7 +10,7 @@ from torch import nn
 
 from shards.engines import torch_linear
 from shards.engines.base import ModelError
-from shards.engines.torch_linear import Packed, can_pack, fuse, pack
+from shards.engines.torch_linear import Packed, Table, can_pack, fuse, pack
 from shards.engines.torch_ranks import RowLinear
 from tests.heavy.models import tiny_llama_folder
 from tests.heavy.torch.made import answer, make, random_model
@@ -20,6 +20,12 @@ COUNT = 12
 packing = pytest.mark.skipif(
     not can_pack(torch.float32), reason="this processor or torch has no packed products"
 )
+
+
+def readable() -> bool:
+    """Whether oneDNN packs for this processor in the blocks that an embedding can read."""
+    weight = torch.randn(320, 64)
+    return Table(torch.ops.mkldnn._reorder_linear_weight(weight)).holds(weight)
 
 
 class Gated(nn.Module):  # type: ignore[misc]
@@ -87,8 +93,9 @@ def test_an_embedding_reads_the_head_that_is_tied_to_it(rows: int, width: int) -
     x = torch.randn(1, 5, width)
     looked_up, product = model["embedding"](tokens), model["head"](x)
     pack(model)
-    assert kinds(model)[1:] == ["Packed", "Table"]
-    assert gone() is None
+    whole = readable()
+    assert kinds(model)[1:] == (["Packed", "Table"] if whole else ["Linear", "Embedding"])
+    assert (gone() is None) == whole
     assert torch.equal(model["embedding"](tokens), looked_up)
     assert torch.equal(model["embedding"].weight, model["head"].weight)
     close(model["head"](x), product)
@@ -175,8 +182,9 @@ def test_a_tied_model_is_packed_whole(tmp_path: Path) -> None:
     random_model(tmp_path, "llama", tie_word_embeddings=True, intermediate_size=128)
     packed, plain = make(tmp_path), make(tmp_path, extra={"pack": "off"})
     names = kinds(packed._model._model)
-    assert "Table" in names
-    assert not {"Linear", "Embedding"} & set(names)
+    whole = readable()
+    assert ("Table" in names) == whole
+    assert bool({"Linear", "Embedding"} & set(names)) == (not whole)
     assert packed.describe().weight_bytes == plain.describe().weight_bytes
     assert answer(packed, PROMPTS, COUNT) == answer(plain, PROMPTS, COUNT)
     packed.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from deploy.interpreters import installed_apart
 from tests.heavy.models import smollm2_folder, smollm2_gguf
 from tests.system.server import serving
-from tests.system.test_tune import QUICK
+from tests.system.test_tune_command import QUICK
 
 
 def test_engines_on_copies_of_a_model_and_the_winner_is_served(tmp_path: Path) -> None:

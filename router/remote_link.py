@@ -37,6 +37,7 @@ from shards.v1.shard_pb2 import (
 T = TypeVar("T")
 
 ATTACH_DEADLINE_S = 10.0
+GREETINGS_MAX = 3
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -76,15 +77,9 @@ class RouterLink:
 
     async def attach(self, version: str) -> pb.Welcome:
         """Opens the stream and waits to be welcome; ``RefusedError`` says that this cannot be."""
-        attach = self._channel.stream_stream(
-            f"/{SERVICE}/Attach",
-            request_serializer=pb.FromGateway.SerializeToString,
-            response_deserializer=pb.ToGateway.FromString,
-        )
-        self._call = attach(None, metadata=self._metadata)
         try:
             async with asyncio.timeout(ATTACH_DEADLINE_S):
-                await self._write(
+                await self._greet(
                     pb.FromGateway(hello=pb.Hello(protocol=PROTOCOL, version=version))
                 )
                 message = await self._read()
@@ -94,6 +89,27 @@ class RouterLink:
         if not message.HasField("welcome"):
             raise LinkDownError(f"router {self.address}: it did not begin with a welcome")
         return message.welcome
+
+    async def _greet(self, hello: pb.FromGateway) -> None:
+        """Opens the stream with the first words.
+
+        A router that refuses may end the call while it is still written to, and then grpc says
+        INTERNAL in place of the router's status. So such a call is made again, to be told why.
+        """
+        attach = self._channel.stream_stream(
+            f"/{SERVICE}/Attach",
+            request_serializer=pb.FromGateway.SerializeToString,
+            response_deserializer=pb.ToGateway.FromString,
+        )
+        for left in reversed(range(GREETINGS_MAX)):
+            self._call = attach(None, metadata=self._metadata)
+            try:
+                await self._call.write(hello)
+            except grpc.aio.AioRpcError as error:
+                if not left or error.code() != grpc.StatusCode.INTERNAL:
+                    self._raise_down(error)
+            else:
+                return
 
     async def write_from(self, uplink: Uplink) -> None:
         """Owner task of the sending half. Ends when the stream does; the reader knows why."""

@@ -1,10 +1,13 @@
 """Which tokens top_k, top_p, min_p and typical_p leave of one row; see ``shards.sampling``.
 
-Filters do not sort the vocabulary. They sort the few tokens above a bound that provably leaves in
-all that can survive.
+Filters do not sort the vocabulary. They sort the few tokens above a bound that leaves in all that
+can survive. Where little is left to do with each token, what counts is how often numpy is called,
+and by which name: methods skip a microsecond of Python. Long rows are never indexed with a mask:
+to look for its places first takes a third of the time, as there are no branches to guess.
 """
 
 import math
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,121 +17,147 @@ from shards.engines.base import SamplingParams
 Floats = NDArray[np.float32]
 Ids = NDArray[np.intp]
 
-# Weights, the largest being 1, down to which the nucleus is looked for.
-_FLOORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0)
 # Distances of surprise from the entropy, in nats, for typical_p.
 _SPREADS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 9.0, math.inf)
 _GROUPS = 512
-# So few are sorted at once. More are narrowed down first, in so many tries: all can be equal.
+# So few are looked at without a closer guess of where the nucleus ends.
 _FEW = 2048
-_NARROWINGS = 24
-_STRIDE = 16
+# The nucleus is first looked for down to so many times the weight that certainly leaves it in.
+_EAGER = 16.0
+# What is left out is guessed from every 61st token, and a share of the mass between what may be
+# left out and that guess is for bad luck.
+_STRIDE = 61
+_CAUTION = 0.8
+# Longer runs are summed up in two levels, by blocks.
+_BLOCK = 256
 _TINY = np.float32(1e-38)
 
 
 def largest(logits: Floats, count: int) -> Ids:
-    """Ids of the ``count`` largest, ascending; of equal ones the smaller ids.
+    """Ids of the ``count`` largest, ascending; of equal ones the smaller ids."""
+    near = _near(logits, count)
+    values = logits[near]
+    last = np.partition(values, len(values) - count)[len(values) - count]
+    return near[_first(values, last, count)]
+
+
+def ranked(logits: Floats, count: int) -> Ids:
+    """Ids of the ``count`` largest, the largest first; of equal ones the smaller ids first."""
+    near = _near(logits, count)
+    return near[np.argsort(-logits[near], kind="stable")[:count]]
+
+
+def _near(logits: Floats, count: int) -> Ids:
+    """Ids of the ``count`` largest and perhaps of a few more, ascending.
 
     The count-th largest of the maxima of groups bounds the count-th largest of all from below, and
     closely, so that few tokens are looked at twice. A group is every 512th token: that is how numpy
     finds the maxima fastest.
     """
     height = len(logits) // _GROUPS
-    near: Ids
-    if count <= _GROUPS and height > 1:
-        maxima = logits[: height * _GROUPS].reshape(height, _GROUPS).max(axis=0)
-        near = np.flatnonzero(logits >= np.partition(maxima, _GROUPS - count)[_GROUPS - count])
-    else:
-        near = np.arange(len(logits))
-    values = logits[near]
-    last = np.partition(values, len(values) - count)[len(values) - count]
-    return near[_first(values, last, count)]
+    if count > _GROUPS or height < 2:
+        return np.arange(len(logits))
+    maxima = logits[: height * _GROUPS].reshape(height, _GROUPS).max(axis=0)
+    maxima.partition(_GROUPS - count)
+    return np.flatnonzero(logits >= maxima[_GROUPS - count])
 
 
 def _first(values: Floats, last: np.float32, count: int) -> Ids:
     """Places of the ``count`` largest values, of which ``last`` is the smallest, ascending."""
-    chosen = values > last
-    equal = np.flatnonzero(values == last)[: count - int(np.count_nonzero(chosen))]
-    chosen[equal] = True
-    return np.flatnonzero(chosen)
+    chosen = values >= last
+    surplus = int(np.count_nonzero(chosen)) - count
+    if surplus:
+        chosen[(values == last).nonzero()[0][-surplus:]] = False
+    return chosen.nonzero()[0]
 
 
-def keep(weights: Floats, sampling: SamplingParams) -> Ids | None:
-    """Indices that top_p, min_p and typical_p leave, ascending; None if none of them is on."""
+def keep(weights: Floats, sampling: SamplingParams, total: float) -> Ids | None:
+    """Indices that top_p, min_p and typical_p leave, ascending; None if none of them is on.
+
+    ``total`` is the sum of the weights.
+    """
     kept: Ids | None = None
     if 0.0 < sampling.top_p < 1.0:
-        kept = nucleus(weights, sampling.top_p)
+        kept = nucleus(weights, sampling.top_p, total)
     if sampling.min_p > 0.0:
         # The likeliest token weighs 1, whatever top_p took away.
         floor = np.float32(min(sampling.min_p, 1.0))
-        likely = weights >= floor
-        kept = np.flatnonzero(likely) if kept is None else kept[likely[kept]]
+        kept = np.flatnonzero(weights >= floor) if kept is None else kept[weights[kept] >= floor]
     if 0.0 < sampling.typical_p < 1.0:
         if kept is None:
-            kept = _typical(weights, sampling.typical_p)
+            kept = _typical(weights, sampling.typical_p, total)
         else:
-            kept = kept[_typical(weights[kept], sampling.typical_p)]
+            likely = weights[kept]
+            kept = kept[_typical(likely, sampling.typical_p, float(likely.sum()))]
     return kept
 
 
-def nucleus(weights: Floats, top_p: float) -> Ids:
-    """Indices of the smallest set of likeliest tokens with that share of the mass, ascending."""
-    wanted = top_p * float(weights.sum())
-    high, above, most = math.inf, 0.0, 0
-    for floor in _FLOORS if len(weights) > _FEW else (0.0,):
-        likely = weights >= np.float32(floor)
-        count = int(np.count_nonzero(likely))
-        if count > _FEW:
-            return _wide_nucleus(weights, wanted, (high, above, most))
-        values = weights[likely]
-        mass = float(values.sum())
-        if floor == 0.0 or mass >= wanted:
-            break
-        high, above, most = floor, mass, count
-    return np.flatnonzero(likely)[_first(values, *_least(values, wanted))]
+def nucleus(weights: Floats, top_p: float, total: float) -> Ids:
+    """Indices of the smallest set of likeliest tokens with that share of the mass, ascending.
 
-
-def _least(values: Floats, wanted: float) -> tuple[np.float32, int]:
-    """The smallest of the largest values that sum up to the wanted one, and how many those are."""
-    falling = np.sort(values)[::-1]
-    place = int(np.searchsorted(np.cumsum(falling, dtype=np.float64), wanted))
-    place = min(place, len(falling) - 1)
-    return falling[place], place + 1
-
-
-def _wide_nucleus(weights: Floats, wanted: float, known: tuple[float, float, int]) -> Ids:
-    """As ``nucleus`` where many tokens take part, of a flat distribution.
-
-    They are too many to sort, or to copy more than once. The weight of the last one is guessed from
-    every 16th token, and narrowed down until few are in question. ``known`` is a weight that is too
-    high, with the sum and the number of the tokens that have at least that.
+    Tokens that weigh less than an even share of what may be left out can all be left out. Mostly
+    a higher floor does: one that is much higher, or in flat distributions one that is guessed.
+    Whether it did is known from the mass above it.
     """
-    (high, above, most), low, count = known, 0.0, len(weights)
-    sample = weights[::_STRIDE]
-    sample = sample[sample < np.float32(high)]
-    middle = float(_least(sample, (wanted - above) / _STRIDE)[0])
-    step = 1.15
-    for _ in range(_NARROWINGS):
-        if count - most <= _FEW:
+    wanted = top_p * total
+    even = (total - wanted) / len(weights)
+    for floor in (_EAGER * even, even, 0.0):
+        likely = weights >= np.float32(floor)
+        if floor > even and int(np.count_nonzero(likely)) > _FEW:
+            likely = weights >= np.float32(max(even, _guess(weights, total - wanted)))
+        ids = likely.nonzero()[0]
+        values = weights[ids]
+        spare = float(values.sum(dtype=np.float64)) - wanted
+        if spare >= 0.0 or floor == 0.0:
             break
-        likely = weights >= np.float32(middle)
-        mass, number = float(np.multiply(weights, likely).sum()), int(np.count_nonzero(likely))
-        if mass >= wanted:
-            low, count = middle, number
-        else:
-            high, above, most = middle, mass, number
-        if low > 0.0 and high < math.inf:
-            middle = math.sqrt(low * high)
-        else:
-            middle, step = (middle * step if low > 0.0 else middle / step), step * step
-    band = weights[(weights >= np.float32(low)) & (weights < np.float32(high))]
-    last, number = _least(band, wanted - above)
-    return _first(weights, last, most + number)
+    return ids[_first(values, *_border(values, max(spare, 0.0)))]
 
 
-def _typical(weights: Floats, typical_p: float) -> Ids:
+def _border(values: Floats, spare: float) -> tuple[np.float32, int]:
+    """Of the largest values, the rest of which sum up to ``spare`` at most: the smallest, how many.
+
+    At least one value is kept.
+    """
+    rising = np.sort(values) if len(values) <= _FEW else _lowest(values, spare)
+    out = min(reach(rising, spare, beyond=True), len(rising) - 1)
+    return rising[out], len(values) - out
+
+
+def _lowest(values: Floats, spare: float) -> Floats:
+    """The smallest values, ascending, and more of them than sum up to ``spare`` at most, or all."""
+    smallest = float(values.min())
+    most = spare / smallest if smallest > 0.0 else math.inf
+    if most < len(values) / 2:
+        values = np.partition(values, int(most) + 1)[: int(most) + 2]
+    return np.sort(values)
+
+
+def _guess(weights: Floats, spare: float) -> float:
+    """A weight such that all tokens below it together weigh about what may be left out, or less."""
+    sample = np.sort(weights[::_STRIDE])
+    return float(sample[min(reach(sample, _CAUTION * spare / _STRIDE), len(sample) - 1)])
+
+
+def reach(values: Floats, wanted: float, beyond: bool = False) -> int:
+    """The first place where the sum up to it reaches ``wanted``, or goes beyond it.
+
+    The number of values if it never does. Sums are in double precision.
+    """
+    side: Literal["left", "right"] = "right" if beyond else "left"
+    start, before = 0, 0.0
+    if len(values) > _FEW:
+        whole = len(values) // _BLOCK * _BLOCK
+        blocks = np.add.reduce(values[:whole].reshape(-1, _BLOCK), axis=1, dtype=np.float64)
+        sums = np.add.accumulate(blocks)
+        block = int(sums.searchsorted(wanted, side))
+        start, before = block * _BLOCK, float(sums[block - 1]) if block else 0.0
+        values = values[start : start + _BLOCK]
+    inner = np.add.accumulate(values, dtype=np.float64)
+    return start + int(inner.searchsorted(wanted - before, side))
+
+
+def _typical(weights: Floats, typical_p: float, total: float) -> Ids:
     """Indices whose surprise is nearest to the entropy, up to that share of the mass, ascending."""
-    total = float(weights.sum())
     # A token without weight gets a large but finite surprise: it must not spoil the entropy.
     surprise = np.log(np.maximum(weights, _TINY))
     np.subtract(np.float32(math.log(total)), surprise, out=surprise)

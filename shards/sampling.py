@@ -18,7 +18,8 @@ doi:10.1145/2660193.2660195.
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,13 +27,19 @@ import numpy as np
 
 from shards.allowed import GuideError, Guiding, holds, pick
 from shards.engines.base import Logprobs, SamplingParams
-from shards.filters import Floats, Ids, keep, largest
+from shards.filters import Floats, Ids, keep, largest, ranked, reach
 from shards.watermark import mark
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _BLOCK = 256
 _MINUS_INF = np.float32(-np.inf)
+_NOTHING: Ids = np.empty(0, np.intp)
+_NOT_FINITE = "the engine's logits are not finite numbers"
+# The tokens that were not changed must have this share of a sum that is to be put right.
+_TRUSTED = 0.5
+# By so many nats the largest raw logit may exceed the largest one for the same purpose.
+_NEAR = 50.0
 
 
 class Row(Protocol):
@@ -85,11 +92,7 @@ class Sampler:
     """Draws tokens for one engine. Holds scratch memory, so it serves one thread."""
 
     def __init__(self, vocab_size: int) -> None:
-        self._vocab = vocab_size
-        blocks = -(-vocab_size // _BLOCK)
-        self._padded: Floats = np.zeros(blocks * _BLOCK, np.float32)
-        self._weights = self._padded[:vocab_size]
-        self._adjusted: Floats = np.empty(vocab_size, np.float32)
+        self._desk = _Desk(vocab_size)
 
     def draw(self, logits: Floats, rows: Sequence[Row]) -> Drawn:
         """One token for each row of ``logits`` [rows, vocabulary], which are not changed.
@@ -101,39 +104,47 @@ class Sampler:
             tops: list[float] = logits[np.arange(len(best)), best].tolist()
             drawn = Drawn(best.tolist())
             for index, top in enumerate(tops):
-                self._check(drawn, index, top)
+                if not math.isfinite(top):
+                    _fail(drawn, index, _NOT_FINITE)
             return drawn
         drawn = Drawn([0] * len(rows))
         for index, row in enumerate(rows):
-            # One row after the other, so that it is read from memory once and then from the cache.
-            raw = logits[index]
-            token = drawn.tokens[index] = int(raw.argmax())
-            top = float(raw[token])
-            if self._check(drawn, index, top) and not row.plain:
-                self._draw_row(raw, row, drawn, index, top)
+            self._desk.draw(logits[index], row, drawn, index)
         return drawn
 
-    def _check(self, drawn: Drawn, index: int, top: float) -> bool:
-        """Whether the row is sound; NaN counts as the largest value, so the largest tells."""
-        if math.isfinite(top):
-            return True
-        self._fail(drawn, index, "the engine's logits are not finite numbers")
-        return False
 
-    @staticmethod
-    def _fail(drawn: Drawn, index: int, message: str) -> None:
-        drawn.tokens[index] = 0
-        drawn.failures[index] = message
+class _Desk:
+    """The scratch memory of one thread, and the row that it draws."""
 
-    def _draw_row(self, raw: Floats, row: Row, drawn: Drawn, index: int, top: float) -> None:
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab = vocab_size
+        blocks = -(-vocab_size // _BLOCK)
+        self._padded: Floats = np.zeros(blocks * _BLOCK, np.float32)
+        self._weights = self._padded[:vocab_size]
+        self._adjusted: Floats = np.empty(vocab_size, np.float32)
+        # The sum of the weights, where they also tell the sum of the raw logits' exponentials.
+        self._total: float | None = None
+
+    def draw(self, raw: Floats, row: Row, drawn: Drawn, index: int) -> None:
+        """Fills in the place of one row. Its logits stay in the cache from one pass to the next."""
+        token = drawn.tokens[index] = int(raw.argmax())
+        top = float(raw[token])
+        # NaN counts as the largest value, so the largest tells.
+        if not math.isfinite(top):
+            _fail(drawn, index, _NOT_FINITE)
+        elif not row.plain:
+            self._draw(raw, row, drawn, index, top)
+
+    def _draw(self, raw: Floats, row: Row, drawn: Drawn, index: int, top: float) -> None:
         sampling = row.sampling
         logits, best, peak = raw, drawn.tokens[index], top
+        changed: Ids | None = _NOTHING
         if _adjusts(row):
-            logits = self._adjust(raw, row)
+            logits, changed = self._adjust(raw, row)
             best = int(logits.argmax())
             peak = float(logits[best])
             if not math.isfinite(peak):
-                self._fail(drawn, index, "bias, penalties and min_tokens leave no token to draw")
+                _fail(drawn, index, "bias, penalties and min_tokens leave no token to draw")
                 return
         ids: Ids | None = None
         if row.guide is not None:
@@ -141,11 +152,13 @@ class Sampler:
                 words = row.guide.allowed()
                 if sampling.temperature > 0.0 or not holds(words, best):
                     logits, ids, best = pick(logits, words, best, self._adjusted)
+                    changed = None
             except GuideError as error:
-                self._fail(drawn, index, str(error))
+                _fail(drawn, index, str(error))
                 return
             peak = float(logits[best])
         token = best
+        self._total = None
         if sampling.temperature > 0.0:
             chance = uniform(sampling.seed, len(row.tokens))
             token = self._sample(logits, ids, sampling, peak, chance)
@@ -153,30 +166,33 @@ class Sampler:
             token = int(ids[best])
         drawn.tokens[index] = token
         if sampling.logprobs:
-            drawn.logprobs[index] = self._logprobs(raw, token, top, sampling)
+            log_total = self._log_total(raw, top, peak, changed)
+            drawn.logprobs[index] = _logprobs(raw, token, log_total, sampling)
 
-    def _adjust(self, raw: Floats, row: Row) -> Floats:
-        """A copy of the row with watermark, bias, penalties and the mask of min_tokens applied."""
+    def _adjust(self, raw: Floats, row: Row) -> tuple[Floats, Ids | None]:
+        """A copy of the row with watermark, bias, penalties and the mask of min_tokens applied.
+
+        Also which logits may have changed; None for all.
+        """
         sampling, logits = row.sampling, self._adjusted
         np.copyto(logits, raw)
+        changed: list[int] = [token for token, _ in sampling.logit_bias]
         if sampling.watermark is not None:
             mark(logits, row.tokens[-1], sampling.watermark)
-        if sampling.logit_bias:
-            for token, bias in sampling.logit_bias:
-                logits[token] += bias
+        for token, bias in sampling.logit_bias:
+            logits[token] += bias
         generated = row.tokens[row.prompt_len :]
         if generated and _penalises(sampling):
-            ids, counts = np.unique(np.array(generated, np.intp), return_counts=True)
-            seen = logits[ids]
-            penalty = np.float32(sampling.repetition_penalty)
-            seen = np.where(seen > 0, seen / penalty, seen * penalty)
-            seen -= (sampling.frequency_penalty * counts).astype(np.float32)
-            seen -= np.float32(sampling.presence_penalty)
-            logits[ids] = seen
+            counts = Counter(generated)
+            changed += counts
+            _penalise(logits, counts, sampling)
         if len(generated) < sampling.min_tokens:
             stops = [token for token in sampling.stop_tokens if token < self._vocab]
+            changed += stops
             logits[stops] = _MINUS_INF
-        return logits
+        if sampling.watermark is not None:
+            return logits, None
+        return logits, np.array(list(set(changed)), np.intp)
 
     def _sample(
         self,
@@ -196,7 +212,12 @@ class Sampler:
             ids = likeliest if ids is None else ids[likeliest]
             logits = logits[likeliest]
         weights = self._weigh(logits, sampling.temperature, peak)
-        kept = keep(weights, sampling)
+        raw_too = sampling.logprobs and sampling.temperature == 1.0 and len(weights) == self._vocab
+        total = 0.0
+        if raw_too or sampling.top_p < 1.0 or sampling.typical_p < 1.0:
+            total = float(weights.sum())
+        self._total = total if raw_too else None
+        kept = keep(weights, sampling, total)
         if kept is not None:
             ids = kept if ids is None else ids[kept]
             weights = weights[kept]
@@ -214,19 +235,47 @@ class Sampler:
                 np.divide(weights, np.float32(temperature), out=weights)
         return np.exp(weights, out=weights)
 
-    def _logprobs(self, raw: Floats, token: int, top: float, sampling: SamplingParams) -> Logprobs:
-        count = sampling.top_logprobs
-        weights = self._weigh(raw, 1.0, top)
-        log_total = top + math.log(float(weights.sum()))
-        ids: list[int] = []
-        values: list[float] = []
-        if count:
-            likeliest = largest(raw, min(count, self._vocab))
-            likeliest = likeliest[np.argsort(-raw[likeliest], kind="stable")]
-            ids = likeliest.tolist()
-            values = [value - log_total for value in raw[likeliest].tolist()]
-        rank = int(np.count_nonzero(raw > raw[token])) + 1 if sampling.ranks else 0
-        return Logprobs(float(raw[token]) - log_total, ids, values, rank)
+    def _log_total(self, raw: Floats, top: float, peak: float, changed: Ids | None) -> float:
+        """The logarithm of the sum of the exponentials of the raw logits.
+
+        If all tokens have just been weighed at temperature 1, that is the sum of their weights, up
+        to those that were changed. They are put right in it, unless they were most of it, or the
+        raw logits are on another scale.
+        """
+        if self._total is not None and changed is not None and top - peak <= _NEAR:
+            other = self._total - float(self._weights[changed].sum(dtype=np.float64))
+            if other >= _TRUSTED * self._total:
+                before = np.exp(raw[changed].astype(np.float64) - peak)
+                return peak + math.log(other + float(before.sum()))
+        return top + math.log(float(self._weigh(raw, 1.0, top).sum()))
+
+
+def _fail(drawn: Drawn, index: int, message: str) -> None:
+    drawn.tokens[index] = 0
+    drawn.failures[index] = message
+
+
+def _logprobs(raw: Floats, token: int, log_total: float, sampling: SamplingParams) -> Logprobs:
+    ids: list[int] = []
+    values: list[float] = []
+    if sampling.top_logprobs:
+        likeliest = ranked(raw, min(sampling.top_logprobs, len(raw)))
+        ids = likeliest.tolist()
+        values = [value - log_total for value in raw[likeliest].tolist()]
+    rank = int(np.count_nonzero(raw > raw[token])) + 1 if sampling.ranks else 0
+    return Logprobs(float(raw[token]) - log_total, ids, values, rank)
+
+
+def _penalise(logits: Floats, counts: Mapping[int, int], sampling: SamplingParams) -> None:
+    """Lowers the logits of generated tokens, in place; ``counts`` says how often each was."""
+    ids = np.fromiter(counts.keys(), np.intp, len(counts))
+    often = np.fromiter(counts.values(), np.float64, len(counts))
+    seen = logits[ids]
+    penalty = np.float32(sampling.repetition_penalty)
+    seen = np.where(seen > 0, seen / penalty, seen * penalty)
+    seen -= (sampling.frequency_penalty * often).astype(np.float32)
+    seen -= np.float32(sampling.presence_penalty)
+    logits[ids] = seen
 
 
 def _penalises(sampling: SamplingParams) -> bool:
@@ -249,8 +298,7 @@ def _adjusts(row: Row) -> bool:
 
 def _invert(weights: Floats, chance: float) -> int:
     """The first index whose cumulative weight exceeds that share of the total."""
-    mass = np.cumsum(weights, dtype=np.float64)
-    index = int(np.searchsorted(mass, chance * mass[-1], side="right"))
+    index = reach(weights, chance * float(weights.sum(dtype=np.float64)), beyond=True)
     # Rounding can ask for one behind the end; then the last that has any weight is meant.
     return index if index < len(weights) else int(np.flatnonzero(weights)[-1])
 

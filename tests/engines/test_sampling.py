@@ -1,7 +1,7 @@
 """The sampler against a slow, clear one that sorts everything and rounds late."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -199,6 +199,56 @@ def test_the_logits_are_left_alone() -> None:
     assert (logits == before).all()
 
 
+@given(
+    sampling=params,
+    seed=st.integers(0, 10_000),
+    spread=st.sampled_from([0.3, 4.0, 20.0]),
+    generated=st.lists(st.integers(0, 30), max_size=8),
+    exact=st.booleans(),
+)
+def test_log_probabilities_are_of_the_raw_logits(
+    sampling: SamplingParams, seed: int, spread: float, generated: list[int], exact: bool
+) -> None:
+    """Also where their total is had from the weights that the token was drawn by."""
+    temperature = 1.0 if exact else sampling.temperature
+    sampling = replace(sampling, temperature=temperature, logprobs=True, top_logprobs=5, ranks=True)
+    _check_logprobs(noise(seed, spread), Row(sampling, [1, 2, *generated], 2))
+
+
+@pytest.mark.parametrize("bias", [-1e30, -800.0, -60.0, 60.0, 800.0, 1e30])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+@pytest.mark.parametrize("peak", [3.0, 1000.0])
+def test_no_bias_spoils_a_log_probability(bias: float, top_p: float, peak: float) -> None:
+    """Neither one on the only likely token, nor one on a token that nobody would draw."""
+    logits = noise(6, 3.0)
+    logits[40] = peak
+    for token in (40, int(logits.argmin())):
+        sampling = SamplingParams(
+            temperature=1.0,
+            top_p=top_p,
+            logit_bias=((token, bias),),
+            logprobs=True,
+            top_logprobs=3,
+            ranks=True,
+        )
+        _check_logprobs(logits, Row(sampling))
+
+
+def _check_logprobs(logits: NDArray[np.float32], row: Row) -> None:
+    drawn = Sampler(VOCAB).draw(logits[None], [row])
+    if drawn.failures:
+        return
+    token, told = drawn.tokens[0], drawn.logprobs[0]
+    exact = logits.astype(np.float64)
+    exact -= exact.max()
+    exact -= math.log(np.exp(exact).sum())
+    assert told.logprob == pytest.approx(exact[token], rel=1e-6, abs=1e-5)
+    likeliest = np.lexsort((np.arange(VOCAB), -logits))[: row.sampling.top_logprobs]
+    assert told.top_tokens == likeliest.tolist()
+    assert told.top_values == pytest.approx(exact[likeliest], rel=1e-6, abs=1e-5)
+    assert told.rank == np.count_nonzero(logits > logits[token]) + 1
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite_fail_their_row_only(bad: float) -> None:
     logits = np.stack([noise(1, 3.0), noise(2, 3.0)])
@@ -232,18 +282,18 @@ def test_masked_tokens_are_never_drawn_by_any_filter() -> None:
             assert draw_one(logits, Row(sampling)) % 2 == 1
 
 
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 2.0, 4.0, 20.0])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999, 1.0 - 2.0**-40])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 2.0, 4.0, 20.0, 200.0])
 def test_the_nucleus_is_the_smallest_set_of_likeliest_tokens(spread: float, top_p: float) -> None:
     """Also where most of a large vocabulary takes part, and where all tokens are equally likely."""
     logits = np.random.default_rng(5).normal(0, spread, 40_000).round(3)
     weights = np.exp(logits - logits.max()).astype(np.float32)
-    kept = nucleus(weights, top_p)
+    kept = nucleus(weights, top_p, float(weights.sum()))
     inside, outside = weights[kept].astype(np.float64), np.delete(weights, kept)
     wanted = top_p * weights.sum(dtype=np.float64)
     slack = 1e-5 * weights.sum()
     assert wanted - slack <= inside.sum() < wanted + inside.min() + slack
-    assert inside.min() >= outside.max()
+    assert inside.min() >= outside.max(initial=0.0)
     equal = np.flatnonzero(weights == weights[kept].min())
     assert (np.isin(equal, kept) == (np.arange(len(equal)) < np.isin(equal, kept).sum())).all()
     assert (np.diff(kept) > 0).all()

@@ -1,11 +1,13 @@
 """Decode speed of one engine on one accelerator, against what its memory allows.
 
     python benchmarks/gpu/decode.py --engine torch --model FOLDER [--rows 1 16 64]
+    python benchmarks/gpu/decode.py --engine llamacpp --model FILE.gguf
 
 Each decode step must read all weights and the keys and values of every sequence once, so the
 memory's bandwidth bounds the steps in a second. The bandwidth is that of a large copy on the very
-device (read and written bytes), unless --bandwidth-gbps says it. The engine is driven directly: no
-router, no wire. The last line of standard output is one JSON object.
+device (read and written bytes), unless --bandwidth-gbps says it; llama.cpp has no such copy, and
+torch makes it, if it is installed. The engine is driven directly: no router, no wire. The last line
+of standard output is one JSON object.
 """
 
 import argparse
@@ -24,7 +26,7 @@ WARM_STEPS = 8
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engine", default="torch", choices=("torch", "jax"))
+    parser.add_argument("--engine", default="torch", choices=("torch", "jax", "llamacpp"))
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--device", default="")
     parser.add_argument("--dtype", default="bfloat16")
@@ -96,7 +98,12 @@ def decode_step_s(engine: Engine, rows: int, prompt_tokens: int, new_tokens: int
 
 
 def kv_bytes(model: Path, info: EngineInfo) -> int:
-    """Bytes of keys and values of one token, from a folder's configuration."""
+    """Bytes of keys and values of one token, from a folder's configuration or a file's metadata."""
+    if info.engine == "llamacpp":
+        from shards.engines.llama_sizes import kv_bytes_per_token
+        from shards.gguf_file import read_metadata
+
+        return kv_bytes_per_token(read_metadata(model))
     config = json.loads((model / "config.json").read_text())
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
@@ -107,7 +114,7 @@ def kv_bytes(model: Path, info: EngineInfo) -> int:
 
 def measured_bandwidth(engine: str) -> float:
     """Bytes a second that a copy on the device reads and writes."""
-    copy = torch_copy() if engine == "torch" else jax_copy()
+    copy = jax_copy() if engine == "jax" else torch_copy()
     copy()
     began = time.perf_counter()
     for _ in range(REPEATS):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.engines.base import EngineLost, ModelError, Progress
+from shards.engines.llama_devices import Device, native_list
 from shards.engines.llama_threads import ThreadPool
 
 # ggml_log_level in ggml.h.
@@ -50,22 +51,32 @@ def last_error() -> str:
     return _errors[0] if _errors else "no reason given"
 
 
+FLASH = {
+    "auto": llama.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "on": llama.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "off": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
+"""Flash attention: where the device of a layer has it, always, or never."""
+
+
 @dataclass(frozen=True, slots=True)
 class ContextSizes:
-    """Counts in tokens, sequences and threads; ``flash`` turns flash attention on."""
+    """Counts in tokens, sequences and threads; ``flash`` is a word of ``FLASH``."""
 
     kv_tokens: int
     sequences_max: int
     step_tokens_max: int
     ubatch_tokens: int
     threads: int
-    flash: bool
+    flash: str
 
 
 class Model:
-    """The weights and the vocabulary."""
+    """The weights and the vocabulary. ``gpu_layers`` layers go to the devices, if there are any."""
 
-    def __init__(self, path: Path, gpu_layers: int, progress: Progress) -> None:
+    def __init__(
+        self, path: Path, gpu_layers: int, progress: Progress, devices: Sequence[Device] = ()
+    ) -> None:
         llama.llama_log_set(_ON_LOG, ctypes.c_void_p(0))
         llama.llama_backend_init()
         _errors.clear()
@@ -76,6 +87,9 @@ class Model:
 
         params = llama.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        # Named always: without layers on it, llama.cpp would still send a device large products.
+        listed = native_list(devices)
+        params.devices = ctypes.addressof(listed)
         params.progress_callback = llama.llama_progress_callback(on_progress)
         pointer = llama.llama_model_load_from_file(str(path).encode(), params)
         if not pointer:
@@ -255,20 +269,13 @@ def context_params(sizes: ContextSizes) -> Any:
     params.n_ubatch = sizes.ubatch_tokens
     params.n_seq_max = sizes.sequences_max
     params.n_threads = params.n_threads_batch = sizes.threads
-    params.flash_attn_type = (
-        llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if sizes.flash else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    )
+    params.flash_attn_type = FLASH[sizes.flash]
     # One pool of cells for all sequences: this is what makes a shared prefix cost nothing.
     params.kv_unified = True
     # Sliding-window layers keep all positions, or a prefix could not be shared.
     params.swa_full = True
     params.no_perf = True
     return params
-
-
-def has_gpu() -> bool:
-    """Whether this build can compute on an accelerator."""
-    return bool(llama.llama_supports_gpu_offload())
 
 
 def has_openmp() -> bool:

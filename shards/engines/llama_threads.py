@@ -31,7 +31,7 @@ class _Params(ctypes.Structure):
     )
 
 
-def _function(name: str, result: Any, *arguments: Any) -> Any:
+def function(name: str, result: Any, *arguments: Any) -> Any:
     """A function of llama.cpp or of the libraries below it; None where a build lacks it."""
     function = getattr(llama_cpp._lib, name, None)  # noqa: SLF001 - the only handle there is
     if function is not None:
@@ -39,10 +39,10 @@ def _function(name: str, result: Any, *arguments: Any) -> Any:
     return function
 
 
-_init = _function("ggml_threadpool_params_init", None, ctypes.POINTER(_Params), ctypes.c_int)
-_new = _function("ggml_threadpool_new", ctypes.c_void_p, ctypes.POINTER(_Params))
-_free = _function("ggml_threadpool_free", None, ctypes.c_void_p)
-_attach = _function("llama_attach_threadpool", None, *[ctypes.c_void_p] * 3)
+_init = function("ggml_threadpool_params_init", None, ctypes.POINTER(_Params), ctypes.c_int)
+_new = function("ggml_threadpool_new", ctypes.c_void_p, ctypes.POINTER(_Params))
+_free = function("ggml_threadpool_free", None, ctypes.c_void_p)
+_attach = function("llama_attach_threadpool", None, *[ctypes.c_void_p] * 3)
 
 
 class ThreadPool:

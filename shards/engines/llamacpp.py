@@ -6,14 +6,16 @@ adapters it is one ``llama_decode`` for each adapter that the work names, the mo
 
 Engine options (``--engine-option key=value``):
 
-- ``flash``: ``on`` (default) or ``off``. On decodes many sequences faster.
+- ``flash``: ``on``, ``off`` or ``auto``. On decodes many sequences faster, and is the default on a
+  CPU; ``auto``, the default on an accelerator, is on if the accelerator can.
 - ``ubatch_tokens``: how many tokens llama.cpp computes at once inside a step.
 - ``exact=1``: logits do not depend on what else is in the batch, on the number of threads, nor on
   how a sequence was cut into chunks. Costs prefill speed: flash attention on, and at most 63 tokens
   at once, because from 64 on another attention kernel runs. They still depend on where llama.cpp
   put a sequence's tokens: in memory that ended sequences left in pieces, attention adds up in
-  another order, and quantised models make 0.1 in a log probability of that rounding.
-- ``gpu_layers``: layers to keep on an accelerator, if the build has one. Default: all.
+  another order, and quantised models make 0.1 in a log probability of that rounding. On a CPU only.
+- ``gpu_layers``: layers to keep on accelerators, if the build has any. Default: all. None, or
+  ``--device cpu``, leaves the accelerators alone; ``--device cuda:1`` takes one of several.
 - ``embeddings=1``: can embed too, 64 tokens between two steps. Costs the memory of a second, small
   context, most of which is 256 bytes times the vocabulary. Models whose tokens see those behind
   them embed an input at once, and need 4 bytes times the vocabulary for each of ``embed_tokens``.
@@ -22,11 +24,8 @@ Engine options (``--engine-option key=value``):
   made to generate say nothing, and the state of the last token stands for the input.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +40,7 @@ from shards.engines.base import (
     Vectors,
 )
 from shards.engines.caller import CallerEngine, Work
+from shards.engines.llama_devices import accelerators, choose
 from shards.engines.llama_embed import (
     POOLINGS,
     EmbeddingContext,
@@ -49,13 +49,20 @@ from shards.engines.llama_embed import (
     tokens_at_once,
 )
 from shards.engines.llama_native import (
+    FLASH,
     Adapter,
     Batch,
     Context,
     ContextSizes,
     Model,
-    has_gpu,
     has_openmp,
+)
+from shards.engines.llama_sizes import (
+    adapter_file,
+    kv_memory_bytes,
+    kv_tokens_default,
+    layers_of,
+    model_file,
 )
 from shards.engines.llama_threads import ThreadPool
 from shards.engines.threads import ThreadControl
@@ -72,7 +79,9 @@ SEQUENCES_LIMIT = 256
 STEP_TOKENS_MAX = 256
 UBATCH_TOKENS = 128
 EXACT_UBATCH_TOKENS = 63
-KV_TOKENS_MAX = 32768
+# What llama.cpp itself takes: an accelerator needs many tokens at once to be busy.
+ACCELERATOR_STEP_TOKENS_MAX = 2048
+ACCELERATOR_UBATCH_TOKENS = 512
 EMBED_TOKENS = 512
 EMBED_SEQUENCES = 64
 # Every decoded token reads the mask of all cells up to the last one in use, whoever uses it. For a
@@ -81,10 +90,7 @@ EMBED_SEQUENCES = 64
 # accelerators, have other worries.
 DONOR_TOKENS_SMALL = 512
 SMALL_BYTES = 1 << 30
-# Share of the machine's memory that the KV cache may take unasked.
-KV_MEMORY_SHARE = 0.25
 _ALL_LAYERS = 999
-_KV_ELEMENT_BYTES = 2
 # tokenizer.ggml.token_type: control and user-defined tokens, among which the ends are.
 _SPECIAL_TYPES = (3, 4)
 
@@ -100,25 +106,36 @@ class LlamaCppEngine(CallerEngine):
             )
         if options.model is None:
             raise ModelError("llamacpp: --model PATH is missing")
-        self._path = _model_file(options.model)
+        self._path = model_file(options.model)
         self._metadata = read_metadata(self._path)
         extras = Extras("llamacpp", options.extra)
         exact = extras.whole("exact", 0) > 0
-        flash = extras.choice("flash", "on", ("on", "off")) == "on" or exact
-        ubatch = extras.whole("ubatch_tokens", UBATCH_TOKENS)
         gpu_layers = extras.whole("gpu_layers", _ALL_LAYERS)
+        found = choose(accelerators(), options.device)
+        devices = self._devices = found if gpu_layers > 0 else []
+        if exact and devices:
+            raise ModelError("llamacpp: exact=1 holds on a CPU only: add --device cpu")
+        flash = extras.choice("flash", "auto" if devices else "on", tuple(FLASH))
+        ubatch = extras.whole(
+            "ubatch_tokens", ACCELERATOR_UBATCH_TOKENS if devices else UBATCH_TOKENS
+        )
         embed_tokens = extras.whole("embed_tokens", EMBED_TOKENS)
         pooling = extras.choice("pooling", "", ("", *POOLINGS))
         embeds = extras.whole("embeddings", 0) > 0
         extras.finish()
-        self._control = ThreadControl(options.threads)
+        # What stays on the CPU is looking up the tokens, which more threads only wait for.
+        self._control = ThreadControl(
+            options.threads or (1 if devices and gpu_layers > layers_of(self._metadata) else 0)
+        )
         self._pool = ThreadPool(self._control.threads)  # the most that it will ever say
         self._control.start()
-        self._model = Model(self._path, gpu_layers, progress)
+        self._model = Model(self._path, gpu_layers, progress, devices)
         if not self._model.decodes:
             raise ModelError(f"model file {self._path}: is not a decoder-only language model")
         self._spare = 1 if exact else 0
-        sizes = self._sizes(options, EXACT_UBATCH_TOKENS if exact else ubatch, flash=flash)
+        if exact:
+            ubatch, flash = EXACT_UBATCH_TOKENS, "on"
+        sizes = self._sizes(options, ubatch, flash)
         self._ubatch_tokens = sizes.ubatch_tokens
         self._context = Context(self._model, sizes, self._pool)
         self._limits = self._limit(sizes)
@@ -132,14 +149,16 @@ class LlamaCppEngine(CallerEngine):
         self._embedder = self._make_embedder(sizes, pooling) if embeds else None
         self._info = self._describe(options)
 
-    def _sizes(self, options: EngineOptions, ubatch: int, *, flash: bool) -> ContextSizes:
+    def _sizes(self, options: EngineOptions, ubatch: int, flash: str) -> ContextSizes:
         """Room for what is asked for, and for the token and the sequence that fill up ubatches."""
         most = SEQUENCES_LIMIT - self._spare
         if options.sequences_max > most:
             raise ModelError(f"llamacpp: --sequences-max is at most {most}")
-        step_tokens = options.step_tokens_max or STEP_TOKENS_MAX
+        step_tokens = options.step_tokens_max or (
+            ACCELERATOR_STEP_TOKENS_MAX if self._devices else STEP_TOKENS_MAX
+        )
         kv_tokens = options.kv_tokens or kv_tokens_default(
-            self._metadata, self._model.length_trained, _memory_bytes()
+            self._metadata, self._model.length_trained, kv_memory_bytes(self._devices)
         )
         return ContextSizes(
             kv_tokens=kv_tokens + self._spare,
@@ -191,7 +210,7 @@ class LlamaCppEngine(CallerEngine):
         return EngineInfo(
             engine="llamacpp",
             engine_version=version("llama-cpp-python"),
-            device="gpu" if has_gpu() else "cpu",
+            device=", ".join(device.title for device in self._devices) or "cpu",
             model_id=options.model_id,
             dtype=dtype_name(self._metadata),
             scheduling=Scheduling.CALLER,
@@ -211,7 +230,7 @@ class LlamaCppEngine(CallerEngine):
         )
 
     def _small(self) -> bool:
-        return self._model.weight_bytes < SMALL_BYTES and not has_gpu()
+        return self._model.weight_bytes < SMALL_BYTES and not self._devices
 
     def _ends(self) -> tuple[int, ...]:
         kinds = self._metadata.get("tokenizer.ggml.token_type", [])
@@ -328,61 +347,6 @@ class LlamaCppEngine(CallerEngine):
             slots.append(self._limits.sequences_max)
         self._batch.fill(tokens, positions, slots, wanted)
         return padded
-
-
-def adapter_file(name: str, path: Path) -> Path:
-    """The file of a LoRA adapter: the one that is named, or the only one in a folder."""
-    if not path.exists():
-        raise ModelError(f"adapter {name}: {path} does not exist")
-    if not path.is_dir():
-        return path
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
-        return files[0]
-    raise ModelError(
-        f"adapter {name}: folder {path} holds {len(files)} GGUF files, and one is needed;"
-        " convert_lora_to_gguf.py of llama.cpp makes it of an adapter for transformers"
-    )
-
-
-def kv_tokens_default(metadata: dict[str, Any], length_trained: int, memory_bytes: int) -> int:
-    """Tokens of KV cache when nobody says: what a quarter of the memory holds, within reason."""
-    room = int(memory_bytes * KV_MEMORY_SHARE) // kv_bytes_per_token(metadata)
-    return max(256, min(room, max(KV_TOKENS_MAX, length_trained // 8)) // 256 * 256)
-
-
-def kv_bytes_per_token(metadata: dict[str, Any]) -> int:
-    """Bytes that one token takes in a 16-bit KV cache, over all layers."""
-    arch = metadata["general.architecture"]
-    layers = int(metadata[f"{arch}.block_count"])
-    heads = metadata[f"{arch}.attention.head_count"]
-    kv_heads = metadata.get(f"{arch}.attention.head_count_kv", heads)
-    width = int(metadata[f"{arch}.embedding_length"]) // max(_each(heads, 1))
-    per_head = int(metadata.get(f"{arch}.attention.key_length", width))
-    per_head += int(metadata.get(f"{arch}.attention.value_length", width))
-    return max(1, sum(_each(kv_heads, layers)) * per_head * _KV_ELEMENT_BYTES)
-
-
-def _each(value: Any, layers: int) -> list[int]:
-    """One number per layer, of a number for all or a list."""
-    return [int(part) for part in value] if isinstance(value, list) else [int(value)] * layers
-
-
-def _memory_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _model_file(path: Path) -> Path:
-    """The GGUF file that is meant: the file itself, or the only one (or first part) in a folder."""
-    if not path.is_dir():
-        return path
-    files = sorted(path.glob("*.gguf"))
-    whole = [file for file in files if "-of-" not in file.stem or "-00001-of-" in file.stem]
-    if len(whole) == 1:
-        return whole[0]
-    found = "no GGUF file" if not whole else f"{len(whole)} GGUF files; name one"
-    raise ModelError(f"model folder {path}: holds {found}")
 
 
 def _warnings() -> tuple[str, ...]:

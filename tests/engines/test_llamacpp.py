@@ -19,11 +19,8 @@ from tokenizers import Tokenizer
 from shards.engines import load
 from shards.engines.base import Engine, EngineOptions, ModelError, Plan, SamplingParams
 from shards.engines.llama_native import has_openmp
-from shards.engines.llamacpp import (
-    LlamaCppEngine,
-    kv_bytes_per_token,
-    kv_tokens_default,
-)
+from shards.engines.llama_sizes import kv_bytes_per_token, kv_tokens_default
+from shards.engines.llamacpp import LlamaCppEngine
 from shards.engines.threads import ThreadControl
 from shards.gguf_file import read_metadata
 from tests.engines.contract import EngineContract, admit, decode, generate

@@ -1,0 +1,76 @@
+"""What the llama.cpp engine makes of the paths that it is given, and of a model's sizes."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shards.engines.base import ModelError
+from shards.engines.llama_devices import Device
+
+KV_TOKENS_MAX = 32768
+# Share of the memory that the KV cache may take unasked.
+KV_MEMORY_SHARE = 0.25
+_KV_ELEMENT_BYTES = 2
+
+
+def adapter_file(name: str, path: Path) -> Path:
+    """The file of a LoRA adapter: the one that is named, or the only one in a folder."""
+    if not path.exists():
+        raise ModelError(f"adapter {name}: {path} does not exist")
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    raise ModelError(
+        f"adapter {name}: folder {path} holds {len(files)} GGUF files, and one is needed;"
+        " convert_lora_to_gguf.py of llama.cpp makes it of an adapter for transformers"
+    )
+
+
+def kv_tokens_default(metadata: dict[str, Any], length_trained: int, memory_bytes: int) -> int:
+    """Tokens of KV cache when nobody says: what a quarter of the memory holds, within reason."""
+    room = int(memory_bytes * KV_MEMORY_SHARE) // kv_bytes_per_token(metadata)
+    return max(256, min(room, max(KV_TOKENS_MAX, length_trained // 8)) // 256 * 256)
+
+
+def layers_of(metadata: dict[str, Any]) -> int:
+    """The model's blocks; its output is one layer more."""
+    return int(metadata[f"{metadata['general.architecture']}.block_count"])
+
+
+def kv_bytes_per_token(metadata: dict[str, Any]) -> int:
+    """Bytes that one token takes in a 16-bit KV cache, over all layers."""
+    arch = metadata["general.architecture"]
+    layers = layers_of(metadata)
+    heads = metadata[f"{arch}.attention.head_count"]
+    kv_heads = metadata.get(f"{arch}.attention.head_count_kv", heads)
+    width = int(metadata[f"{arch}.embedding_length"]) // max(_each(heads, 1))
+    per_head = int(metadata.get(f"{arch}.attention.key_length", width))
+    per_head += int(metadata.get(f"{arch}.attention.value_length", width))
+    return max(1, sum(_each(kv_heads, layers)) * per_head * _KV_ELEMENT_BYTES)
+
+
+def _each(value: Any, layers: int) -> list[int]:
+    """One number per layer, of a number for all or a list."""
+    return [int(part) for part in value] if isinstance(value, list) else [int(value)] * layers
+
+
+def kv_memory_bytes(devices: Sequence[Device]) -> int:
+    """Memory that a KV cache can be in: what is free on the devices, or else all of the machine."""
+    if devices:
+        return sum(device.memory_free() for device in devices)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def model_file(path: Path) -> Path:
+    """The GGUF file that is meant: the file itself, or the only one (or first part) in a folder."""
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    whole = [file for file in files if "-of-" not in file.stem or "-00001-of-" in file.stem]
+    if len(whole) == 1:
+        return whole[0]
+    found = "no GGUF file" if not whole else f"{len(whole)} GGUF files; name one"
+    raise ModelError(f"model folder {path}: holds {found}")

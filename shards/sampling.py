@@ -18,8 +18,7 @@ doi:10.1145/2660193.2660195.
 """
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -28,6 +27,7 @@ import numpy as np
 from shards.allowed import GuideError, Guiding, holds, pick
 from shards.engines.base import Logprobs, SamplingParams
 from shards.filters import Floats, Ids, keep, largest, ranked, reach
+from shards.tally import Tallies, Tally
 from shards.watermark import mark
 
 _MASK = (1 << 64) - 1
@@ -92,13 +92,15 @@ class Sampler:
     """Draws tokens for one engine. Holds scratch memory, so it serves one thread."""
 
     def __init__(self, vocab_size: int) -> None:
-        self._desk = _Desk(vocab_size)
+        self._tallies = Tallies()
+        self._desk = _Desk(vocab_size, self._tallies)
 
     def draw(self, logits: Floats, rows: Sequence[Row]) -> Drawn:
         """One token for each row of ``logits`` [rows, vocabulary], which are not changed.
 
         A row whose logits are not finite gets token 0 and an entry in ``failures``.
         """
+        self._tallies.turn()
         if all(row.plain for row in rows):
             best: Ids = logits.argmax(axis=1)
             tops: list[float] = logits[np.arange(len(best)), best].tolist()
@@ -116,8 +118,9 @@ class Sampler:
 class _Desk:
     """The scratch memory of one thread, and the row that it draws."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, tallies: Tallies) -> None:
         self._vocab = vocab_size
+        self._tallies = tallies
         blocks = -(-vocab_size // _BLOCK)
         self._padded: Floats = np.zeros(blocks * _BLOCK, np.float32)
         self._weights = self._padded[:vocab_size]
@@ -176,23 +179,25 @@ class _Desk:
         """
         sampling, logits = row.sampling, self._adjusted
         np.copyto(logits, raw)
-        changed: list[int] = [token for token, _ in sampling.logit_bias]
+        changed, others = _NOTHING, []
         if sampling.watermark is not None:
             mark(logits, row.tokens[-1], sampling.watermark)
         for token, bias in sampling.logit_bias:
             logits[token] += bias
-        generated = row.tokens[row.prompt_len :]
-        if generated and _penalises(sampling):
-            counts = Counter(generated)
-            changed += counts
-            _penalise(logits, counts, sampling)
-        if len(generated) < sampling.min_tokens:
+            others.append(token)
+        if _penalises(sampling):
+            tally = self._tallies.of(row)
+            _penalise(logits, tally, sampling)
+            changed = tally.ids
+        if len(row.tokens) - row.prompt_len < sampling.min_tokens:
             stops = [token for token in sampling.stop_tokens if token < self._vocab]
-            changed += stops
             logits[stops] = _MINUS_INF
+            others += stops
         if sampling.watermark is not None:
             return logits, None
-        return logits, np.array(list(set(changed)), np.intp)
+        if others:
+            changed = np.unique(np.concatenate((changed, np.array(others, np.intp))))
+        return logits, changed
 
     def _sample(
         self,
@@ -266,16 +271,14 @@ def _logprobs(raw: Floats, token: int, log_total: float, sampling: SamplingParam
     return Logprobs(float(raw[token]) - log_total, ids, values, rank)
 
 
-def _penalise(logits: Floats, counts: Mapping[int, int], sampling: SamplingParams) -> None:
-    """Lowers the logits of generated tokens, in place; ``counts`` says how often each was."""
-    ids = np.fromiter(counts.keys(), np.intp, len(counts))
-    often = np.fromiter(counts.values(), np.float64, len(counts))
-    seen = logits[ids]
+def _penalise(logits: Floats, tally: Tally, sampling: SamplingParams) -> None:
+    """Lowers the logits of the generated tokens, in place."""
+    seen = logits[tally.ids]
     penalty = np.float32(sampling.repetition_penalty)
     seen = np.where(seen > 0, seen / penalty, seen * penalty)
-    seen -= (sampling.frequency_penalty * often).astype(np.float32)
+    seen -= (sampling.frequency_penalty * tally.often).astype(np.float32)
     seen -= np.float32(sampling.presence_penalty)
-    logits[ids] = seen
+    logits[tally.ids] = seen
 
 
 def _penalises(sampling: SamplingParams) -> bool:

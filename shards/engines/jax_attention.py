@@ -9,8 +9,12 @@ the data says, and keep a running softmax (arXiv:2205.14135, section 3.1), so th
 program serves any mix of lengths. Rows, the sequences that compute one token, go together. The
 pages that all rows have in common are read once for all of them (arXiv:2402.05099). Longer runs of
 a sequence's tokens go block by block.
+
+In a wide bucket no loop depends on data: all rows look at all its pages, in one piece if that is
+not too much to hold at once.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +23,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from shards.engines.jax_buckets import BLOCK, PIECE, Bucket
+from shards.kv import TRASH
 
 Step = Mapping[str, Array]
 Carry = tuple[Array, Array, Array]
 
 # Rows of a mixed step that are computed together: such steps may have few of them.
 ROWS = 8
+# Keys and values, in bytes, that the rows of a wide bucket gather at once.
+GATHER_BYTES = 1 << 27
 # Finite, so that no difference of two of them is undefined.
 _MASKED = -1e30
 # The kernel wants heads of a multiple of so many elements.
@@ -117,6 +124,8 @@ def plain(queries: Array, cache: Array, step: Step, bucket: Bucket, attention: A
     grouped = grouped.reshape(tokens, groups, heads // groups, dim)
     if bucket.mixed:
         out = _mixed(grouped, cache, step, bucket, attention)
+    elif bucket.wide:
+        out = _wide(grouped, cache, step, attention)
     else:
         out = _rows(grouped, cache, step, jnp.int32(0), attention)
     return out.reshape(queries.shape).astype(queries.dtype)
@@ -174,14 +183,7 @@ def _rows(queries: Array, cache: Array, step: Step, first: Array, attention: Att
     def own(index: Array, carry: Carry) -> Carry:
         page = common + index * PIECE
         pages = lax.dynamic_slice_in_dim(tables, page, PIECE, axis=1)
-        keys, values = _load(cache, pages, attention)
-        at = page * page_tokens + jnp.arange(size)
-        written = at[None] <= positions[:, None]
-        values = jnp.where(written[:, None, :, None], values, 0)
-        scores = _dot("sgrd,sgkd->sgrk", queries, keys)
-        seen = _seen(at[None], positions[:, None], attention)
-        scores = jnp.where(seen[:, None, None], scores, _MASKED)
-        return _fold(carry, scores, values, "sgrk,sgkd->sgrd")
+        return _own(carry, queries, cache, (page, pages, positions), attention)
 
     lowest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max))
     cut = _first_seen(lowest, attention)
@@ -192,6 +194,50 @@ def _rows(queries: Array, cache: Array, step: Step, first: Array, attention: Att
     highest = jnp.max(jnp.where(real, positions, 0))
     end = -(-(highest + 1 - before) // size)
     return _finish(lax.fori_loop(behind, end, own, carry))
+
+
+def _wide(queries: Array, cache: Array, step: Step, attention: Attention) -> Array:
+    """Attention of all rows to all pages of the tables, in pieces whose number is no data."""
+    tables, positions = step["tables"], step["lengths"] - 1
+    rows, pages = tables.shape
+    element = jnp.dtype(attention.compute).itemsize
+    whole = rows * pages * math.prod(cache.shape[1:]) * element
+    pieces = -(-whole // GATHER_BYTES)
+    size = -(-pages // pieces)
+    pieces = -(-pages // size)
+    tables = jnp.pad(tables, ((0, 0), (0, pieces * size - pages)), constant_values=TRASH)
+
+    def piece(index: Any, carry: Carry) -> Carry:
+        page = index * size
+        found = lax.dynamic_slice_in_dim(tables, page, size, axis=1)
+        return _own(carry, queries, cache, (page, found, positions), attention)
+
+    if pieces == 1:
+        return _finish(piece(0, _nothing(queries)))
+    return _finish(lax.fori_loop(0, pieces, piece, _nothing(queries)))
+
+
+def _own(
+    carry: Carry,
+    queries: Array,
+    cache: Array,
+    where: tuple[Any, Array, Array],
+    attention: Attention,
+) -> Carry:
+    """Takes in pages [rows, count] of each row's own table, the first of which is its ``page``-th.
+
+    ``where`` is that number, the pages, and the positions of the rows.
+    """
+    page, pages, positions = where
+    page_tokens = cache.shape[1]
+    keys, values = _load(cache, pages, attention)
+    at = page * page_tokens + jnp.arange(pages.shape[1] * page_tokens)
+    written = at[None] <= positions[:, None]
+    values = jnp.where(written[:, None, :, None], values, 0)
+    scores = _dot("sgrd,sgkd->sgrk", queries, keys)
+    seen = _seen(at[None], positions[:, None], attention)
+    scores = jnp.where(seen[:, None, None], scores, _MASKED)
+    return _fold(carry, scores, values, "sgrk,sgkd->sgrd")
 
 
 def _block(

@@ -4,6 +4,9 @@ A step's tokens are padded up to a bucket. How long sequences are, how many of t
 how much they share does not make a shape: the plain attention runs loops whose lengths are data,
 and the kernel of the TPU does the same. So the number of buckets is small.
 
+Only wide buckets are for tables up to some width, too. A GPU waits for its host at each turn of a
+loop whose length is data, so there rows look at all pages of the bucket, whatever their lengths.
+
 The arrays of one step travel to the device as a single vector of int32. This module needs no JAX.
 """
 
@@ -18,6 +21,8 @@ from shards.kv import TRASH, Ints, StepLayout
 DECODES = (1, 4, 8, 16, 32, 64, 128, 256)
 # Padding costs as much as tokens do, on CPUs above all: a prompt of 32 beside 31 decodes is common.
 MIXED = (32, 64, 128, 256, 512, 2048, 8192)
+# Pages that the rows of a wide bucket look at. Each width is compiled for each number of rows.
+WIDTHS = (16, 64, 256, 1024, 4096, 16384)
 # Queries of one sequence that the plain attention computes together.
 BLOCK = 64
 # Pages of a sequence that it looks at together. A table has as many more at its end, so that such a
@@ -29,13 +34,15 @@ PIECE = 8
 class Bucket:
     """A shape: tokens, sequences, and pages of a table. Only mixed steps have blocks.
 
-    In a step that is not mixed, each sequence computes one token, so ``tokens == sequences``.
+    In a step that is not mixed, each sequence computes one token, so ``tokens == sequences``. Such
+    a bucket may be ``wide``: all its pages are looked at.
     """
 
     tokens: int
     sequences: int
     pages: int
     mixed: bool
+    wide: bool = False
 
     @property
     def blocks(self) -> int:
@@ -88,22 +95,34 @@ class Buckets:
     def fit(self, layout: StepLayout) -> Bucket:
         """The smallest bucket that the step fits in."""
         tokens, sequences = len(layout.tokens), len(layout.lengths)
+        pages = layout.tables.shape[1]
         for bucket in self.decodes if tokens == sequences else self.mixed:
-            if tokens <= bucket.tokens:
+            if tokens <= bucket.tokens and pages <= bucket.pages:
                 return bucket
         raise AssertionError(f"{tokens} tokens of {sequences} sequences fit no bucket")
 
+    @property
+    def draw_counts(self) -> tuple[int, ...]:
+        """For how many drawing sequences the logits are computed at once."""
+        return tuple(sorted({bucket.sequences for bucket in self.decodes}))
 
-def choose(sequences_max: int, step_tokens_max: int, pages: int, least: int = 1) -> Buckets:
+
+def choose(
+    sequences_max: int, step_tokens_max: int, pages: int, least: int = 1, *, wide: bool = False
+) -> Buckets:
     """Buckets for an engine with these limits; ``pages`` is what the longest sequence needs.
 
-    No bucket has fewer than ``least`` tokens.
+    No bucket has fewer than ``least`` tokens. ``wide``: those that are not mixed are so.
     """
-    pages += PIECE
-    counts = draw_counts(min(sequences_max, step_tokens_max), least)
-    decodes = [Bucket(count, count, pages, mixed=False) for count in counts]
+    spare = pages + PIECE
+    widths = _steps(WIDTHS, pages) if wide else [spare]
+    decodes = [
+        Bucket(count, count, width, mixed=False, wide=wide)
+        for count in _counts(min(sequences_max, step_tokens_max), least)
+        for width in widths
+    ]
     mixed = [
-        Bucket(count, min(sequences_max, count), pages, mixed=True)
+        Bucket(count, min(sequences_max, count), spare, mixed=True)
         for count in _steps(MIXED, step_tokens_max)
         if count > 1
     ]
@@ -115,8 +134,8 @@ def _steps(ladder: tuple[int, ...], most: int) -> list[int]:
     return [*(rung for rung in ladder if rung < most), most]
 
 
-def draw_counts(most: int, least: int = 1) -> tuple[int, ...]:
-    """For how many drawing sequences, ``most`` at most, the logits are computed at once."""
+def _counts(most: int, least: int) -> tuple[int, ...]:
+    """Numbers of rows of the buckets for ``most`` sequences."""
     return tuple(count for count in _steps(DECODES, max(most, least)) if count >= least)
 
 
@@ -139,17 +158,24 @@ def pack(layout: StepLayout, bucket: Bucket) -> Ints:
     counts = np.diff(layout.starts)
     rows = int(np.count_nonzero(counts == 1))
     blocks = _blocks(layout.starts, rows)
-    vector = np.zeros(bucket.size, np.int32)
+    vector = nothing(bucket)
     at = {name: vector[span].reshape(shape) for name, span, shape in bucket.spans()}
     at["counts"][:] = rows, len(blocks), common_pages(layout.tables[:rows]), sequences
-    at["tables"].fill(TRASH)
-    at["lengths"].fill(1)
     at["starts"].fill(len(layout.tokens))
     for name in ("tokens", "positions", "cells", "starts", "lengths", "draws"):
         values = getattr(layout, name)
         at[name][: len(values)] = values
     at["tables"][:sequences, : layout.tables.shape[1]] = layout.tables
     at["blocks"][: len(blocks)] = blocks
+    return vector
+
+
+def nothing(bucket: Bucket) -> Ints:
+    """The vector of a step that is all padding."""
+    vector = np.zeros(bucket.size, np.int32)
+    spans = {name: span for name, span, _ in bucket.spans()}
+    vector[spans["tables"]] = TRASH
+    vector[spans["lengths"]] = 1
     return vector
 
 

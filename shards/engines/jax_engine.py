@@ -9,6 +9,10 @@ Engine options (``--engine-option key=value``):
 
 - ``page_tokens``: tokens of a page of the KV cache; prefixes are shared in whole pages.
 - ``attention``: ``plain`` or ``kernel`` (the default on a TPU, and only there).
+- ``program``: ``layer``, one for all layers, or ``step``, one for the whole step, whose decode has
+  no loop that depends on data (the default but on a CPU).
+- ``triton``: ``on`` or ``off``. On a GPU, whether XLA also tries matrix products of its own, which
+  makes loading much longer.
 - ``argmax``: ``host`` or ``device``.
 """
 
@@ -36,7 +40,8 @@ from shards.engines.jax_attention import KERNEL_HEAD_DIM, Attention
 from shards.engines.jax_config import LlamaConfig
 from shards.engines.jax_mesh import AXIS, join
 from shards.engines.jax_model import Loader, Model
-from shards.engines.jax_programs import Arrays, Programs
+from shards.engines.jax_programs import Programs
+from shards.engines.jax_steps import Arrays, Compiler
 from shards.engines.paged import PagedEngine
 from shards.extras import Extras
 from shards.filters import Floats
@@ -54,12 +59,14 @@ CPU_STEP_TOKENS_MAX = 256
 KV_TOKENS_MAX = 32768
 # Share of the host's memory that the KV cache may take unasked, where the device has none.
 KV_MEMORY_SHARE = 0.25
-# Share of what the weights leave free on a device; programs need the rest.
+# Share of what the weights leave free on a device, and what is left at least: programs need that.
 KV_DEVICE_SHARE = 0.85
+KV_DEVICE_SPARE = 1 << 30
 PAGE_TOKENS = 16
 # The kernel of the TPU looks pages up in its small scalar memory, so they must not be many.
 TPU_PAGE_TOKENS = 128
 DTYPES = ("float32", "bfloat16")
+PROGRAMS = ("layer", "step")
 # XLA's CPU client multiplies a single row of bfloat16 ten times slower than four rows: it converts
 # the whole matrix first.
 CPU_BFLOAT16_LEAST = 4
@@ -86,6 +93,8 @@ class JaxEngine(PagedEngine):
         fits = on_tpu and kernel_fits(config, self._dtype)
         way = extras.choice("attention", "kernel" if fits else "plain", ("kernel", "plain"))
         self._argmax = extras.choice("argmax", "host" if on_cpu else "device", ("host", "device"))
+        whole_steps = extras.choice("program", "layer" if on_cpu else "step", PROGRAMS) == "step"
+        triton = extras.choice("triton", "off", ("off", "on")) == "on"
         extras.finish()
         if way == "kernel" and not on_tpu:
             raise ModelError("jax: attention=kernel needs a TPU")
@@ -103,10 +112,11 @@ class JaxEngine(PagedEngine):
         caches = [self._cache(whole, limits) for _ in range(config.layers)]
         self._programs = Programs(
             Model(config, whole.vocab_size, self._dtype, self._attention(config)),
-            group,
+            Compiler(group, {} if on_cpu or on_tpu else {"xla_gpu_enable_triton_gemm": triton}),
             Arrays(outside, layers, caches),
-            self._buckets(limits),
+            self._buckets(limits, wide=whole_steps and not self._kernel),
             lambda done: progress(_LOADING + (1 - _LOADING) * done),
+            whole=whole_steps,
         )
         group.meet("loaded")
 
@@ -135,8 +145,7 @@ class JaxEngine(PagedEngine):
         per_token = elements * int(self._dtype.itemsize)
         stats = self._group.device.memory_stats()
         if stats and "bytes_limit" in stats:
-            free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-            return int(free * KV_DEVICE_SHARE) // per_token
+            return cache_share(stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // per_token
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         room = int(memory * KV_MEMORY_SHARE) // per_token
         return min(room, max(KV_TOKENS_MAX, whole.length_max // 8))
@@ -161,11 +170,12 @@ class JaxEngine(PagedEngine):
         scale = float(config.head_dim) ** -0.5
         return lambda window: Attention(scale, window, self._kernel, compute)
 
-    def _buckets(self, limits: Limits) -> jax_buckets.Buckets:
+    def _buckets(self, limits: Limits, *, wide: bool) -> jax_buckets.Buckets:
         pages = -(-limits.length_max // limits.page_tokens)
         slow = self._group.platform == "cpu" and self._dtype == jnp.bfloat16
         least = CPU_BFLOAT16_LEAST if slow else 1
-        return jax_buckets.choose(limits.sequences_max, limits.step_tokens_max, pages, least)
+        most = (limits.sequences_max, limits.step_tokens_max)
+        return jax_buckets.choose(*most, pages, least, wide=wide)
 
     def _describe(self, options: EngineOptions, weight_bytes: int) -> EngineInfo:
         limits, group = self._residents.limits, self._group
@@ -256,6 +266,14 @@ def _dtype(options: EngineOptions, config: LlamaConfig) -> str:
         raise ModelError(f"jax: --dtype {options.dtype} is not one of {', '.join(DTYPES)}")
     stored = config.stored_dtype if config.stored_dtype in DTYPES else "bfloat16"
     return options.dtype or stored
+
+
+def cache_share(free: int) -> int:
+    """How many of a device's free bytes the KV cache takes unasked.
+
+    JAX counts as free what is left of its own pool, three quarters of a GPU's memory.
+    """
+    return max(0, min(int(free * KV_DEVICE_SHARE), free - KV_DEVICE_SPARE))
 
 
 def kernel_fits(config: LlamaConfig, dtype: Any) -> bool:

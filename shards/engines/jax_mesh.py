@@ -29,6 +29,9 @@ from shards.engines.threads import usable_cores
 
 AXIS = "tp"
 KINDS = ("cpu", "gpu", "cuda", "rocm", "tpu")
+# JAX is not told to start no other kind: it would take "gpu" for a demand that NVIDIA's and AMD's
+# both start, and end "cuda" without a GPU by an assertion.
+_GPUS = ("gpu", "cuda", "rocm")
 # How long the last rank waits for the others when all leave.
 LEAVE_S = 4
 # The worker's own code for the loss of its engine.
@@ -92,8 +95,8 @@ def join(options: EngineOptions) -> Group:
     _configure(kind, options)
     peers = _meet(options, kind, index) if options.world > 1 else None
     try:
-        local = jax.local_devices()
-        everyone = jax.devices()
+        local = jax.local_devices(backend=kind or None)
+        everyone = jax.devices(kind or None)
     except RuntimeError as error:
         reason = str(error).split("\n", maxsplit=1)[0]
         raise ModelError(f"jax: no device {kind or 'at all'}: {reason}") from error
@@ -126,7 +129,7 @@ def _parse(device: str) -> tuple[str, int | None]:
 
 def _configure(kind: str, options: EngineOptions) -> None:
     """Settings that must be made before JAX starts its devices."""
-    if kind:
+    if kind and kind not in _GPUS:
         jax.config.update("jax_platforms", kind)
     # It would take SIGTERM for itself; the worker answers that.
     jax.config.update("jax_enable_preemption_service", False)

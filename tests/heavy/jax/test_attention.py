@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
 )
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import get_min_heads_per_blk
 
-from shards.engines import jax_config
+from shards.engines import jax_attention, jax_config
 from shards.engines.jax_attention import Attention, kernel, plain, write
 from shards.engines.jax_buckets import Bucket, choose, pack
 from shards.engines.jax_engine import kernel_fits
@@ -53,6 +53,7 @@ CASES: dict[str, tuple[list[tuple[int, int]], int]] = {
 }
 # Those that are computed with a window too; the reference is slow.
 WINDOWED = ("rows of many lengths", "rows that share more than a piece", "rows behind blocks")
+ROWS_ALONE = [case for case, (rows, _) in CASES.items() if all(count == 1 for _, count in rows)]
 
 
 def layout_of(
@@ -99,6 +100,15 @@ def made(heads: int, kv_heads: int, dim: int, tokens: int) -> tuple[jax.Array, j
     return jnp.array(queries), jnp.array(cache)
 
 
+def written_cells(layout: StepLayout) -> Any:
+    """Which cells [pages, page] hold what somebody may look at; padding looks at the trash."""
+    written = np.zeros((PAGES, PAGE), bool)
+    written[TRASH] = True
+    for pages, length in zip(layout.tables, layout.lengths, strict=True):
+        written[pages[np.arange(length) // PAGE], np.arange(length) % PAGE] = True
+    return written
+
+
 def reference(tokens: int) -> Callable[..., Any]:
     """The package's function; it returns the rows of real tokens only."""
 
@@ -125,6 +135,56 @@ def test_the_plain_way_is_as_the_reference(case: str, window: int) -> None:
     assert np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("window", [0, 24])
+@pytest.mark.parametrize("bytes_at_once", [jax_attention.GATHER_BYTES, 1 << 16], ids=["one", "few"])
+@pytest.mark.parametrize("case", ROWS_ALONE)
+def test_a_wide_bucket_is_as_the_reference(
+    case: str, bytes_at_once: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one piece and in several, of which the last has more pages than the table."""
+    monkeypatch.setattr(jax_attention, "GATHER_BYTES", bytes_at_once)
+    layout = layout_of(*CASES[case], np.random.default_rng(3))
+    bucket = choose(16, 256, pages=21, wide=True).fit(layout)
+    assert bucket.wide
+    step = fields(layout, bucket)
+    attention = Attention(0.3, window, kernel=False, compute=jnp.float32)
+    queries, cache = made(6, 2, 32, bucket.tokens)
+    expected = kernel(queries, cache, step, attention, reference(bucket.tokens))
+    written = written_cells(layout)[:, :, None, None]
+    cache = jnp.where(written, cache, jnp.nan)
+    found = jax.jit(partial(plain, bucket=bucket, attention=attention))(queries, cache, step)
+    count = len(layout.tokens)
+    np.testing.assert_allclose(found[:count], expected[:count], atol=2e-5)
+    assert np.isfinite(found).all()
+
+
+def test_the_rows_of_a_wide_bucket_have_no_loop_that_data_ends() -> None:
+    """A loop over a number that is known is a scan, and one piece is no loop at all."""
+    bucket = Bucket(4, 4, 16, mixed=False, wide=True)
+    loops = []
+    for wide in (True, False):
+        bucket = replace(bucket, wide=wide)
+        step = {name: jnp.zeros(shape, jnp.int32) for name, _, shape in bucket.spans()}
+        attention = Attention(0.3, 0, kernel=False, compute=jnp.float32)
+        queries, cache = made(6, 2, 32, bucket.tokens)
+        traced = jax.make_jaxpr(partial(plain, bucket=bucket, attention=attention))
+        text = str(traced(queries, cache, step))
+        loops.append("while" in text or "scan" in text)
+    assert loops == [False, True]
+
+
+def test_buckets_are_as_wide_as_the_longest_table() -> None:
+    buckets = choose(16, 256, pages=100, wide=True)
+    assert {(b.sequences, b.pages) for b in buckets.decodes} == {
+        (rows, pages) for rows in (1, 4, 8, 16) for pages in (16, 64, 100)
+    }
+    assert buckets.draw_counts == (1, 4, 8, 16)
+    for length, pages in ((1, 16), (16 * PAGE - 1, 16), (16 * PAGE, 64), (90 * PAGE, 100)):
+        layout = layout_of([(length, 1)], 0, np.random.default_rng(3))
+        assert buckets.fit(layout).pages == pages
+    assert all(bucket.mixed and not bucket.wide for bucket in buckets.mixed)
+
+
 @pytest.mark.parametrize("case", ["rows that share", "rows behind blocks"])
 def test_cells_that_are_not_written_yet_do_not_matter(case: str) -> None:
     """A page that was another sequence's may hold anything, also what is not a number."""
@@ -133,11 +193,7 @@ def test_cells_that_are_not_written_yet_do_not_matter(case: str) -> None:
     step = fields(layout, bucket)
     attention = Attention(0.3, 0, kernel=False, compute=jnp.float32)
     queries, cache = made(6, 2, 32, bucket.tokens)
-    written = np.zeros((PAGES, PAGE), bool)
-    written[TRASH] = True
-    for pages, length in zip(layout.tables, layout.lengths, strict=True):
-        written[pages[np.arange(length) // PAGE], np.arange(length) % PAGE] = True
-    spoiled = jnp.where(written[:, :, None, None], cache, jnp.nan)
+    spoiled = jnp.where(written_cells(layout)[:, :, None, None], cache, jnp.nan)
     function = jax.jit(partial(plain, bucket=bucket, attention=attention))
     count = len(layout.tokens)
     expected = function(queries, cache, step)[:count]

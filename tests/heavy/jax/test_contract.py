@@ -1,6 +1,9 @@
-"""The contract on a tiny random Llama in float32, and that serving compiles nothing."""
+"""The contract on a tiny random Llama in float32, and that serving compiles nothing.
 
-from collections.abc import Iterator
+Both kinds of programs: those of a CPU, and those of other devices.
+"""
+
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 
 from shards.engines import load
 from shards.engines.base import Admit, Engine, EngineOptions, ModelError, Plan, SamplingParams
-from shards.engines.jax_engine import JaxEngine
+from shards.engines.jax_engine import PROGRAMS, JaxEngine, cache_share
 from tests.engines.contract import EngineContract, admit, decode, generate
 from tests.engines.contract_grammar import GrammarContract
 from tests.engines.contract_prompts import PromptContract
@@ -50,9 +53,9 @@ def prompts_of(engine: Engine) -> list[list[int]]:
     return [tokenizer.encode(text).ids[: 24 + 3 * n] for n, text in enumerate(TEXTS)]
 
 
-@pytest.fixture(scope="module")
-def made() -> Iterator[JaxEngine]:
-    engine = make()
+@pytest.fixture(scope="module", params=PROGRAMS)
+def made(request: pytest.FixtureRequest) -> Iterator[JaxEngine]:
+    engine = make(extra=(("page_tokens", "8"), ("program", request.param)))
     yield engine
     engine.close()
 
@@ -74,6 +77,11 @@ class TestContract(GrammarContract, PromptContract, EngineContract):
 
 def test_serving_compiles_nothing(engine: JaxEngine) -> None:
     """Steps of all shapes, with every kind of sampling, start no compilation and no trace."""
+    assert compiled_by(lambda: serve_all_shapes(engine)) == []
+
+
+def compiled_by(call: Callable[[], object]) -> list[str]:
+    """The compilations and traces that the call starts."""
     compiled: list[str] = []
 
     def listen(event: str, _seconds: float, **_facts: object) -> None:
@@ -85,13 +93,13 @@ def test_serving_compiles_nothing(engine: JaxEngine) -> None:
         jax.jit(lambda x: x * 3.5 + 7)(np.float32(1.0))
         assert compiled, "the listener hears compilations"
         compiled.clear()
-        _serve_all_shapes(engine)
-        assert compiled == []
+        call()
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+    return compiled
 
 
-def _serve_all_shapes(engine: JaxEngine) -> None:
+def serve_all_shapes(engine: JaxEngine) -> None:
     limit = engine.describe().step_tokens_max
     samplings = (
         SamplingParams(prompt_logprobs=True),
@@ -107,6 +115,27 @@ def _serve_all_shapes(engine: JaxEngine) -> None:
             if each == len(tokens):
                 outcome = engine.step(Plan(work=[(n, 1) for n in range(1, count + 1)]))
                 assert len(outcome.tokens) == count
+    serve_all_widths(engine)
+
+
+def serve_all_widths(engine: JaxEngine) -> None:
+    """One sequence that grows until it has every page, beside few and beside many short ones."""
+    info = engine.describe()
+    for count in (1, 7):
+        engine.reset()
+        short = [3, 5, 7]
+        admits = [Admit(n, short, len(short), SamplingParams()) for n in range(2, count + 1)]
+        engine.step(Plan(admits=admits, work=[(admit.sequence, len(short)) for admit in admits]))
+        rest = info.kv_tokens - 12 * info.page_tokens
+        tokens = [token % 250 for token in range(rest)]
+        admits = [Admit(1, tokens, len(tokens), SamplingParams())]
+        while rest:
+            chunk = min(rest, info.step_tokens_max)
+            outcome = engine.step(Plan(admits=admits, work=[(1, chunk)]))
+            admits, rest = [], rest - chunk
+        assert len(outcome.tokens) == 1
+        outcome = engine.step(Plan(work=[(n, 1) for n in range(1, count + 1)]))
+        assert len(outcome.tokens) == count
 
 
 def test_argmax_on_the_device_is_as_on_the_host(
@@ -122,6 +151,56 @@ def test_argmax_on_the_device_is_as_on_the_host(
         assert [[o.tokens[n] for o in outcomes] for n in range(len(prompts))] == expected
     finally:
         device.close()
+
+
+def test_programs_of_whole_steps_draw_what_programs_of_layers_draw() -> None:
+    """Through all widths: a sequence that passes 16 pages beside a long one and a short one."""
+    drawn = []
+    for kind in PROGRAMS:
+        engine = make(sequences_max=4, extra=(("page_tokens", "8"), ("program", kind)))
+        try:
+            drawn.append(_through_widths(engine))
+        finally:
+            engine.close()
+    assert drawn[0] == drawn[1]
+
+
+def _through_widths(engine: JaxEngine) -> list[list[int]]:
+    lengths = {1: 120, 2: 500, 3: 20}
+    for sequence, length in lengths.items():
+        tokens = np.random.default_rng(sequence).integers(0, 256, length).tolist()
+        admits = [admit(sequence, tokens)]
+        for start in range(0, length, 100):
+            count = min(100, length - start)
+            outcome = engine.step(Plan(admits=admits, work=[(sequence, count)]))
+            admits = []
+        assert len(outcome.tokens) == 1
+    alone = [decode(engine, sequence, 20) for sequence in lengths]
+    together = [engine.step(Plan(work=[(n, 1) for n in lengths])).tokens for _ in range(12)]
+    return [*alone, *together]
+
+
+def test_programs_of_whole_steps_update_the_cache_in_place() -> None:
+    engine = make(sequences_max=4, extra=(("page_tokens", "8"), ("program", "step")))
+    try:
+        caches = engine._programs._arrays.caches
+        bytes_all = sum(cache.nbytes for cache in caches)
+        steps = engine._programs._steps._step  # type: ignore[attr-defined]
+        assert {bucket.pages for bucket in steps if bucket.wide} == {16, 64, 128}
+        for program in steps.values():
+            assert program.memory_analysis().alias_size_in_bytes == bytes_all
+    finally:
+        engine.close()
+
+
+def test_no_product_of_float32_is_computed_in_fewer_bits(made: JaxEngine) -> None:
+    """A GPU would take TF32, which has 10 bits of fraction, unless each product says otherwise."""
+    steps = made._programs._steps
+    programs = [*getattr(steps, "_layer", {}).values(), *getattr(steps, "_step", {}).values()]
+    for program in [*programs, *made._programs._head.values()]:
+        products = [line for line in program.as_text().splitlines() if " dot(" in line]
+        assert products
+        assert all("operand_precision={highest,highest}" in line for line in products)
 
 
 @pytest.mark.parametrize("argmax", ["host", "device"])
@@ -147,6 +226,13 @@ def test_numbers_that_are_not_finite_fail_their_sequence_alone(
         engine.close()
 
 
+def test_the_cache_leaves_room_for_programs() -> None:
+    gib = 1 << 30
+    assert cache_share(40 * gib) == 34 * gib
+    assert cache_share(4 * gib) == 3 * gib
+    assert cache_share(gib // 2) == 0
+
+
 def test_loading_reports_progress() -> None:
     seen: list[float] = []
     load("jax", options(sequences_max=1), seen.append).close()
@@ -165,6 +251,7 @@ def test_loading_reports_progress() -> None:
         ({"world": 2, "rendezvous": "localhost:1"}, "--num-shard can be 1"),
         ({"world": 2}, "need --rendezvous"),
         ({"extra": (("attention", "kernel"),)}, "needs a TPU"),
+        ({"extra": (("program", "loop"),)}, "program=loop is not one of layer, step"),
         ({"extra": (("colour", "red"),)}, "unknown engine option colour"),
         ({"kv_tokens": 5}, "less than a page of 8"),
         ({"adapters": (("a", tiny_llama_folder()),)}, "LoRA adapters are not supported"),

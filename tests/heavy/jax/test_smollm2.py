@@ -57,11 +57,11 @@ def answer(engine: Engine, prompts: list[list[int]], count: int) -> tuple[Any, A
     return [drawn[n][:count] for n in range(len(prompts))], list(logprobs.values())
 
 
-def agreed(tokens: list[int], entry: dict[str, Any]) -> int:
+def agreed(tokens: list[int], entry: dict[str, Any], margin: float = MARGIN) -> int:
     """How many tokens are the reference's, until one differs where the margin allows it."""
     for place, (token, expected) in enumerate(zip(tokens, entry["tokens"], strict=False)):
         if token != expected:
-            assert entry["margins"][place] < MARGIN, f"token {place} differs by a clear margin"
+            assert entry["margins"][place] < margin, f"token {place} differs by a clear margin"
             return place
     return len(tokens)
 

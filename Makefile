@@ -1,7 +1,7 @@
 # The verbs of the project; `make help` lists them. CI calls nothing else.
 .DEFAULT_GOAL := help
 .PHONY: help setup run test check proto proto-check lint type fmt sim replay bench clean \
-	test-torch test-jax test-vllm test-neuron test-serve test-contracts test-clients clients environments \
+	test-torch test-jax test-vllm test-gpu test-neuron test-serve test-contracts test-clients clients environments \
 	engines-torch engines-jax engines-vllm engines-neuron
 
 VENV ?= .venv
@@ -21,8 +21,9 @@ TEST_JOBS ?= 2
 # Environments of engines for the tests lie in the checkout: they hold its code, not a release.
 ENGINES_HOME := $(CURDIR)/.roundhouse
 ENGINE_SETUP = ROUNDHOUSE_HOME=$(ENGINES_HOME) $(PY) -m deploy.engine_env $(1) test
-ENGINE_TEST = ROUNDHOUSE_HOME=$(ENGINES_HOME) OMP_NUM_THREADS=1 \
-	$(ENGINES_HOME)/engines/$(1)/bin/python -m pytest tests/heavy/$(1) $(ARGS)
+ENGINE_TEST_OF = ROUNDHOUSE_HOME=$(ENGINES_HOME) OMP_NUM_THREADS=1 \
+	$(ENGINES_HOME)/engines/$(1)/bin/python -m pytest tests/heavy/$(2) $(ARGS)
+ENGINE_TEST = $(call ENGINE_TEST_OF,$(1),$(1))
 
 CLIENT_TEST = OMP_NUM_THREADS=1 $(ENGINES_HOME)/$(1)/bin/python -m pytest $(2) $(ARGS) $(if $(ARGS),|| test $$? = 5)
 
@@ -50,6 +51,11 @@ test-jax: engines-jax ## Tests the JAX engine in its own environment (1 GB)
 
 test-vllm: engines-vllm ## Tests the vLLM engine in its own environment (3.5 GB)
 	@$(call ENGINE_TEST,vllm)
+
+test-gpu: engines-torch engines-jax ## Tests the engines that compute on a GPU; fails without one
+	@$(call ENGINE_TEST_OF,torch,gpu/test_torch.py)
+	@$(call ENGINE_TEST_OF,jax,gpu/test_jax.py)
+	@$(PY) -m pytest tests/heavy/gpu/test_llamacpp.py $(ARGS)
 
 test-neuron: engines-neuron ## Tests Neuron's slots and buckets on XLA's CPU device (6 GB)
 	@PJRT_DEVICE=CPU $(call ENGINE_TEST,neuron)

@@ -9,17 +9,20 @@ Engine options (``--engine-option key=value``):
 
 - ``page_tokens``: tokens in one page of KV cache, a power of two. Default: 16.
 - ``graphs``: ``on`` (default) or ``off``: replay decode steps on CUDA as captured graphs.
+- ``attention``: of sequences that decode: ``kernel`` (default on CUDA, if Triton is installed) or
+  ``gather``.
 - ``pack``: ``on`` or ``off``: keep weights in the order in which a CPU's kernels read them.
   Default: where torch has such kernels.
-- ``fuse``: ``on`` or ``off``: multiply weights that share their input as one matrix. Default: where
-  they are packed, and on accelerators, where it is one kernel instead of three.
+- ``fuse``: ``on`` or ``off``: multiply weights that share their input as one matrix, and on
+  accelerators compute norms in one kernel. Default: where they are packed, and on accelerators.
 - ``peer_timeout_s``: how long a rank waits for the others within a step. Default: 5.
 """
 
 import shards.engines.torch_spin  # noqa: F401 - before torch, whose threads read what it says
 
 # isort: split
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -47,6 +50,7 @@ from shards.engines.torch_devices import (
 from shards.engines.torch_graphs import CudaCapture, DecodeGraphs, Packing, is_decode
 from shards.engines.torch_linear import can_pack, fuse, pack
 from shards.engines.torch_model import PagedModel, length_trained
+from shards.engines.torch_norms import fuse_norms
 from shards.engines.torch_ranks import Ranks, check_split, load_slice
 from shards.engines.torch_views import Viewer
 from shards.engines.torch_weights import Checkpoint, count_bytes
@@ -81,6 +85,7 @@ class TorchEngine(PagedEngine):
         extras = Extras("torch", options.extra)
         page = extras.whole("page_tokens", PAGE_TOKENS)
         graphs = extras.choice("graphs", "on", ("on", "off")) == "on"
+        attention = extras.choice("attention", "auto", ("auto", "kernel", "gather"))
         fused = extras.choice("fuse", "auto", ("auto", "on", "off"))
         packed = extras.choice("pack", "auto", ("auto", "on", "off"))
         peer_timeout_s = extras.number("peer_timeout_s", PEER_TIMEOUT_S)
@@ -97,11 +102,13 @@ class TorchEngine(PagedEngine):
         check_split(self._checkpoint.config, options.world, self._checkpoint.where)
         self._ranks = Ranks(options, self._device, peer_timeout_s)
         fusing = fused == "on" or (fused == "auto" and (packing or self._device.kind != "cpu"))
+        self._kernel = self._choose_kernel(attention)
         self._model, self._weight_bytes = self._load(progress, fusing, packing)
         self._limits = self._limit(options, page)
         self._model.make_cache(self._limits.kv_tokens // page, page)
         super().__init__(self._limits)
-        self._viewer = Viewer(page, self._dtype, self._device.torch)
+        masked = self._kernel is None
+        self._viewer = Viewer(page, self._dtype, self._device.torch, masked=masked)
         self._graphs = self._make_graphs(page) if graphs and options.world == 1 else None
         self._info = self._describe(options)
         self._control.start()
@@ -117,6 +124,20 @@ class TorchEngine(PagedEngine):
             )
         return able and wanted != "off"
 
+    def _choose_kernel(self, wanted: str) -> Callable[..., Any] | None:
+        """What attends for decoding sequences; None: pages are gathered."""
+        able = self._device.kind == "cuda" and find_spec("triton") is not None
+        if wanted == "gather" or (wanted == "auto" and not able):
+            return None
+        if not able:
+            raise ModelError(
+                f"torch: engine option attention=kernel needs CUDA and Triton, and this is"
+                f" {self._device.kind}; leave it out"
+            )
+        from shards.engines.torch_kernel import PagedKernel
+
+        return PagedKernel(self._device.torch)
+
     def _load(self, progress: Progress, fusing: bool, packing: bool) -> tuple[PagedModel, int]:
         device = self._device.torch
         if self._ranks.world == 1:
@@ -126,13 +147,17 @@ class TorchEngine(PagedEngine):
         weight_bytes = count_bytes(model)
         if fusing:
             fuse(model)
+            if self._device.kind != "cpu":
+                fuse_norms(model)
         if packing:
             pack(model)
         # The probe computes together, and its collectives do not wait as long as a slow disk takes.
         self._ranks.least(0, self._device)
         try:
             with self._ranks.watched():
-                return PagedModel(model, self._checkpoint.where, device, self._dtype), weight_bytes
+                where = self._checkpoint.where
+                paged = PagedModel(model, where, device, self._dtype, self._kernel)
+                return paged, weight_bytes
         except EngineLost as error:
             raise ModelError(f"torch: {error}") from error
 
@@ -160,13 +185,21 @@ class TorchEngine(PagedEngine):
         if self._device.kind != "cuda":
             return None
         limits = self._limits
-        return DecodeGraphs(
+        made = DecodeGraphs(
             self._model,
-            Packing(self._model.kinds, page, self._dtype),
+            Packing(self._model.kinds, page, self._dtype, masked=self._kernel is None),
             limits.sequences_max,
             -(-limits.length_max // page),
             CudaCapture(self._device.torch),
         )
+        try:
+            made.warm()
+        except RuntimeError as error:
+            raise ModelError(
+                f"torch: decode steps of this model cannot be captured as graphs:"
+                f" {str(error).splitlines()[0]}; start it with --engine-option graphs=off"
+            ) from error
+        return made
 
     def _describe(self, options: EngineOptions) -> EngineInfo:
         limits = self._limits

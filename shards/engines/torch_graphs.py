@@ -39,10 +39,13 @@ def is_decode(layout: StepLayout) -> bool:
 class Packing:
     """How decode steps are laid out in a matrix of [rows, columns] of int64."""
 
-    def __init__(self, kinds: Sequence[Kind], page_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, kinds: Sequence[Kind], page_tokens: int, dtype: torch.dtype, *, masked: bool
+    ) -> None:
         self._kinds = kinds
         self._page = page_tokens
         self._dtype = dtype
+        self._masked = masked
 
     def width(self, layout: StepLayout) -> int:
         """Pages that the longest row of any kind of layer sees."""
@@ -54,12 +57,10 @@ class Packing:
 
     def pack(self, layout: StepLayout, rows: int, width: int) -> NDArray[np.int64]:
         """A step with ``rows`` rows, each with tables of ``width`` pages."""
-        count = len(layout.tokens)
-        out = np.zeros((rows, _FIXED + len(self._kinds) * (1 + width)), np.int64)
+        count, out = len(layout.tokens), self.nothing(rows, width)
         out[:count, _TOKEN] = layout.tokens
         out[:count, _POSITION] = layout.positions
         out[:count, _CELL] = layout.cells
-        out[:, _LENGTH] = 1
         out[:count, _LENGTH] = layout.lengths
         at = _FIXED
         for kind in self._kinds:
@@ -69,17 +70,24 @@ class Packing:
             at += 1 + width
         return out
 
+    def nothing(self, rows: int, width: int) -> NDArray[np.int64]:
+        """A step of padding alone."""
+        out = np.zeros((rows, _FIXED + len(self._kinds) * (1 + width)), np.int64)
+        out[:, _LENGTH] = 1
+        return out
+
     def compute(self, model: PagedModel, packed: Any, width: int) -> Any:
         """Logits [rows, vocabulary] of a packed step; reads nothing but the tensor."""
         rows, at = packed.shape[0], _FIXED
-        lengths = packed[:, _LENGTH]
+        lengths = packed[:, _LENGTH].contiguous()
         views = {}
         for kind in self._kinds:
-            first = packed[:, at]
+            begins = packed[:, at] * self._page
             pages = packed[:, at + 1 : at + 1 + width].reshape(-1)
-            cells = width * self._page
-            mask = decode_mask(lengths, first, cells, kind, self._page, self._dtype)
-            views[kind] = View([Decodes(None, rows, pages, mask)], [])
+            mask = None
+            if self._masked:
+                mask = decode_mask(lengths, begins, width * self._page, kind, self._dtype)
+            views[kind] = View([Decodes(None, rows, pages, begins, lengths, mask)], [])
             at += 1 + width
         model.step.cells, model.step.views = packed[:, _CELL].contiguous(), views
         every = torch.arange(rows, device=packed.device)
@@ -87,9 +95,10 @@ class Packing:
 
 
 class DecodeGraphs:
-    """Decode steps of one model, captured when a bucket is first met and replayed from then on.
+    """Decode steps of one model, captured once for each bucket and replayed from then on.
 
     There are as many graphs as buckets: the logarithms of the most rows and of the most pages.
+    Those of short sequences are captured at load, the others when they are first met.
     """
 
     def __init__(
@@ -105,24 +114,38 @@ class DecodeGraphs:
         self._rows_max = rows_max
         self._pages_max = pages_max
         self._capture = capture
-        self._replays: dict[tuple[int, int], Callable[[NDArray[np.int64]], Any]] = {}
+        self._replays: dict[tuple[int, int], Replay] = {}
 
     def logits(self, layout: StepLayout) -> Any:
         """Logits of a decode step: [sequences, vocabulary], valid until the next step."""
         rows = bucket(len(layout.tokens), ROWS_MIN, self._rows_max)
         width = bucket(self._packing.width(layout), PAGES_MIN, self._pages_max)
         packed = self._packing.pack(layout, rows, width)
-        replay = self._replays.get((rows, width))
-        if replay is None:
+        if (rows, width) not in self._replays:
+            self._replays[rows, width] = self._captured(rows, width)
+        return self._replays[rows, width](packed)[: len(layout.tokens)]
 
-            def compute(tensor: Any) -> Any:
-                return self._packing.compute(self._model, tensor, width)
+    def warm(self) -> None:
+        """Captures the graphs of short sequences. The largest go first, as they share memory."""
+        width = bucket(1, PAGES_MIN, self._pages_max)
+        rows = [bucket(1, ROWS_MIN, self._rows_max)]
+        while rows[-1] < self._rows_max:
+            rows.append(bucket(rows[-1] + 1, ROWS_MIN, self._rows_max))
+        for count in reversed(rows):
+            if (count, width) not in self._replays:
+                self._replays[count, width] = self._captured(count, width)
 
-            replay = self._replays[rows, width] = self._capture(packed, compute)
-        return replay(packed)[: len(layout.tokens)]
+    def _captured(self, rows: int, width: int) -> "Replay":
+        def compute(tensor: Any) -> Any:
+            return self._packing.compute(self._model, tensor, width)
+
+        return self._capture(self._packing.nothing(rows, width), compute)
 
 
-Capture = Callable[[NDArray[np.int64], Callable[[Any], Any]], Callable[[NDArray[np.int64]], Any]]
+Replay = Callable[[NDArray[np.int64]], Any]
+"""Computes a packed step; gives logits that are valid until the next step."""
+
+Capture = Callable[[NDArray[np.int64], Callable[[Any], Any]], Replay]
 """Makes a function of a matrix replayable; gets a first matrix to warm up with."""
 
 
@@ -133,9 +156,7 @@ class CudaCapture:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(
-        self, packed: NDArray[np.int64], compute: Callable[[Any], Any]
-    ) -> Callable[[NDArray[np.int64]], Any]:
+    def __call__(self, packed: NDArray[np.int64], compute: Callable[[Any], Any]) -> Replay:
         """See ``Capture``."""
         pinned = torch.from_numpy(packed).pin_memory()
         static = pinned.to(self._device)
@@ -165,8 +186,6 @@ class CudaCapture:
         return replay
 
 
-def run_directly(
-    _packed: NDArray[np.int64], compute: Callable[[Any], Any]
-) -> Callable[[NDArray[np.int64]], Any]:
+def run_directly(_packed: NDArray[np.int64], compute: Callable[[Any], Any]) -> Replay:
     """A ``Capture`` that captures nothing: the padded step as it is, on the CPU."""
     return lambda given: compute(torch.from_numpy(given))

@@ -6,7 +6,7 @@ window, caps), and that nothing else than we do happens inside of attention.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -123,8 +123,15 @@ class Probe:
 class PagedModel:
     """A model whose layers attend over pages; made with the weights in place."""
 
-    def __init__(self, model: Any, where: str, device: torch.device, dtype: torch.dtype) -> None:
-        self.step = Step()
+    def __init__(
+        self,
+        model: Any,
+        where: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel: Callable[..., Any] | None = None,
+    ) -> None:
+        self.step = Step(kernel)
         self._model = model
         self._device = device
         self._dtype = dtype

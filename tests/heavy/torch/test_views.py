@@ -35,7 +35,8 @@ KINDS = (Kind(), Kind(window=5))
 
 def layout_of(sequences: list[tuple[int, int]]) -> StepLayout:
     """A step for sequences of (length in the end, tokens of it in this step), pages in order."""
-    tables = np.full((len(sequences), 12), TRASH, np.int32)
+    most = max(12, *(-(-length // PAGE) for length, _ in sequences))
+    tables = np.full((len(sequences), most), TRASH, np.int32)
     page = 1
     for row, (length, _) in enumerate(sequences):
         count = -(-length // PAGE)
@@ -58,7 +59,7 @@ def layout_of(sequences: list[tuple[int, int]]) -> StepLayout:
 
 def cells_seen(layout: StepLayout, kind: Kind) -> dict[int, set[int]]:
     """By token of the batch: the cells that its view lets it see."""
-    view = Viewer(PAGE, torch.float32, torch.device("cpu")).view(layout, kind)
+    view = Viewer(PAGE, torch.float32, torch.device("cpu"), masked=True).view(layout, kind)
     seen: dict[int, set[int]] = {}
     offsets = np.arange(PAGE)
     for decodes in view.decodes:
@@ -150,6 +151,24 @@ def test_what_spares_little_is_left_alone() -> None:
     assert shared_prefixes(tables_of([1]), 16) == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_for_the_kernel_decodes_are_one_group_without_masks(kind: Kind) -> None:
+    """Lengths that would be groups, and a prefix that would be shared: it follows each table."""
+    layout = layout_of([(4 * GROUP_CELLS, 1), (9, 1), (3, 1)])
+    view = Viewer(PAGE, torch.float32, torch.device("cpu"), masked=False).view(layout, kind)
+    (decodes,) = view.decodes
+    assert (decodes.rows, decodes.count, decodes.mask, decodes.prefix) == (None, 3, None, None)
+    assert decodes.lengths.tolist() == [4 * GROUP_CELLS, 9, 3]
+    first = [
+        max(0, length - kind.window) // PAGE if kind.window else 0
+        for length in (4 * GROUP_CELLS, 9, 3)
+    ]
+    assert decodes.begins.tolist() == [page * PAGE for page in first]
+    width = decodes.pages.numel() // 3
+    for row, page in enumerate(decodes.pages.view(3, width)[:, 0].tolist()):
+        assert page == layout.tables[row, first[row]]
+
+
 # Decode steps in buckets ------------------------------------------------------------------------
 
 
@@ -172,7 +191,9 @@ def test_a_padded_step_computes_what_the_plain_one_does(window: int) -> None:
         captured.append(packed.shape)
         return run_directly(packed, compute)
 
-    graphs = DecodeGraphs(model, Packing(model.kinds, 16, torch.float32), 8, 64, capture)
+    graphs = DecodeGraphs(
+        model, Packing(model.kinds, 16, torch.float32, masked=True), 8, 64, capture
+    )
     for number in (1, 2, 3):
         tokens = list(range(3, 3 + 15 * number))
         made = Admit(number, tokens, len(tokens), SamplingParams())
@@ -188,6 +209,9 @@ def test_a_padded_step_computes_what_the_plain_one_does(window: int) -> None:
         engine.step(Plan(work=[(one.sequence, 1) for one in residents]))
     # Three rows are padded to four, and one capture serves both steps.
     assert [rows for rows, _ in captured] == [4]
+    graphs.warm()
+    assert [rows for rows, _ in captured] == [4, 8, 2, 1], "what is there is not captured again"
+    assert len({width for _, width in captured}) == 1
     half = lay_out(engine._tables, [(one, 1) for one in residents], residents[:2])
     assert not is_decode(half)
     # As many rows as tokens, but one of them is of a prompt.

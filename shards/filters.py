@@ -7,7 +7,6 @@ to look for its places first takes a third of the time, as there are no branches
 """
 
 import math
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,7 +118,7 @@ def _border(values: Floats, spare: float) -> tuple[np.float32, int]:
     At least one value is kept.
     """
     rising = np.sort(values) if len(values) <= _FEW else _lowest(values, spare)
-    out = min(reach(rising, spare, beyond=True), len(rising) - 1)
+    out = min(reach(rising, spare), len(rising) - 1)
     return rising[out], len(values) - out
 
 
@@ -138,22 +137,26 @@ def _guess(weights: Floats, spare: float) -> float:
     return float(sample[min(reach(sample, _CAUTION * spare / _STRIDE), len(sample) - 1)])
 
 
-def reach(values: Floats, wanted: float, beyond: bool = False) -> int:
-    """The first place where the sum up to it reaches ``wanted``, or goes beyond it.
+def reach(values: Floats, wanted: float, share: bool = False) -> int:
+    """The first place where the sum up to it exceeds ``wanted``, or that share of the whole sum.
 
     The number of values if it never does. Sums are in double precision.
     """
-    side: Literal["left", "right"] = "right" if beyond else "left"
-    start, before = 0, 0.0
     if len(values) > _FEW:
         whole = len(values) // _BLOCK * _BLOCK
         blocks = np.add.reduce(values[:whole].reshape(-1, _BLOCK), axis=1, dtype=np.float64)
         sums = np.add.accumulate(blocks)
-        block = int(sums.searchsorted(wanted, side))
+        if share:
+            wanted *= float(sums[-1]) + float(values[whole:].sum(dtype=np.float64))
+        block = int(sums.searchsorted(wanted, "right"))
         start, before = block * _BLOCK, float(sums[block - 1]) if block else 0.0
-        values = values[start : start + _BLOCK]
-    inner = np.add.accumulate(values, dtype=np.float64)
-    return start + int(inner.searchsorted(wanted - before, side))
+        return start + _reach_few(values[start : start + _BLOCK], wanted - before)
+    return _reach_few(values, wanted, share)
+
+
+def _reach_few(values: Floats, wanted: float, share: bool = False) -> int:
+    sums = np.add.accumulate(values, dtype=np.float64)
+    return int(sums.searchsorted(wanted * float(sums[-1]) if share else wanted, "right"))
 
 
 def _typical(weights: Floats, typical_p: float, total: float) -> Ids:

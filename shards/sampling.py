@@ -301,7 +301,7 @@ def _adjusts(row: Row) -> bool:
 
 def _invert(weights: Floats, chance: float) -> int:
     """The first index whose cumulative weight exceeds that share of the total."""
-    index = reach(weights, chance * float(weights.sum(dtype=np.float64)), beyond=True)
+    index = reach(weights, chance, share=True)
     # Rounding can ask for one behind the end; then the last that has any weight is meant.
     return index if index < len(weights) else int(np.flatnonzero(weights)[-1])
 

@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--bandwidth-gbps", type=float, default=0.0)
+    parser.add_argument("--engine-option", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     room = max(given.rows) * (given.prompt_tokens + given.new_tokens + WARM_STEPS + 64)
     options = EngineOptions(
@@ -43,15 +44,17 @@ def main() -> int:
         sequences_max=max(given.rows),
         device=given.device,
         dtype=given.dtype,
+        extra=tuple(tuple(option.split("=", 1)) for option in given.engine_option),
     )
     engine = load(given.engine, options, lambda _fraction: None)
     info = engine.describe()
+    weight_bytes = info.weight_bytes - unread_bytes(given.model, info)
     bandwidth = given.bandwidth_gbps * 1e9 or measured_bandwidth(given.engine)
     table = []
     for rows in given.rows:
         step_s = decode_step_s(engine, rows, given.prompt_tokens, given.new_tokens)
         length = given.prompt_tokens + WARM_STEPS + given.new_tokens // 2
-        least_s = (info.weight_bytes + rows * length * kv_bytes(given.model, info)) / bandwidth
+        least_s = (weight_bytes + rows * length * kv_bytes(given.model, info)) / bandwidth
         table.append(
             {
                 "rows": rows,
@@ -70,6 +73,7 @@ def main() -> int:
                 "device": info.device,
                 "model": info.model_id,
                 "dtype": info.dtype,
+                "options": given.engine_option,
                 "bandwidth_gbps": round(bandwidth / 1e9, 1),
                 "decode": table,
             }
@@ -95,6 +99,17 @@ def decode_step_s(engine: Engine, rows: int, prompt_tokens: int, new_tokens: int
         engine.step(plan)
         times.append(time.perf_counter() - began)
     return statistics.median(times)
+
+
+def unread_bytes(model: Path, info: EngineInfo) -> int:
+    """An embedding that is not the head as well: a step reads a row of it for each sequence."""
+    if info.engine == "llamacpp":
+        return 0
+    config = json.loads((model / "config.json").read_text())
+    if config.get("tie_word_embeddings"):
+        return 0
+    element = 4 if info.dtype == "float32" else 2
+    return int(config["vocab_size"] * config["hidden_size"] * element)
 
 
 def kv_bytes(model: Path, info: EngineInfo) -> int:

@@ -34,6 +34,9 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--bandwidth-gbps", type=float, default=0.0)
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0: greedy; else with top_p 0.95"
+    )
     parser.add_argument("--engine-option", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     room = max(given.rows) * (given.prompt_tokens + given.new_tokens + WARM_STEPS + 64)
@@ -52,7 +55,8 @@ def main() -> int:
     bandwidth = given.bandwidth_gbps * 1e9 or measured_bandwidth(given.engine)
     table = []
     for rows in given.rows:
-        step_s = decode_step_s(engine, rows, given.prompt_tokens, given.new_tokens)
+        sampling = SamplingParams(temperature=given.temperature, top_p=0.95)
+        step_s = decode_step_s(engine, rows, given.prompt_tokens, given.new_tokens, sampling)
         length = given.prompt_tokens + WARM_STEPS + given.new_tokens // 2
         least_s = (weight_bytes + rows * length * kv_bytes(given.model, info)) / bandwidth
         table.append(
@@ -74,6 +78,7 @@ def main() -> int:
                 "model": info.model_id,
                 "dtype": info.dtype,
                 "options": given.engine_option,
+                "temperature": given.temperature,
                 "bandwidth_gbps": round(bandwidth / 1e9, 1),
                 "decode": table,
             }
@@ -82,13 +87,15 @@ def main() -> int:
     return 0
 
 
-def decode_step_s(engine: Engine, rows: int, prompt_tokens: int, new_tokens: int) -> float:
-    """The median time of a step that decodes ``rows`` greedy sequences."""
+def decode_step_s(
+    engine: Engine, rows: int, prompt_tokens: int, new_tokens: int, sampling: SamplingParams
+) -> float:
+    """The median time of a step that decodes ``rows`` sequences."""
     engine.reset()
     vocabulary = engine.describe().vocab_size
     for row in range(rows):
         tokens = [(31 * row + 7 * at) % (vocabulary - 10) + 5 for at in range(prompt_tokens)]
-        made = Admit(row, tokens, prompt_tokens, SamplingParams())
+        made = Admit(row, tokens, prompt_tokens, sampling)
         engine.step(Plan(admits=[made], work=[(row, prompt_tokens)]))
     plan = Plan(work=[(row, 1) for row in range(rows)])
     for _ in range(WARM_STEPS):
@@ -156,7 +163,7 @@ def jax_copy():
     import jax
     import jax.numpy as jnp
 
-    source = jnp.zeros(COPY_BYTES, jnp.uint8)
+    source = jnp.zeros(COPY_BYTES // 4, jnp.float32)
     add = jax.jit(lambda array: array + 1)
     return lambda: add(source).block_until_ready()
 

@@ -22,7 +22,7 @@ DECODES = (1, 4, 8, 16, 32, 64, 128, 256)
 # Padding costs as much as tokens do, on CPUs above all: a prompt of 32 beside 31 decodes is common.
 MIXED = (32, 64, 128, 256, 512, 2048, 8192)
 # Pages that the rows of a wide bucket look at. Each width is compiled for each number of rows.
-WIDTHS = (16, 64, 256, 1024, 4096, 16384)
+WIDTHS = (16, 32, 64, 128, 256, 1024, 4096, 16384)
 # Queries of one sequence that the plain attention computes together.
 BLOCK = 64
 # Pages of a sequence that it looks at together. A table has as many more at its end, so that such a

@@ -186,7 +186,7 @@ def test_programs_of_whole_steps_update_the_cache_in_place() -> None:
         caches = engine._programs._arrays.caches
         bytes_all = sum(cache.nbytes for cache in caches)
         steps = engine._programs._steps._step  # type: ignore[attr-defined]
-        assert {bucket.pages for bucket in steps if bucket.wide} == {16, 64, 128}
+        assert {bucket.pages for bucket in steps if bucket.wide} == {16, 32, 64, 128}
         for program in steps.values():
             assert program.memory_analysis().alias_size_in_bytes == bytes_all
     finally:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from shards.engines.base import ModelError
+from shards.filters import Floats
 
 KV_TOKENS_MAX = 32768
 # Share of the memory that the KV cache may take unasked: of the machine's, which others use too,
@@ -23,6 +24,8 @@ ACCELERATOR_MEMORY_SHARE = 0.85
 
 # The collectives of torch.distributed by kind of device.
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "hpu": "hccl"}
+# Kinds of devices that write to locked memory of the host.
+_PINNING = ("cuda", "xpu")
 _DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -49,6 +52,29 @@ class Device:
         """Makes it the one that this thread means when it names none."""
         if self.kind != "cpu":
             torch.accelerator.set_device_index(self.torch.index)
+
+
+class ToHost:
+    """Copies logits to host memory as float32: [rows, vocabulary], valid until the next call.
+
+    Through one buffer that is locked in memory where that helps: a device writes there directly,
+    which for 64 rows of 128,000 tokens is the difference between one and ten milliseconds.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Any = None
+
+    def __call__(self, logits: Any) -> Floats:
+        """Waits until they are there."""
+        if logits.device.type not in _PINNING:
+            host: Floats = logits.float().cpu().numpy()
+            return host
+        rows = len(logits)
+        if self._buffer is None or len(self._buffer) < rows:
+            room = (1 << (rows - 1).bit_length(), logits.shape[1])
+            self._buffer = torch.empty(room, dtype=torch.float32, pin_memory=True)
+        copied: Floats = self._buffer[:rows].copy_(logits.float()).numpy()
+        return copied
 
 
 def choose_device(wanted: str, rank: int, world: int) -> Device:

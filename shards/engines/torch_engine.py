@@ -42,6 +42,7 @@ from shards.engines.paged import PagedEngine
 from shards.engines.threads import ThreadControl, usable_cores
 from shards.engines.torch_devices import (
     Device,
+    ToHost,
     choose_device,
     choose_dtype,
     dtype_name,
@@ -94,6 +95,7 @@ class TorchEngine(PagedEngine):
             raise ModelError(f"torch: engine option page_tokens={page} is not a power of two")
         self._device = choose_device(options.device, options.rank, options.world)
         self._device.use()
+        self._to_host = ToHost()
         self._checkpoint = Checkpoint(options.model)
         self._dtype = choose_dtype(options.dtype, self._checkpoint.stored_dtype, self._device)
         packing = self._packs(packed)
@@ -272,10 +274,10 @@ class TorchEngine(PagedEngine):
             tokens = likeliest(logits)
             if tokens is not None:
                 return Drawn(tokens)
-        return self._sampler.draw(_to_host(logits), rows)
+        return self._sampler.draw(self._to_host(logits), rows)
 
     def _forward(self, layout: StepLayout) -> Floats:
-        return _to_host(self._logits(layout)[: len(layout.draws)])
+        return self._to_host(self._logits(layout)[: len(layout.draws)])
 
     def _score_here(self, logits: Any) -> None:
         """Scores prompts on the device, from what would take long to copy to the host."""
@@ -338,11 +340,6 @@ def ranks_of(logits: Any, targets: Sequence[int]) -> list[int]:
     wanted = logits.gather(-1, torch.tensor(targets, device=logits.device)[:, None])
     ranks: list[int] = ((logits > wanted).sum(dim=-1) + 1).tolist()
     return ranks
-
-
-def _to_host(logits: Any) -> Floats:
-    host: Floats = logits.float().cpu().numpy()
-    return host
 
 
 def _threads(options: EngineOptions, device: Device) -> int:

@@ -19,7 +19,8 @@ from shards.v1.shard_pb2 import Constraint, DescribeResponse, SchedulingKind
 
 DEFAULT_NAMES = frozenset({"", "tgi", "dummy"})
 """Model names that clients of TGI and of OpenAI send when they do not care."""
-
+# What to do with two groups that cannot serve one model together.
+APART = "give one of them a router of its own, or its worker another --model-id"
 
 EmbedCall = Callable[[Sequence[Sequence[int]]], Awaitable[list[Sequence[float]]]]
 """Turns token ids into vectors on one group; see ``Link.embed``."""
@@ -292,7 +293,7 @@ class Fleet:
             if other.vocab_size != card.vocab_size:
                 raise MismatchError(
                     f"group {other.name} serves {card.model} with {other.vocab_size} tokens, and "
-                    f"this one has {card.vocab_size}; give one of them another model name"
+                    f"this one has {card.vocab_size}; {APART}"
                 )
         self._claims[card.name] = card
         try:
@@ -320,8 +321,8 @@ class Fleet:
         for other in self._replicas(card, self._agreed):
             if found := self._differences[_pair(card, other)]:
                 raise MismatchError(
-                    f"group {other.name} serves {card.model} with another tokenizer ({found}); "
-                    "give one of them another model name"
+                    f"group {other.name} serves {card.model} with another tokenizer ({found});"
+                    f" {APART}"
                 )
         self._agreed[card.name] = card
         self.turns.over(card.name)

@@ -185,7 +185,7 @@ def test_a_group_with_another_vocabulary_is_refused_by_name_and_the_other_serves
     with watched(tmp_path, *groups) as server:
         told = tmp_path / "stderr"
         eventually(lambda: "group scripted is down: group llamacpp serves m" in told.read_text())
-        assert "give one of them another model name" in told.read_text()
+        assert "give one of them a router of its own" in told.read_text()
         assert groups_up(server) == 1
         assert generate(server).is_success
 

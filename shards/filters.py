@@ -19,14 +19,18 @@ Ids = NDArray[np.intp]
 # Distances of surprise from the entropy, in nats, for typical_p.
 _SPREADS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 9.0, math.inf)
 _GROUPS = 512
-# So few are looked at without a closer guess of where the nucleus ends.
+# So few are sorted and summed up as a whole.
 _FEW = 2048
+# So many times the weight of the likeliest token all of them weigh in a flat distribution.
+_FLAT = 6.0
 # The nucleus is first looked for down to so many times the weight that certainly leaves it in.
 _EAGER = 16.0
 # What is left out is guessed from every 61st token, and a share of the mass between what may be
 # left out and that guess is for bad luck.
 _STRIDE = 61
 _CAUTION = 0.8
+# A weight may be so much less than the bound it was compared with, in single precision.
+_ROUNDING = 1e-6
 # Longer runs are summed up in two levels, by blocks.
 _BLOCK = 256
 _TINY = np.float32(1e-38)
@@ -40,9 +44,16 @@ def largest(logits: Floats, count: int) -> Ids:
     return near[_first(values, last, count)]
 
 
-def ranked(logits: Floats, count: int) -> Ids:
-    """Ids of the ``count`` largest, the largest first; of equal ones the smaller ids first."""
-    near = _near(logits, count)
+def ranked(logits: Floats, count: int, likely: Ids) -> Ids:
+    """Ids of the ``count`` largest, the largest first; of equal ones the smaller ids first.
+
+    ``likely`` are different ids which may help to find them: the largest should be among them.
+    """
+    if len(likely) < count:
+        near = _near(logits, count)
+    else:
+        bound = np.partition(logits[likely], len(likely) - count)[len(likely) - count]
+        near = (logits >= bound).nonzero()[0]
     return near[np.argsort(-logits[near], kind="stable")[:count]]
 
 
@@ -63,36 +74,52 @@ def _near(logits: Floats, count: int) -> Ids:
 
 def _first(values: Floats, last: np.float32, count: int) -> Ids:
     """Places of the ``count`` largest values, of which ``last`` is the smallest, ascending."""
+    return _chosen(values, last, count).nonzero()[0]
+
+
+def _chosen(values: Floats, last: np.float32, count: int) -> NDArray[np.bool_]:
+    """Which are the ``count`` largest values, of which ``last`` is the smallest."""
     chosen = values >= last
     surplus = int(np.count_nonzero(chosen)) - count
     if surplus:
         chosen[(values == last).nonzero()[0][-surplus:]] = False
-    return chosen.nonzero()[0]
+    return chosen
 
 
-def keep(weights: Floats, sampling: SamplingParams, total: float) -> Ids | None:
-    """Indices that top_p, min_p and typical_p leave, ascending; None if none of them is on.
+def keep(weights: Floats, sampling: SamplingParams, total: float) -> tuple[Ids, Floats] | None:
+    """Indices that top_p, min_p and typical_p leave, ascending, and their weights.
 
-    ``total`` is the sum of the weights.
+    There may be others among them, which weigh 0. None if none of the filters is on. ``total`` is
+    the sum of the weights.
     """
-    kept: Ids | None = None
+    kept: tuple[Ids, Floats] | None = None
     if 0.0 < sampling.top_p < 1.0:
         kept = nucleus(weights, sampling.top_p, total)
     if sampling.min_p > 0.0:
         # The likeliest token weighs 1, whatever top_p took away.
         floor = np.float32(min(sampling.min_p, 1.0))
-        kept = np.flatnonzero(weights >= floor) if kept is None else kept[weights[kept] >= floor]
+        if kept is None:
+            ids = np.flatnonzero(weights >= floor)
+            kept = ids, weights[ids]
+        else:
+            np.multiply(kept[1], kept[1] >= floor, out=kept[1])
     if 0.0 < sampling.typical_p < 1.0:
         if kept is None:
-            kept = _typical(weights, sampling.typical_p, total)
+            ids = _typical(weights, sampling.typical_p, total)
+            kept = ids, weights[ids]
         else:
-            likely = weights[kept]
-            kept = kept[_typical(likely, sampling.typical_p, float(likely.sum()))]
+            left = kept[1].nonzero()[0]
+            ids, likely = kept[0][left], kept[1][left]
+            places = _typical(likely, sampling.typical_p, float(likely.sum()))
+            kept = ids[places], likely[places]
     return kept
 
 
-def nucleus(weights: Floats, top_p: float, total: float) -> Ids:
-    """Indices of the smallest set of likeliest tokens with that share of the mass, ascending.
+def nucleus(weights: Floats, top_p: float, total: float) -> tuple[Ids, Floats]:
+    """The smallest set of likeliest tokens with that share of the mass: indices, and their weights.
+
+    Ascending, with others among them, which weigh 0: to pick out those that are left takes longer
+    than to pass over the rest when one is drawn.
 
     Tokens that weigh less than an even share of what may be left out can all be left out. Mostly
     a higher floor does: one that is much higher, or in flat distributions one that is guessed.
@@ -100,35 +127,29 @@ def nucleus(weights: Floats, top_p: float, total: float) -> Ids:
     """
     wanted = top_p * total
     even = (total - wanted) / len(weights)
-    for floor in (_EAGER * even, even, 0.0):
-        likely = weights >= np.float32(floor)
-        if floor > even and int(np.count_nonzero(likely)) > _FEW:
-            likely = weights >= np.float32(max(even, _guess(weights, total - wanted)))
-        ids = likely.nonzero()[0]
+    eager = max(even, _guess(weights, total - wanted)) if total > _FLAT else _EAGER * even
+    for floor in (eager, even, 0.0):
+        ids = (weights >= np.float32(floor)).nonzero()[0]
         values = weights[ids]
-        spare = float(values.sum(dtype=np.float64)) - wanted
+        spare = float(np.add.reduce(values, dtype=np.float64)) - wanted
         if spare >= 0.0 or floor == 0.0:
             break
-    return ids[_first(values, *_border(values, max(spare, 0.0)))]
+    chosen = _chosen(values, *_border(values, max(spare, 0.0), floor))
+    return ids, np.multiply(values, chosen, out=values)
 
 
-def _border(values: Floats, spare: float) -> tuple[np.float32, int]:
+def _border(values: Floats, spare: float, floor: float) -> tuple[np.float32, int]:
     """Of the largest values, the rest of which sum up to ``spare`` at most: the smallest, how many.
 
-    At least one value is kept.
+    At least one value is kept. None is less than ``floor``, up to rounding.
     """
-    rising = np.sort(values) if len(values) <= _FEW else _lowest(values, spare)
+    most = spare / floor if floor > 0.0 else math.inf
+    # So many are certainly enough to exceed what is spare.
+    enough = int(most * (1.0 + _ROUNDING)) + 2 if most < len(values) / 2 else len(values)
+    few = values if enough >= len(values) else np.partition(values, enough - 1)[:enough]
+    rising = np.sort(few)
     out = min(reach(rising, spare), len(rising) - 1)
     return rising[out], len(values) - out
-
-
-def _lowest(values: Floats, spare: float) -> Floats:
-    """The smallest values, ascending, and more of them than sum up to ``spare`` at most, or all."""
-    smallest = float(values.min())
-    most = spare / smallest if smallest > 0.0 else math.inf
-    if most < len(values) / 2:
-        values = np.partition(values, int(most) + 1)[: int(most) + 2]
-    return np.sort(values)
 
 
 def _guess(weights: Floats, spare: float) -> float:

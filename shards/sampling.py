@@ -20,7 +20,7 @@ doi:10.1145/2660193.2660195.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -115,6 +115,36 @@ class Sampler:
         return drawn
 
 
+class _Change(NamedTuple):
+    """New logits of some tokens, each of which is there once."""
+
+    ids: Ids
+    before: Floats
+    after: Floats
+
+
+_NO_CHANGE = _Change(_NOTHING, np.empty(0, np.float32), np.empty(0, np.float32))
+
+
+@dataclass(slots=True)
+class _Scores:
+    """The logits that a token is drawn by, and what is known of them."""
+
+    logits: Floats
+    best: int
+    """Where the largest is."""
+    peak: float
+    """The largest."""
+    change: _Change | None = _NO_CHANGE
+    """Where they are not what the engine said; None if they may be anything."""
+    pending: bool = False
+    """Whether ``logits`` are still without the change, which spares their largest."""
+    ids: Ids | None = None
+    """The tokens that the logits belong to; None for all."""
+    likely: Ids = field(default_factory=lambda: _NOTHING)
+    """Likely tokens, if some are known."""
+
+
 class _Desk:
     """The scratch memory of one thread, and the row that it draws."""
 
@@ -140,83 +170,101 @@ class _Desk:
 
     def _draw(self, raw: Floats, row: Row, drawn: Drawn, index: int, top: float) -> None:
         sampling = row.sampling
-        logits, best, peak = raw, drawn.tokens[index], top
-        changed: Ids | None = _NOTHING
+        scores = _Scores(raw, drawn.tokens[index], top)
         if _adjusts(row):
-            logits, changed = self._adjust(raw, row)
-            best = int(logits.argmax())
-            peak = float(logits[best])
-            if not math.isfinite(peak):
+            self._adjust(scores, row)
+            if not math.isfinite(scores.peak):
                 _fail(drawn, index, "bias, penalties and min_tokens leave no token to draw")
                 return
-        ids: Ids | None = None
         if row.guide is not None:
             try:
-                words = row.guide.allowed()
-                if sampling.temperature > 0.0 or not holds(words, best):
-                    logits, ids, best = pick(logits, words, best, self._adjusted)
-                    changed = None
+                self._guide(scores, row.guide, sampling)
             except GuideError as error:
                 _fail(drawn, index, str(error))
                 return
-            peak = float(logits[best])
-        token = best
+        token = scores.best
         self._total = None
         if sampling.temperature > 0.0:
-            chance = uniform(sampling.seed, len(row.tokens))
-            token = self._sample(logits, ids, sampling, peak, chance)
-        elif ids is not None:
-            token = int(ids[best])
+            token = self._sample(scores, sampling, uniform(sampling.seed, len(row.tokens)))
+        elif scores.ids is not None:
+            token = int(scores.ids[token])
         drawn.tokens[index] = token
         if sampling.logprobs:
-            log_total = self._log_total(raw, top, peak, changed)
-            drawn.logprobs[index] = _logprobs(raw, token, log_total, sampling)
+            log_total = self._log_total(raw, top, scores)
+            # Where anything may have been forbidden, the engine's likeliest may be anywhere.
+            likely = _NOTHING if scores.change is None else scores.likely
+            drawn.logprobs[index] = _logprobs(raw, token, log_total, sampling, likely)
 
-    def _adjust(self, raw: Floats, row: Row) -> tuple[Floats, Ids | None]:
-        """A copy of the row with watermark, bias, penalties and the mask of min_tokens applied.
+    def _adjust(self, scores: _Scores, row: Row) -> None:
+        """Applies watermark, bias, penalties and the mask of min_tokens.
 
-        Also which logits may have changed; None for all.
+        Mostly few logits change, and the largest stays what it is. Then the row is not copied: it
+        is enough to weigh those few by themselves.
         """
-        sampling, logits = row.sampling, self._adjusted
-        np.copyto(logits, raw)
-        changed, others = _NOTHING, []
+        adjusted, sampling = self._adjusted, row.sampling
+        marked = sampling.watermark is not None
         if sampling.watermark is not None:
-            mark(logits, row.tokens[-1], sampling.watermark)
-        for token, bias in sampling.logit_bias:
-            logits[token] += bias
-            others.append(token)
-        if _penalises(sampling):
-            tally = self._tallies.of(row)
-            _penalise(logits, tally, sampling)
-            changed = tally.ids
+            np.copyto(adjusted, scores.logits)
+            mark(adjusted, row.tokens[-1], sampling.watermark)
+            scores.logits = adjusted
+        change = self._change(scores.logits, row)
+        scores.change = None if marked else change
+        picks = row.guide is not None or 0 < sampling.top_k < self._vocab
+        if not marked and not picks and _below(change, scores.peak):
+            scores.pending = True
+            return
+        if not marked:
+            np.copyto(adjusted, scores.logits)
+        adjusted[change.ids] = change.after
+        scores.logits, scores.best = adjusted, int(adjusted.argmax())
+        scores.peak = float(adjusted[scores.best])
+
+    def _change(self, logits: Floats, row: Row) -> _Change:
+        """What bias, penalties and the mask of min_tokens make of some logits."""
+        sampling = row.sampling
+        tally = self._tallies.of(row) if _penalises(sampling) else None
+        biased = [token for token, _ in sampling.logit_bias]
+        stops: list[int] = []
         if len(row.tokens) - row.prompt_len < sampling.min_tokens:
             stops = [token for token in sampling.stop_tokens if token < self._vocab]
-            logits[stops] = _MINUS_INF
-            others += stops
-        if sampling.watermark is not None:
-            return logits, None
-        if others:
-            changed = np.unique(np.concatenate((changed, np.array(others, np.intp))))
-        return logits, changed
+        ids = seen = _NOTHING if tally is None else tally.ids
+        places: Ids | slice = slice(None)
+        if biased or stops:
+            ids = np.unique(np.concatenate((seen, np.array(biased + stops, np.intp))))
+            places = ids.searchsorted(seen)
+        before = logits[ids]
+        after = before.copy()
+        if biased:
+            bias = np.array([bias for _, bias in sampling.logit_bias], np.float32)
+            np.add.at(after, ids.searchsorted(biased), bias)
+        if tally is not None:
+            after[places] = _penalised(after[places], tally, sampling)
+        if stops:
+            after[ids.searchsorted(stops)] = _MINUS_INF
+        return _Change(ids, before, after)
 
-    def _sample(
-        self,
-        logits: Floats,
-        ids: Ids | None,
-        sampling: SamplingParams,
-        peak: float,
-        chance: float,
-    ) -> int:
-        """Temperature, filters, draw.
+    def _guide(self, scores: _Scores, guide: Guiding, sampling: SamplingParams) -> None:
+        """Applies a constraint. Raises ``GuideError``."""
+        words = guide.allowed()
+        if sampling.temperature > 0.0 or not holds(words, scores.best):
+            picked = pick(scores.logits, words, scores.best, self._adjusted)
+            scores.logits, scores.ids, scores.best = picked
+            scores.change = None
+        scores.peak = float(scores.logits[scores.best])
 
-        ``ids`` are the tokens that the logits belong to, None for all; ``peak`` is the largest
-        logit.
-        """
+    def _sample(self, scores: _Scores, sampling: SamplingParams, chance: float) -> int:
+        """Temperature, filters, draw."""
+        logits, ids = scores.logits, scores.ids
         if 0 < sampling.top_k < len(logits):
             likeliest = largest(logits, sampling.top_k)
             ids = likeliest if ids is None else ids[likeliest]
             logits = logits[likeliest]
-        weights = self._weigh(logits, sampling.temperature, peak)
+        weights = self._weights if len(logits) == self._vocab else np.empty_like(logits)
+        _weigh(logits, sampling.temperature, scores.peak, weights)
+        if scores.pending and scores.change is not None:
+            few = scores.change.after
+            _weigh(few, sampling.temperature, scores.peak, few)
+            weights[scores.change.ids] = few
         raw_too = sampling.logprobs and sampling.temperature == 1.0 and len(weights) == self._vocab
         total = 0.0
         if raw_too or sampling.top_p < 1.0 or sampling.typical_p < 1.0:
@@ -224,35 +272,43 @@ class _Desk:
         self._total = total if raw_too else None
         kept = keep(weights, sampling, total)
         if kept is not None:
-            ids = kept if ids is None else ids[kept]
-            weights = weights[kept]
+            ids, weights = kept[0] if ids is None else ids[kept[0]], kept[1]
         elif ids is None:
             return _invert_blocks(self._padded, chance)
         assert ids is not None, "tokens were picked"
+        scores.likely = ids
         return int(ids[_invert(weights, chance)])
 
-    def _weigh(self, logits: Floats, temperature: float, peak: float) -> Floats:
-        """Probabilities up to a factor; the likeliest token weighs 1."""
-        weights = self._weights if len(logits) == self._vocab else np.empty_like(logits)
-        np.subtract(logits, np.float32(peak), out=weights)
-        if temperature != 1.0:
-            with np.errstate(over="ignore"):
-                np.divide(weights, np.float32(temperature), out=weights)
-        return np.exp(weights, out=weights)
-
-    def _log_total(self, raw: Floats, top: float, peak: float, changed: Ids | None) -> float:
+    def _log_total(self, raw: Floats, top: float, scores: _Scores) -> float:
         """The logarithm of the sum of the exponentials of the raw logits.
 
         If all tokens have just been weighed at temperature 1, that is the sum of their weights, up
         to those that were changed. They are put right in it, unless they were most of it, or the
         raw logits are on another scale.
         """
-        if self._total is not None and changed is not None and top - peak <= _NEAR:
-            other = self._total - float(self._weights[changed].sum(dtype=np.float64))
+        change, peak = scores.change, scores.peak
+        if self._total is not None and change is not None and top - peak <= _NEAR:
+            if not len(change.ids):
+                return peak + math.log(self._total)
+            other = self._total - float(np.add.reduce(self._weights[change.ids], dtype=np.float64))
             if other >= _TRUSTED * self._total:
-                before = np.exp(raw[changed].astype(np.float64) - peak)
-                return peak + math.log(other + float(before.sum()))
-        return top + math.log(float(self._weigh(raw, 1.0, top).sum()))
+                before = np.exp(change.before - np.float32(peak))
+                return peak + math.log(other + float(np.add.reduce(before)))
+        return top + math.log(float(_weigh(raw, 1.0, top, self._weights).sum()))
+
+
+def _below(change: _Change, peak: float) -> bool:
+    """Whether the largest logit is not among those that change, and stays the largest."""
+    return not len(change.ids) or bool(np.maximum(change.before, change.after).max() < peak)
+
+
+def _weigh(logits: Floats, temperature: float, peak: float, out: Floats) -> Floats:
+    """Probabilities up to a factor; the likeliest token weighs 1."""
+    np.subtract(logits, np.float32(peak), out=out)
+    if temperature != 1.0:
+        with np.errstate(over="ignore"):
+            np.divide(out, np.float32(temperature), out=out)
+    return np.exp(out, out=out)
 
 
 def _fail(drawn: Drawn, index: int, message: str) -> None:
@@ -260,25 +316,26 @@ def _fail(drawn: Drawn, index: int, message: str) -> None:
     drawn.failures[index] = message
 
 
-def _logprobs(raw: Floats, token: int, log_total: float, sampling: SamplingParams) -> Logprobs:
+def _logprobs(
+    raw: Floats, token: int, log_total: float, sampling: SamplingParams, likely: Ids
+) -> Logprobs:
     ids: list[int] = []
     values: list[float] = []
     if sampling.top_logprobs:
-        likeliest = ranked(raw, min(sampling.top_logprobs, len(raw)))
+        likeliest = ranked(raw, min(sampling.top_logprobs, len(raw)), likely)
         ids = likeliest.tolist()
         values = [value - log_total for value in raw[likeliest].tolist()]
     rank = int(np.count_nonzero(raw > raw[token])) + 1 if sampling.ranks else 0
     return Logprobs(float(raw[token]) - log_total, ids, values, rank)
 
 
-def _penalise(logits: Floats, tally: Tally, sampling: SamplingParams) -> None:
-    """Lowers the logits of the generated tokens, in place."""
-    seen = logits[tally.ids]
-    penalty = np.float32(sampling.repetition_penalty)
-    seen = np.where(seen > 0, seen / penalty, seen * penalty)
-    seen -= (sampling.frequency_penalty * tally.often).astype(np.float32)
-    seen -= np.float32(sampling.presence_penalty)
-    logits[tally.ids] = seen
+def _penalised(seen: Floats, tally: Tally, sampling: SamplingParams) -> Floats:
+    """The logits of the generated tokens, lowered."""
+    if sampling.repetition_penalty != 1.0:
+        penalty = np.float32(sampling.repetition_penalty)
+        seen = np.where(seen > 0, seen / penalty, seen * penalty)
+    lowered = (sampling.frequency_penalty * tally.often).astype(np.float32)
+    return seen - lowered - np.float32(sampling.presence_penalty)
 
 
 def _penalises(sampling: SamplingParams) -> bool:

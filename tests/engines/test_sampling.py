@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from shards.allowed import Guiding
 from shards.engines.base import SamplingParams
-from shards.filters import largest, nucleus
+from shards.filters import largest, nucleus, ranked
 from shards.residents import is_plain
 from shards.sampling import Sampler, splitmix64, uniform
 
@@ -157,6 +157,42 @@ def test_largest_is_as_sorting(seed: int, count: int, levels: int) -> None:
     assert largest(logits, count).tolist() == expected.tolist()
 
 
+@given(
+    seed=st.integers(0, 10_000),
+    count=st.integers(1, 40),
+    levels=st.sampled_from([2, 9, 0]),
+    hints=st.sampled_from([0, 3, 60, VOCAB]),
+)
+def test_ranked_is_as_sorting_whatever_seemed_likely(
+    seed: int, count: int, levels: int, hints: int
+) -> None:
+    logits = noise(seed, 5.0)
+    if levels:
+        logits = np.round(logits / 10 * levels).astype(np.float32)
+    likely = np.sort(np.random.default_rng(seed).permutation(VOCAB)[:hints])
+    expected = np.lexsort((np.arange(VOCAB), -logits))[:count]
+    assert ranked(logits, count, likely).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("bias", [-30.0, -0.5, 0.5, 30.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+@pytest.mark.parametrize("place", [0, 1, 2, -1])
+def test_a_change_of_few_logits_draws_as_the_changed_row_does(
+    bias: float, temperature: float, place: int
+) -> None:
+    """Whether it lowers the largest, makes another one the largest, equals it, or neither."""
+    logits = noise(8, 2.0).round(1)
+    order = np.argsort(-logits, kind="stable")
+    logits[order[1]] = logits[order[0]] - np.float32(0.5)
+    token = int(order[place])
+    changed = logits.copy()
+    changed[token] += np.float32(bias)
+    for seed in range(40):
+        plain = SamplingParams(temperature=temperature, seed=seed, top_p=0.97)
+        biased = replace(plain, logit_bias=((token, bias),))
+        assert draw_one(logits, Row(biased)) == draw_one(changed, Row(plain))
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))
     counts = np.zeros(4)
@@ -288,7 +324,9 @@ def test_the_nucleus_is_the_smallest_set_of_likeliest_tokens(spread: float, top_
     """Also where most of a large vocabulary takes part, and where all tokens are equally likely."""
     logits = np.random.default_rng(5).normal(0, spread, 40_000).round(3)
     weights = np.exp(logits - logits.max()).astype(np.float32)
-    kept = nucleus(weights, top_p, float(weights.sum()))
+    among, left = nucleus(weights, top_p, float(weights.sum()))
+    kept = among[left > 0.0]
+    assert (left[left > 0.0] == weights[kept]).all()
     inside, outside = weights[kept].astype(np.float64), np.delete(weights, kept)
     wanted = top_p * weights.sum(dtype=np.float64)
     slack = 1e-5 * weights.sum()

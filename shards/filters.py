@@ -49,11 +49,13 @@ def ranked(logits: Floats, count: int, likely: Ids) -> Ids:
 
     ``likely`` are different ids which may help to find them: the largest should be among them.
     """
-    if len(likely) < count:
-        near = _near(logits, count)
-    else:
+    near: Ids | None = None
+    if len(likely) >= count:
         bound = np.partition(logits[likely], len(likely) - count)[len(likely) - count]
         near = (logits >= bound).nonzero()[0]
+    # A bias can make tokens likely that the engine thought little of.
+    if near is None or len(near) > _FEW:
+        near = _near(logits, count)
     return near[np.argsort(-logits[near], kind="stable")[:count]]
 
 

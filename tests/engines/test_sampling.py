@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -172,6 +173,22 @@ def test_ranked_is_as_sorting_whatever_seemed_likely(
     likely = np.sort(np.random.default_rng(seed).permutation(VOCAB)[:hints])
     expected = np.lexsort((np.arange(VOCAB), -logits))[:count]
     assert ranked(logits, count, likely).tolist() == expected.tolist()
+
+
+def test_ranking_does_not_sort_a_vocabulary_since_tokens_far_down_seemed_likely() -> None:
+    logits = np.random.default_rng(3).permutation(40_000).astype(np.float32)
+    far_down = np.flatnonzero(logits < 20)
+    sort, lengths = np.argsort, []
+
+    def argsort(values: NDArray[np.float32], kind: Literal["stable"]) -> NDArray[np.intp]:
+        lengths.append(len(values))
+        return sort(values, kind=kind)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "argsort", argsort)
+        found = ranked(logits, 5, far_down)
+    assert logits[found].tolist() == [39_999, 39_998, 39_997, 39_996, 39_995]
+    assert max(lengths) < 100
 
 
 @pytest.mark.parametrize("bias", [-30.0, -0.5, 0.5, 30.0])

@@ -25,20 +25,7 @@ WARM_STEPS = 8
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engine", default="torch", choices=("torch", "jax", "llamacpp"))
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--device", default="")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--prompt-tokens", type=int, default=256)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--bandwidth-gbps", type=float, default=0.0)
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: greedy; else with top_p 0.95"
-    )
-    parser.add_argument("--engine-option", action="append", default=[], metavar="KEY=VALUE")
-    given = parser.parse_args()
+    given = arguments()
     room = max(given.rows) * (given.prompt_tokens + given.new_tokens + WARM_STEPS + 64)
     options = EngineOptions(
         given.model,
@@ -85,6 +72,23 @@ def main() -> int:
         )
     )
     return 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engine", default="torch", choices=("torch", "jax", "llamacpp"))
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--device", default="")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--bandwidth-gbps", type=float, default=0.0)
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0: greedy; else with top_p 0.95"
+    )
+    parser.add_argument("--engine-option", action="append", default=[], metavar="KEY=VALUE")
+    return parser.parse_args()
 
 
 def decode_step_s(

@@ -25,6 +25,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from shards.allowed import GuideError, Guiding, holds, pick
+from shards.crew import Crew, default_threads
 from shards.engines.base import Logprobs, SamplingParams
 from shards.filters import Floats, Ids, keep, largest, ranked, reach
 from shards.tally import Tallies, Tally
@@ -89,11 +90,16 @@ def uniform(seed: int, position: int) -> float:
 
 
 class Sampler:
-    """Draws tokens for one engine. Holds scratch memory, so it serves one thread."""
+    """Draws tokens for one engine. Holds scratch memory, so it serves one thread.
 
-    def __init__(self, vocab_size: int) -> None:
+    That may have others help it, ``threads`` in all; None: as many as the machine's cores suggest.
+    What is drawn does not depend on their number.
+    """
+
+    def __init__(self, vocab_size: int, threads: int | None = None) -> None:
         self._tallies = Tallies()
-        self._desk = _Desk(vocab_size, self._tallies)
+        self._crew = Crew(default_threads() if threads is None else threads)
+        self._desks = [_Desk(vocab_size) for _ in range(self._crew.threads)]
 
     def draw(self, logits: Floats, rows: Sequence[Row]) -> Drawn:
         """One token for each row of ``logits`` [rows, vocabulary], which are not changed.
@@ -110,9 +116,22 @@ class Sampler:
                     _fail(drawn, index, _NOT_FINITE)
             return drawn
         drawn = Drawn([0] * len(rows))
-        for index, row in enumerate(rows):
-            self._desk.draw(logits[index], row, drawn, index)
+        tallies = [self._tallies.of(row) if _penalises(row.sampling) else None for row in rows]
+
+        def work(member: int, places: Sequence[int]) -> None:
+            """Each place of ``drawn`` is written by one member."""
+            for index in places:
+                self._desks[member].draw(logits[index], rows[index], tallies[index], drawn, index)
+
+        # A guide belongs to the engine's thread.
+        guided = [index for index, row in enumerate(rows) if row.guide is not None]
+        free = [index for index, row in enumerate(rows) if row.guide is None]
+        self._crew.deal(work, free, guided)
         return drawn
+
+    def close(self) -> None:
+        """Ends the threads that help; may be called again."""
+        self._crew.close()
 
 
 class _Change(NamedTuple):
@@ -148,9 +167,8 @@ class _Scores:
 class _Desk:
     """The scratch memory of one thread, and the row that it draws."""
 
-    def __init__(self, vocab_size: int, tallies: Tallies) -> None:
+    def __init__(self, vocab_size: int) -> None:
         self._vocab = vocab_size
-        self._tallies = tallies
         blocks = -(-vocab_size // _BLOCK)
         self._padded: Floats = np.zeros(blocks * _BLOCK, np.float32)
         self._weights = self._padded[:vocab_size]
@@ -158,21 +176,25 @@ class _Desk:
         # The sum of the weights, where they also tell the sum of the raw logits' exponentials.
         self._total: float | None = None
 
-    def draw(self, raw: Floats, row: Row, drawn: Drawn, index: int) -> None:
-        """Fills in the place of one row. Its logits stay in the cache from one pass to the next."""
+    def draw(self, raw: Floats, row: Row, tally: Tally | None, drawn: Drawn, index: int) -> None:
+        """Fills in the place of one row. Its logits stay in the cache from one pass to the next.
+
+        ``tally`` is there if the row is penalised.
+        """
         token = drawn.tokens[index] = int(raw.argmax())
         top = float(raw[token])
         # NaN counts as the largest value, so the largest tells.
         if not math.isfinite(top):
             _fail(drawn, index, _NOT_FINITE)
         elif not row.plain:
-            self._draw(raw, row, drawn, index, top)
+            self._draw(_Scores(raw, token, top), row, tally, drawn, index)
 
-    def _draw(self, raw: Floats, row: Row, drawn: Drawn, index: int, top: float) -> None:
-        sampling = row.sampling
-        scores = _Scores(raw, drawn.tokens[index], top)
+    def _draw(
+        self, scores: _Scores, row: Row, tally: Tally | None, drawn: Drawn, index: int
+    ) -> None:
+        sampling, raw, top = row.sampling, scores.logits, scores.peak
         if _adjusts(row):
-            self._adjust(scores, row)
+            self._adjust(scores, row, tally)
             if not math.isfinite(scores.peak):
                 _fail(drawn, index, "bias, penalties and min_tokens leave no token to draw")
                 return
@@ -195,7 +217,7 @@ class _Desk:
             likely = _NOTHING if scores.change is None else scores.likely
             drawn.logprobs[index] = _logprobs(raw, token, log_total, sampling, likely)
 
-    def _adjust(self, scores: _Scores, row: Row) -> None:
+    def _adjust(self, scores: _Scores, row: Row, tally: Tally | None) -> None:
         """Applies watermark, bias, penalties and the mask of min_tokens.
 
         Mostly few logits change, and the largest stays what it is. Then the row is not copied: it
@@ -207,7 +229,7 @@ class _Desk:
             np.copyto(adjusted, scores.logits)
             mark(adjusted, row.tokens[-1], sampling.watermark)
             scores.logits = adjusted
-        change = self._change(scores.logits, row)
+        change = self._change(scores.logits, row, tally)
         scores.change = None if marked else change
         picks = row.guide is not None or 0 < sampling.top_k < self._vocab
         if not marked and not picks and _below(change, scores.peak):
@@ -219,10 +241,9 @@ class _Desk:
         scores.logits, scores.best = adjusted, int(adjusted.argmax())
         scores.peak = float(adjusted[scores.best])
 
-    def _change(self, logits: Floats, row: Row) -> _Change:
+    def _change(self, logits: Floats, row: Row, tally: Tally | None) -> _Change:
         """What bias, penalties and the mask of min_tokens make of some logits."""
         sampling = row.sampling
-        tally = self._tallies.of(row) if _penalises(sampling) else None
         biased = [token for token, _ in sampling.logit_bias]
         stops: list[int] = []
         if len(row.tokens) - row.prompt_len < sampling.min_tokens:

@@ -216,6 +216,7 @@ class JaxEngine(PagedEngine):
 
     def close(self) -> None:
         """Leaves the group of ranks. The device's memory is freed with the engine."""
+        self._sampler.close()
         self._group.close()
 
     def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawn:

@@ -252,6 +252,7 @@ class LlamaCppEngine(CallerEngine):
 
     def close(self) -> None:
         """Frees the caches, then what they computed with."""
+        self._sampler.close()
         self._control.close()
         if self._embedder is not None:
             self._embedder.close()

@@ -92,6 +92,10 @@ class NeuronEngine(CallerEngine):
         """See ``Engine``."""
         return tokenizer_files(self._folder.path)
 
+    def close(self) -> None:
+        """See ``Engine``. The graphs go with it."""
+        self._sampler.close()
+
     def reset(self) -> None:
         """See ``Engine``. The cache need not be cleared: a prompt overwrites its slot."""
         super().reset()

@@ -83,7 +83,7 @@ class ScriptedEngine(Engine):
             vocab_size=self._script.vocab_size,
         )
         self._residents = Residents(self._limits)
-        self._sampler = Sampler(self._limits.vocab_size)
+        self._sampler = Sampler(self._limits.vocab_size, threads=1)
         self._masks = Masks()
         self._closing = [self._script.eos, *self._script.encode('"}],')]
         self._scores = Scores()

@@ -235,6 +235,7 @@ class TorchEngine(PagedEngine):
 
     def close(self) -> None:
         """Stops following the load, and leaves the group."""
+        self._sampler.close()
         self._control.close()
         self._ranks.close()
 

@@ -174,6 +174,7 @@ class VllmEngine(CallerEngine):
 
     def close(self) -> None:
         """Frees the device, and leaves the other ranks in order."""
+        self._processor.close()
         if self._peers is not None:
             self._peers.close()
         if self._info.device == "cpu":

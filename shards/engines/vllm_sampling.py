@@ -88,6 +88,10 @@ class RowProcessor(LogitsProcessor):  # type: ignore[misc]
         self._finite: torch.Tensor | None = None
         self._drawn: dict[int, tuple[Drawn, int]] = {}
 
+    def close(self) -> None:
+        """Ends the sampler's threads."""
+        self._sampler.close()
+
     def is_argmax_invariant(self) -> bool:
         """It decides what the argmax is."""
         return False

@@ -19,6 +19,8 @@ from shards.engines.base import ModelError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+# What engines say that take Hugging Face's folders, too.
+NO_MODEL = "no config.json and no GGUF file"
 _STRING, _ARRAY = 8, 9
 # Value type: struct format.
 _SCALARS = {
@@ -100,6 +102,21 @@ class TensorInfo:
     shape: tuple[int, ...]
     kind: int
     offset: int
+
+
+def gguf_file_of(path: Path, lacking: str = "no GGUF file") -> Path:
+    """The GGUF file that is meant: the file itself, or the only one (or first part) in a folder.
+
+    ``lacking`` is what an engine says of a folder that it cannot load. Raises ``ModelError``.
+    """
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    whole = [file for file in files if "-of-" not in file.stem or "-00001-of-" in file.stem]
+    if len(whole) == 1:
+        return whole[0]
+    found = f"{len(whole)} GGUF files; name one" if whole else lacking
+    raise ModelError(f"model folder {path}: holds {found}")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.engines.base import ModelError
-from shards.gguf_file import TensorInfo, read_metadata, read_tensors
+from shards.gguf_file import NO_MODEL, TensorInfo, gguf_file_of, read_metadata, read_tensors
 from shards.hf_folder import is_hf_folder, read_config, read_json
 
 Array = NDArray[Any]
@@ -59,19 +59,7 @@ def open_weights(path: Path) -> Weights:
     """The weights of a folder or a GGUF file. Raises ``ModelError`` naming the file and reason."""
     if is_hf_folder(path):
         return _SafetensorsWeights(path)
-    return _GgufWeights(gguf_file_of(path))
-
-
-def gguf_file_of(path: Path) -> Path:
-    """The GGUF file that is meant: the file itself, or the only one (or first part) in a folder."""
-    if not path.is_dir():
-        return path
-    files = sorted(path.glob("*.gguf"))
-    whole = [file for file in files if "-of-" not in file.stem or "-00001-of-" in file.stem]
-    if len(whole) == 1:
-        return whole[0]
-    found = f"{len(whole)} GGUF files; name one" if whole else "no config.json and no GGUF file"
-    raise ModelError(f"model folder {path}: holds {found}")
+    return _GgufWeights(gguf_file_of(path, NO_MODEL))
 
 
 def _map(path: Path) -> Array:

@@ -45,12 +45,12 @@ from shards.engines.jax_steps import Arrays, Compiler
 from shards.engines.paged import PagedEngine
 from shards.extras import Extras
 from shards.filters import Floats
-from shards.gguf_file import read_metadata
+from shards.gguf_file import NO_MODEL, gguf_file_of, read_metadata
 from shards.hf_folder import is_hf_folder
 from shards.kv import StepLayout
 from shards.residents import Limits, Resident
 from shards.sampling import Drawn
-from shards.weights import gguf_file_of, open_weights
+from shards.weights import open_weights
 
 SEQUENCES_MAX = 64
 STEP_TOKENS_MAX = 512
@@ -301,7 +301,7 @@ def _tokenizer_files(options: EngineOptions) -> dict[str, bytes]:
     assert options.model is not None, "checked by the caller"
     if is_hf_folder(options.model):
         return hf_folder.tokenizer_files(options.model)
-    path = gguf_file_of(options.model)
+    path = gguf_file_of(options.model, NO_MODEL)
     return gguf_tokenizer.tokenizer_files(path, read_metadata(path))
 
 

@@ -62,15 +62,3 @@ def kv_memory_bytes(devices: Sequence[Device]) -> int:
     if devices:
         return sum(device.memory_free() for device in devices)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def model_file(path: Path) -> Path:
-    """The GGUF file that is meant: the file itself, or the only one (or first part) in a folder."""
-    if not path.is_dir():
-        return path
-    files = sorted(path.glob("*.gguf"))
-    whole = [file for file in files if "-of-" not in file.stem or "-00001-of-" in file.stem]
-    if len(whole) == 1:
-        return whole[0]
-    found = "no GGUF file" if not whole else f"{len(whole)} GGUF files; name one"
-    raise ModelError(f"model folder {path}: holds {found}")

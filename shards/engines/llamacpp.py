@@ -62,12 +62,11 @@ from shards.engines.llama_sizes import (
     kv_memory_bytes,
     kv_tokens_default,
     layers_of,
-    model_file,
 )
 from shards.engines.llama_threads import ThreadPool
 from shards.engines.threads import ThreadControl
 from shards.extras import Extras
-from shards.gguf_file import dtype_name, read_metadata
+from shards.gguf_file import dtype_name, gguf_file_of, read_metadata
 from shards.gguf_tokenizer import tokenizer_files
 from shards.prompt_logprobs import targets_of
 from shards.residents import Limits, Resident
@@ -106,7 +105,7 @@ class LlamaCppEngine(CallerEngine):
             )
         if options.model is None:
             raise ModelError("llamacpp: --model PATH is missing")
-        self._path = model_file(options.model)
+        self._path = gguf_file_of(options.model)
         self._metadata = read_metadata(self._path)
         extras = Extras("llamacpp", options.extra)
         exact = extras.whole("exact", 0) > 0

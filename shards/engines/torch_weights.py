@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from shards import gguf_tokenizer, hf_folder
 from shards.engines.base import ModelError, Progress
 from shards.engines.torch_model import check_architecture
-from shards.gguf_file import read_metadata
+from shards.gguf_file import NO_MODEL, gguf_file_of, read_metadata
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -34,7 +34,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.folder = path if hf_folder.is_hf_folder(path) else None
-        self.gguf = None if self.folder else _gguf_file(path)
+        self.gguf = None if self.folder else gguf_file_of(path, NO_MODEL)
         self.where = str(self.folder or self.gguf)
         self._metadata = read_metadata(self.gguf) if self.gguf else {}
         if self.folder:
@@ -146,18 +146,6 @@ def gguf_ends(metadata: dict[str, Any]) -> tuple[int, ...]:
     """Ids of the ends of sequence, turn and message, as far as the file names them."""
     keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
     return tuple(dict.fromkeys(int(metadata[key]) for key in keys if key in metadata))
-
-
-def _gguf_file(path: Path) -> Path:
-    """The file itself, or the only GGUF file (or first part) in a folder."""
-    if not path.is_dir():
-        return path
-    files = sorted(path.glob("*.gguf"))
-    whole = [file for file in files if "-of-" not in file.stem or "-00001-of-" in file.stem]
-    if len(whole) == 1:
-        return whole[0]
-    found = "no config.json and no GGUF file" if not whole else f"{len(whole)} GGUF files; name one"
-    raise ModelError(f"model folder {path}: holds {found}")
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -176,10 +176,16 @@ def test_the_rows_of_a_wide_bucket_have_no_loop_that_data_ends() -> None:
 def test_buckets_are_as_wide_as_the_longest_table() -> None:
     buckets = choose(16, 256, pages=100, wide=True)
     assert {(b.sequences, b.pages) for b in buckets.decodes} == {
-        (rows, pages) for rows in (1, 4, 8, 16) for pages in (16, 64, 100)
+        (rows, pages) for rows in (1, 4, 8, 16) for pages in (16, 32, 64, 100)
     }
     assert buckets.draw_counts == (1, 4, 8, 16)
-    for length, pages in ((1, 16), (16 * PAGE - 1, 16), (16 * PAGE, 64), (90 * PAGE, 100)):
+    for length, pages in (
+        (1, 16),
+        (16 * PAGE - 1, 16),
+        (16 * PAGE, 32),
+        (40 * PAGE, 64),
+        (90 * PAGE, 100),
+    ):
         layout = layout_of([(length, 1)], 0, np.random.default_rng(3))
         assert buckets.fit(layout).pages == pages
     assert all(bucket.mixed and not bucket.wide for bucket in buckets.mixed)

@@ -1,7 +1,8 @@
 """llama-server at its best flags, found anew for each load: which are best depends on the CPU.
 
 On one CPU a unified KV cache is twice as fast as a split one, on another, with AMX, it is slower.
-So each scenario first tries these, and the baseline is the fastest.
+So each scenario first tries these, and the baseline is the fastest. Our own server has both layouts
+of the cache, too, and is tried with them in the same way.
 """
 
 from dataclasses import replace
@@ -9,7 +10,7 @@ from functools import cache
 
 from benchmarks.loads import DECODE, SHARED, Load, say, warm
 from benchmarks.rows import Row
-from benchmarks.systems import LlamaFlags, llama_server
+from benchmarks.systems import LlamaFlags, llama_server, roundhouse
 
 LAYOUTS = (
     LlamaFlags(slots=32, unified=True, flash_attention=True),
@@ -20,6 +21,7 @@ LAYOUTS = (
     LlamaFlags(slots=16, unified=False, flash_attention=True),
 )
 QUICK_LAYOUTS = 2
+OUR_LAYOUTS = (("--engine-option", "kv=unified"), ("--engine-option", "kv=split"))
 SEED = 9000
 
 
@@ -47,12 +49,28 @@ def best(load: Load, quick: bool) -> LlamaFlags:
 
 def rate(flags: LlamaFlags, load: Load) -> float:
     """Tokens per second of one round with these flags."""
-    short = replace(load, requests=min(load.requests, max(4, load.clients)))
     with llama_server(flags) as system:
         warm(system, load.clients)
-        seen = (load if load.prefix else short).run(system, SEED)
+        seen = _short(load).run(system, SEED)
     say(f"  llama-server, {flags}: {load.name} {seen.rate:.1f} tokens/s")
     return seen.rate
+
+
+@cache
+def best_layout(load: Load) -> tuple[str, ...]:
+    """Options of our own server: the faster layout of its KV cache for this load, in one round."""
+    rates: dict[tuple[str, ...], float] = {}
+    for layout in OUR_LAYOUTS:
+        with roundhouse(*layout) as system:
+            warm(system, load.clients)
+            rates[layout] = _short(load).run(system, SEED).rate
+        say(f"  roundhouse, {layout[-1]}: {load.name} {rates[layout]:.1f} tokens/s")
+    return max(rates, key=rates.__getitem__)
+
+
+def _short(load: Load) -> Load:
+    """The load, with no more requests than there are clients; a prefix needs all to be shared."""
+    return load if load.prefix else replace(load, requests=min(load.requests, max(4, load.clients)))
 
 
 def tune(quick: bool) -> list[Row]:

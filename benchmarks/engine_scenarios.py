@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from statistics import median
 
-from benchmarks.baseline import best
+from benchmarks.baseline import best, best_layout
 from benchmarks.jobs import Seen, percentile
 from benchmarks.loads import DECODE, SHARED, Load, say, warm
 from benchmarks.processes import running
@@ -37,13 +37,17 @@ def latencies(runs: Sequence[Seen]) -> str:
 
 
 def compare(load: Load, bar: float, quick: bool) -> list[Row]:
-    """One load on both systems, A B A B; each round has prompts of its own, so caches are cold."""
+    """One load on both systems, A B A B; each round has prompts of its own, so caches are cold.
+
+    Both have the layout of the KV cache that was the faster one for them in a trial.
+    """
     flags = best(load, quick)
+    layout = best_layout(load)
     ours: list[Seen] = []
     theirs: list[Seen] = []
     with ExitStack() as stack:
         turns = (
-            (stack.enter_context(roundhouse()), ours),
+            (stack.enter_context(roundhouse(*layout)), ours),
             (stack.enter_context(llama_server(flags)), theirs),
         )
         for number in range(1 if quick else ROUNDS):
@@ -51,7 +55,7 @@ def compare(load: Load, bar: float, quick: bool) -> list[Row]:
                 warm(system, load.clients)
                 runs.append(load.run(system, SEED + 10 * load.clients + number))
                 say(f"  {system.name}: {runs[-1].rate:.1f} tokens/s, {latencies(runs[-1:])}")
-    note = f"ours: {latencies(ours)}; llama-server ({flags}): {latencies(theirs)}"
+    note = f"ours ({layout[-1]}): {latencies(ours)}; llama-server ({flags}): {latencies(theirs)}"
     return [Row.against(load.name, load.what, rate(ours), rate(theirs), bar, note=note)]
 
 

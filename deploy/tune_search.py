@@ -19,6 +19,7 @@ REFINED_SHARE = 0.6
 NOISE = 0.02
 # What engines hold by default; see their modules.
 SEQUENCES_DEFAULT, KV_TOKENS_DEFAULT, STEP_TOKENS_DEFAULT = 64, 32768, 256
+PART_SEQUENCES_DEFAULT, PART_TOKENS_DEFAULT = 32, 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,9 @@ def base(engine: str, shape: Shape, model: str = "") -> Candidate:
 def space(engine: str, cores: int, shape: Shape, *, on_cpu: bool) -> tuple[Setting, ...]:
     """The settings worth trying for an engine, the most promising first."""
     settings: list[Setting] = []
+    if engine == "llamacpp" and _fits_parts(shape):
+        why = "no row of a step reads the masks of others' cells"
+        settings.append(Setting("engine-option", ("kv=split",), why))
     if engine == "llamacpp":
         why = "flash attention is faster for many sequences, and not for every prompt"
         settings.append(Setting("engine-option", ("flash=off",), why))
@@ -138,6 +142,15 @@ def space(engine: str, cores: int, shape: Shape, *, on_cpu: bool) -> tuple[Setti
         why = "half the memory traffic, or the width that the processor is fastest at"
         settings.append(Setting("dtype", ("bfloat16", "float32"), why))
     return tuple(settings)
+
+
+def _fits_parts(shape: Shape) -> bool:
+    """Whether there are several requests, each with a part of llama.cpp's divided cache for itself.
+
+    ``base`` asks for as many as there are requests if those are more than the usual number.
+    """
+    parts = 1 < shape.concurrency <= PART_SEQUENCES_DEFAULT or shape.concurrency > SEQUENCES_DEFAULT
+    return parts and shape.prompt_tokens + shape.new_tokens <= PART_TOKENS_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,10 @@ FLASH = {
 
 @dataclass(frozen=True, slots=True)
 class ContextSizes:
-    """Counts in tokens, sequences and threads; ``flash`` is a word of ``FLASH``."""
+    """Counts in tokens, sequences and threads; ``flash`` is a word of ``FLASH``.
+
+    Unless it is ``unified`` the KV cache is divided: each sequence has an equal part for itself.
+    """
 
     kv_tokens: int
     sequences_max: int
@@ -69,6 +72,7 @@ class ContextSizes:
     ubatch_tokens: int
     threads: int
     flash: str
+    unified: bool = True
 
 
 class Model:
@@ -204,6 +208,7 @@ class Context:
         self._vocab_size = model.vocab_size
         self._threads = sizes.threads
         self.kv_tokens: int = llama.llama_n_ctx(pointer)
+        self.length_max: int = llama.llama_n_ctx_seq(pointer)
 
     def set_threads(self, count: int) -> None:
         """How many threads the next step computes with."""
@@ -252,6 +257,17 @@ class Context:
         """Lets a sequence have the first cells of another one."""
         llama.llama_memory_seq_cp(self._memory, source, target, 0, length)
 
+    def copy(self, source: int, target: int) -> None:
+        """Copies a sequence, and all of its part of a divided cache, to one that has no cells.
+
+        The bytes follow at the beginning of the next ``decode``, in the order of the calls.
+        """
+        llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def cut(self, slot: int, length: int) -> None:
+        """Frees a sequence's cells of the positions from ``length`` on."""
+        llama.llama_memory_seq_rm(self._memory, slot, length, -1)
+
     def clear(self) -> None:
         """Frees all cells."""
         llama.llama_memory_clear(self._memory, False)
@@ -270,8 +286,7 @@ def context_params(sizes: ContextSizes) -> Any:
     params.n_seq_max = sizes.sequences_max
     params.n_threads = params.n_threads_batch = sizes.threads
     params.flash_attn_type = FLASH[sizes.flash]
-    # One pool of cells for all sequences: this is what makes a shared prefix cost nothing.
-    params.kv_unified = True
+    params.kv_unified = sizes.unified
     # Sliding-window layers keep all positions, or a prefix could not be shared.
     params.swa_full = True
     params.no_perf = True

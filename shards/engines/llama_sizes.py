@@ -12,6 +12,10 @@ KV_TOKENS_MAX = 32768
 # Share of the memory that the KV cache may take unasked.
 KV_MEMORY_SHARE = 0.25
 _KV_ELEMENT_BYTES = 2
+# A part of a divided cache takes its memory at once, so it is no longer than most requests need.
+PART_TOKENS = 2048
+# llama.cpp makes the parts so that this divides them.
+_PART_STEP = 256
 
 
 def adapter_file(name: str, path: Path) -> Path:
@@ -31,8 +35,29 @@ def adapter_file(name: str, path: Path) -> Path:
 
 def kv_tokens_default(metadata: dict[str, Any], length_trained: int, memory_bytes: int) -> int:
     """Tokens of KV cache when nobody says: what a quarter of the memory holds, within reason."""
-    room = int(memory_bytes * KV_MEMORY_SHARE) // kv_bytes_per_token(metadata)
+    room = kv_tokens_room(metadata, memory_bytes)
     return max(256, min(room, max(KV_TOKENS_MAX, length_trained // 8)) // 256 * 256)
+
+
+def kv_tokens_room(metadata: dict[str, Any], memory_bytes: int) -> int:
+    """Tokens of KV cache for which there is memory."""
+    return int(memory_bytes * KV_MEMORY_SHARE) // kv_bytes_per_token(metadata)
+
+
+def part_tokens(sequences: int, kv_tokens: int, room: int, length_trained: int) -> int:
+    """Tokens of one sequence's part of a divided KV cache.
+
+    That is its share of ``kv_tokens``; of 0, what most requests need, if ``room`` tokens are enough
+    for it. Raises ``ModelError`` if the parts would be too small.
+    """
+    wanted = kv_tokens // sequences or min(PART_TOKENS, room // sequences)
+    whole = min(wanted, _PART_STEP * -(-length_trained // _PART_STEP)) // _PART_STEP * _PART_STEP
+    if not whole:
+        raise ModelError(
+            f"llamacpp: kv=split gives each of {sequences} sequences {wanted} tokens, and"
+            f" {_PART_STEP} are the least: raise --kv-tokens or lower --sequences-max"
+        )
+    return whole
 
 
 def layers_of(metadata: dict[str, Any]) -> int:

@@ -1,13 +1,18 @@
 """llama.cpp with continuous batching: any GGUF model, on CPU or what the build supports.
 
-Each resident sequence has one llama.cpp sequence id, its slot, in one unified KV cache. A step is
-one ``llama_decode`` of all work, prefill chunks and decodes alike; sampling is ours. With LoRA
-adapters it is one ``llama_decode`` for each adapter that the work names, the model itself included.
+Each resident sequence has one llama.cpp sequence id, in one KV cache. A step is one call of
+``llama_decode`` with all work, prefill chunks and decodes alike; sampling is ours. With LoRA
+adapters it is one call for each adapter that the work names, the model itself included.
 
 Engine options (``--engine-option key=value``):
 
 - ``flash``: ``on``, ``off`` or ``auto``. On decodes many sequences faster, and is the default on a
   CPU; ``auto``, the default on an accelerator, is on if the accelerator can.
+- ``kv=split``: each sequence has an equal part of the cache for itself, so that no row of a step
+  reads the mask of others' cells: faster with many sequences, and with long ones by far. But a part
+  bounds the length of its sequence (``--kv-tokens`` divided by ``--sequences-max``; by default 32
+  parts of up to 2,048), its memory is taken at once, and a prefix is shared by a copy. The default,
+  ``kv=unified``, is one pool.
 - ``ubatch_tokens``: how many tokens llama.cpp computes at once inside a step.
 - ``exact=1``: logits do not depend on what else is in the batch, on the number of threads, nor on
   how a sequence was cut into chunks. Costs prefill speed: flash attention on, and at most 63 tokens
@@ -40,7 +45,6 @@ from shards.engines.base import (
     Vectors,
 )
 from shards.engines.caller import CallerEngine, Work
-from shards.engines.llama_devices import accelerators, choose
 from shards.engines.llama_embed import (
     POOLINGS,
     EmbeddingContext,
@@ -48,8 +52,8 @@ from shards.engines.llama_embed import (
     pooling_of,
     tokens_at_once,
 )
+from shards.engines.llama_layouts import Layout, Pool, Streams
 from shards.engines.llama_native import (
-    FLASH,
     Adapter,
     Batch,
     Context,
@@ -57,31 +61,16 @@ from shards.engines.llama_native import (
     Model,
     has_openmp,
 )
-from shards.engines.llama_sizes import (
-    adapter_file,
-    kv_memory_bytes,
-    kv_tokens_default,
-    layers_of,
-)
+from shards.engines.llama_settings import settings_of
+from shards.engines.llama_sizes import adapter_file
 from shards.engines.llama_threads import ThreadPool
 from shards.engines.threads import ThreadControl
-from shards.extras import Extras
 from shards.gguf_file import dtype_name, gguf_file_of, read_metadata
 from shards.gguf_tokenizer import tokenizer_files
 from shards.prompt_logprobs import targets_of
-from shards.residents import Limits, Resident
+from shards.residents import Resident
 from shards.sampling import Drawn, Sampler
 
-SEQUENCES_MAX = 64
-# llama.cpp's own bound (LLAMA_MAX_SEQ).
-SEQUENCES_LIMIT = 256
-STEP_TOKENS_MAX = 256
-UBATCH_TOKENS = 128
-EXACT_UBATCH_TOKENS = 63
-# What llama.cpp itself takes: an accelerator needs many tokens at once to be busy.
-ACCELERATOR_STEP_TOKENS_MAX = 2048
-ACCELERATOR_UBATCH_TOKENS = 512
-EMBED_TOKENS = 512
 EMBED_SEQUENCES = 64
 # Every decoded token reads the mask of all cells up to the last one in use, whoever uses it. For a
 # small model on a CPU 8,192 foreign cells cost as much as half of the computation of one sequence,
@@ -89,7 +78,7 @@ EMBED_SEQUENCES = 64
 # accelerators, have other worries.
 DONOR_TOKENS_SMALL = 512
 SMALL_BYTES = 1 << 30
-_ALL_LAYERS = 999
+Logits = NDArray[np.float32]
 # tokenizer.ggml.token_type: control and user-defined tokens, among which the ends are.
 _SPECIAL_TYPES = (3, 4)
 
@@ -107,71 +96,42 @@ class LlamaCppEngine(CallerEngine):
             raise ModelError("llamacpp: --model PATH is missing")
         self._path = gguf_file_of(options.model)
         self._metadata = read_metadata(self._path)
-        extras = Extras("llamacpp", options.extra)
-        exact = extras.whole("exact", 0) > 0
-        gpu_layers = extras.whole("gpu_layers", _ALL_LAYERS)
-        found = choose(accelerators(), options.device)
-        devices = self._devices = found if gpu_layers > 0 else []
-        if exact and devices:
-            raise ModelError("llamacpp: exact=1 holds on a CPU only: add --device cpu")
-        flash = extras.choice("flash", "auto" if devices else "on", tuple(FLASH))
-        ubatch = extras.whole(
-            "ubatch_tokens", ACCELERATOR_UBATCH_TOKENS if devices else UBATCH_TOKENS
-        )
-        embed_tokens = extras.whole("embed_tokens", EMBED_TOKENS)
-        pooling = extras.choice("pooling", "", ("", *POOLINGS))
-        embeds = extras.whole("embeddings", 0) > 0
-        extras.finish()
-        # What stays on the CPU is looking up the tokens, which more threads only wait for.
-        self._control = ThreadControl(
-            options.threads or (1 if devices and gpu_layers > layers_of(self._metadata) else 0)
-        )
+        settings = self._settings = settings_of(options)
+        self._control = ThreadControl(settings.threads(options.threads, self._metadata))
         self._pool = ThreadPool(self._control.threads)  # the most that it will ever say
         self._control.start()
-        self._model = Model(self._path, gpu_layers, progress, devices)
-        if not self._model.decodes:
-            raise ModelError(f"model file {self._path}: is not a decoder-only language model")
-        self._spare = 1 if exact else 0
-        if exact:
-            ubatch, flash = EXACT_UBATCH_TOKENS, "on"
-        sizes = self._sizes(options, ubatch, flash)
-        self._ubatch_tokens = sizes.ubatch_tokens
+        self._model = Model(self._path, settings.gpu_layers, progress, settings.devices)
+        self._check_model()
+        trained = self._model.length_trained
+        sizes = settings.sizes(options, self._metadata, trained, self._control.threads)
         self._context = Context(self._model, sizes, self._pool)
-        self._limits = self._limit(sizes)
+        self._limits = settings.limits(
+            sizes, self._context.length_max, trained, self._model.vocab_size
+        )
+        self._layout: Layout = (
+            Pool(self._context) if sizes.unified else Streams(self._context, sizes.sequences_max)
+        )
         super().__init__(self._limits)
         self._sampler = Sampler(self._model.vocab_size)
         self._batch = Batch(sizes.step_tokens_max, sizes.sequences_max)
         self._adapters: dict[str, Adapter | None] = {"": None}
         for name, path in options.adapters:
             self._adapters[name] = self._model.adapter(name, adapter_file(name, path))
-        self._embed_tokens = min(embed_tokens, self._model.length_trained) if embeds else 0
-        self._embedder = self._make_embedder(sizes, pooling) if embeds else None
+        self._embed_tokens = min(settings.embed_tokens, trained)
+        self._embedder = self._make_embedder(sizes) if self._embed_tokens else None
         self._info = self._describe(options)
 
-    def _sizes(self, options: EngineOptions, ubatch: int, flash: str) -> ContextSizes:
-        """Room for what is asked for, and for the token and the sequence that fill up ubatches."""
-        most = SEQUENCES_LIMIT - self._spare
-        if options.sequences_max > most:
-            raise ModelError(f"llamacpp: --sequences-max is at most {most}")
-        step_tokens = options.step_tokens_max or (
-            ACCELERATOR_STEP_TOKENS_MAX if self._devices else STEP_TOKENS_MAX
-        )
-        kv_tokens = options.kv_tokens or kv_tokens_default(
-            self._metadata, self._model.length_trained, kv_memory_bytes(self._devices)
-        )
-        return ContextSizes(
-            kv_tokens=kv_tokens + self._spare,
-            sequences_max=(options.sequences_max or SEQUENCES_MAX) + self._spare,
-            step_tokens_max=step_tokens + self._spare,
-            ubatch_tokens=max(1, min(ubatch, step_tokens)),
-            threads=self._control.threads,
-            flash=flash,
-        )
+    def _check_model(self) -> None:
+        if not self._model.decodes:
+            raise ModelError(f"model file {self._path}: is not a decoder-only language model")
+        if self._settings.split and not self._model.shares_prefix:
+            raise ModelError(
+                f"model file {self._path}: has recurrent layers, whose states kv=split cannot move:"
+                " leave kv=split out"
+            )
 
-    def _make_embedder(self, sizes: ContextSizes, pooling: str) -> EmbeddingContext:
+    def _make_embedder(self, sizes: ContextSizes) -> EmbeddingContext:
         tokens = self._embed_tokens
-        if tokens < 1:
-            raise ModelError("llamacpp: engine option embed_tokens must be at least 1")
         causal = is_causal(self._metadata)
         at_once = tokens_at_once(tokens, causal=causal)
         small = ContextSizes(
@@ -182,19 +142,9 @@ class LlamaCppEngine(CallerEngine):
             threads=sizes.threads,
             flash=sizes.flash,
         )
+        pooling = self._settings.pooling
         kind = POOLINGS[pooling] if pooling else pooling_of(self._path, self._metadata)
         return EmbeddingContext(self._model, small, self._pool, kind, causal=causal)
-
-    def _limit(self, sizes: ContextSizes) -> Limits:
-        kv_tokens = self._context.kv_tokens - self._spare
-        return Limits(
-            kv_tokens=kv_tokens,
-            page_tokens=1,
-            sequences_max=sizes.sequences_max - self._spare,
-            step_tokens_max=sizes.step_tokens_max - self._spare,
-            length_max=min(self._model.length_trained, kv_tokens),
-            vocab_size=self._model.vocab_size,
-        )
 
     def _describe(self, options: EngineOptions) -> EngineInfo:
         features = ["logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p"]
@@ -209,7 +159,7 @@ class LlamaCppEngine(CallerEngine):
         return EngineInfo(
             engine="llamacpp",
             engine_version=version("llama-cpp-python"),
-            device=", ".join(device.title for device in self._devices) or "cpu",
+            device=", ".join(device.title for device in self._settings.devices) or "cpu",
             model_id=options.model_id,
             dtype=dtype_name(self._metadata),
             scheduling=Scheduling.CALLER,
@@ -223,13 +173,15 @@ class LlamaCppEngine(CallerEngine):
             features=tuple(features),
             weight_bytes=self._model.weight_bytes,
             warnings=_warnings(),
-            donor_tokens_max=DONOR_TOKENS_SMALL if self._small() else 0,
+            donor_tokens_max=DONOR_TOKENS_SMALL if self._reads_all() else 0,
             adapters=tuple(name for name, _ in options.adapters),
             embed_tokens_max=self._embed_tokens,
         )
 
-    def _small(self) -> bool:
-        return self._model.weight_bytes < SMALL_BYTES and not self._devices
+    def _reads_all(self) -> bool:
+        """Whether to read the masks of ended sequences' cells weighs much."""
+        small = self._model.weight_bytes < SMALL_BYTES
+        return small and not self._settings.devices and not self._settings.split
 
     def _ends(self) -> tuple[int, ...]:
         kinds = self._metadata.get("tokenizer.ggml.token_type", [])
@@ -248,6 +200,7 @@ class LlamaCppEngine(CallerEngine):
         """See ``Engine``."""
         super().reset()
         self._context.clear()
+        self._layout.clear()
 
     def close(self) -> None:
         """Frees the caches, then what they computed with."""
@@ -260,10 +213,10 @@ class LlamaCppEngine(CallerEngine):
         self._model.close()
 
     def _let_go(self, resident: Resident) -> None:
-        self._context.drop(resident.slot)
+        self._layout.let_go(resident.slot)
 
     def _share(self, donor: Resident, resident: Resident, length: int) -> None:
-        self._context.share(donor.slot, resident.slot, length)
+        self._layout.share(donor.slot, resident.slot, length)
 
     def embed(self, inputs: Sequence[Sequence[int]]) -> Vectors:
         """See ``Engine``. Always with the model itself: no adapter is used."""
@@ -281,17 +234,29 @@ class LlamaCppEngine(CallerEngine):
 
     def _compute(self, work: Work, rows: Sequence[Resident]) -> Drawn:
         self._context.set_threads(self._control.threads)
+        work = self._layout.arrange(work)
         parts = self._parts(work)
         if len(parts) == 1:
             logits = self._decode(work, len(rows))
-        else:
-            # Each decode overwrites the logits of the one before, and rows keep the plan's order.
-            logits = np.empty((len(rows), self._limits.vocab_size), np.float32)
-            places = {row.sequence: place for place, row in enumerate(rows)}
-            for part in parts:
-                own = [places[one.sequence] for one, _ in part if one.sequence in places]
-                logits[own] = self._decode(part, len(own))
+            return self._draw(logits, rows, _order(work, rows)) if rows else Drawn([])
+        # Each decode overwrites the logits of the one before.
+        logits = np.empty((len(rows), self._limits.vocab_size), np.float32)
+        for part in parts:
+            own = _order(part, rows)
+            logits[own] = self._decode(part, len(own))
         return self._sampler.draw(logits, rows) if rows else Drawn([])
+
+    def _draw(self, logits: Logits, rows: Sequence[Resident], order: list[int]) -> Drawn:
+        """Draws from logits whose lines are of the rows in that order; returns it in the rows'."""
+        if order == sorted(order):
+            return self._sampler.draw(logits, rows)
+        drawn = self._sampler.draw(logits, [rows[index] for index in order])
+        tokens = dict(zip(order, drawn.tokens, strict=True))
+        return Drawn(
+            [tokens[index] for index in range(len(rows))],
+            {order[line]: logprobs for line, logprobs in drawn.logprobs.items()},
+            {order[line]: failure for line, failure in drawn.failures.items()},
+        )
 
     def _parts(self, work: Work) -> list[Work]:
         """The work by adapter; the one in use comes first, which saves a switch."""
@@ -303,7 +268,7 @@ class LlamaCppEngine(CallerEngine):
         used = self._context.adapter
         return [parts[name] for name in sorted(parts, key=lambda n: self._adapters[n] is not used)]
 
-    def _decode(self, work: Work, rows: int) -> NDArray[np.float32]:
+    def _decode(self, work: Work, rows: int) -> Logits:
         """Computes work of one adapter, and scores its prompts; returns the logits of its rows."""
         adapter = self._adapters[work[0][0].adapter]
         self._context.use(adapter)
@@ -326,27 +291,33 @@ class LlamaCppEngine(CallerEngine):
         slots: list[int] = []
         wanted: list[int] = []
         for resident, count in work:
-            start = resident.computed
+            start, slot = resident.computed, self._layout.place(resident.slot)
             if count == 1:
                 tokens.append(resident.tokens[start])
                 positions.append(start)
-                slots.append(resident.slot)
+                slots.append(slot)
             else:
                 tokens += resident.tokens[start : start + count]
                 positions += range(start, start + count)
-                slots += [resident.slot] * count
+                slots += [slot] * count
             if resident.sampling.prompt_logprobs:
                 first = len(tokens) - count
                 wanted += range(first, first + len(targets_of(resident, count)))
             if start + count == len(resident.tokens):
                 wanted.append(len(tokens) - 1)
-        padded = self._spare > 0 and len(tokens) % self._ubatch_tokens == 1
+        padded = self._settings.pads > 0 and len(tokens) % self._settings.ubatch_tokens == 1
         if padded:
             tokens.append(0)
             positions.append(0)
             slots.append(self._limits.sequences_max)
         self._batch.fill(tokens, positions, slots, wanted)
         return padded
+
+
+def _order(work: Work, rows: Sequence[Resident]) -> list[int]:
+    """Which of the rows each line of logits is for, after this work."""
+    places = {row.sequence: place for place, row in enumerate(rows)}
+    return [places[one.sequence] for one, _ in work if one.sequence in places]
 
 
 def _warnings() -> tuple[str, ...]:

@@ -67,7 +67,7 @@ def test_says_what_it_computes_on(device: str) -> None:
 
 def test_exact_mode_is_refused_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernels differ with the count of rows, whatever the ubatch."""
-    monkeypatch.setattr("shards.engines.llamacpp.accelerators", lambda: CUDA)
+    monkeypatch.setattr("shards.engines.llama_settings.accelerators", lambda: CUDA)
     options = EngineOptions(model_file(), "x", extra=(("exact", "1"),))
     with pytest.raises(ModelError, match=r"exact=1 .* --device cpu"):
         load("llamacpp", options, lambda _fraction: None)

@@ -188,14 +188,20 @@ async def test_what_takes_long_is_seen_to_go_on(
 
 def test_the_space_leaves_out_what_cannot_matter() -> None:
     def options(engine: str, shape: Shape, *, on_cpu: bool = True) -> dict[str, tuple[str, ...]]:
-        found = space(engine, 2, shape, on_cpu=on_cpu)
-        assert all(setting.why for setting in found)
-        return {setting.option: setting.values for setting in found}
+        found: dict[str, tuple[str, ...]] = {}
+        for setting in space(engine, 2, shape, on_cpu=on_cpu):
+            assert setting.why
+            found[setting.option] = found.get(setting.option, ()) + setting.values
+        return found
 
     assert "threads" in options("vllm", Shape(32, 64, 1))
     assert "threads" not in options("vllm", Shape(32, 64, 1), on_cpu=False)
     small = options("llamacpp", Shape(32, 64, 1))
     assert small == {"engine-option": ("flash=off",), "threads": ("2", "1")}
+    many, more, most = (options("llamacpp", Shape(32, 64, clients)) for clients in (32, 64, 128))
+    assert many["engine-option"] == most["engine-option"] == ("kv=split", "flash=off")
+    assert more["engine-option"] == ("flash=off",)  # half of them would wait
+    assert options("llamacpp", Shape(2000, 64, 8))["engine-option"] == ("flash=off",)  # too long
     large = options("torch", Shape(2000, 500, 32), on_cpu=False)
     assert large == {
         "dtype": ("bfloat16", "float32"),

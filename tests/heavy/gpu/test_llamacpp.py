@@ -15,17 +15,16 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from shards.engines import load
-from shards.engines.base import Engine, EngineOptions, Plan, SamplingParams
+from shards.engines.base import Engine, Plan, SamplingParams
 from tests.engines.contract import EngineContract, admit
 from tests.engines.contract_grammar import GrammarContract
 from tests.engines.contract_prompts import PromptContract
+from tests.engines.unrounded import make_llamacpp, make_unrounded
 from tests.heavy.models import smollm2_gguf
 from tests.heavy.tiny_gguf import tiny_llama_gguf
 
@@ -35,8 +34,6 @@ os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 ON_CPU = os.environ.get("ROUNDHOUSE_GPU_TESTS_ON") == "cpu"
 DEVICE = "cpu" if ON_CPU else "gpu"
-# llama.cpp's own kernels for TF32 want matrices of 32 n by 32 m; with this, none is.
-UNROUNDED_HEAD = 60
 # One of the sizes that flash attention has kernels for.
 FLASH_HEAD = 64
 PROMPTS = [[(7 * n + 13 * k) % 250 for k in range(24 + 7 * n)] for n in range(1, 5)]
@@ -51,37 +48,12 @@ NEW_TOKENS = 24
 
 
 def make(model: Path, device: str = DEVICE, **extra: object) -> Engine:
-    options = EngineOptions(
-        model,
-        "model",
-        kv_tokens=1024,
-        sequences_max=12,
-        step_tokens_max=256,
-        device=device,
-        extra=tuple((key, str(value)) for key, value in extra.items()),
-    )
-    return load("llamacpp", options, lambda _fraction: None)
-
-
-def make_unrounded(device: str = DEVICE, **extra: object) -> Engine:
-    """Float32 throughout: the cache as well, which flash attention would round."""
-    import llama_cpp
-
-    default = llama_cpp.llama_context_default_params
-
-    def in_float32() -> Any:
-        params = default()
-        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
-        return params
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_cpp, "llama_context_default_params", in_float32)
-        return make(tiny_llama_gguf(head_dim=UNROUNDED_HEAD), device, flash="off", **extra)
+    return make_llamacpp(model, device, **extra)
 
 
 @pytest.fixture(scope="module")
 def unrounded() -> Iterator[Engine]:
-    engine = make_unrounded()
+    engine = make_unrounded(DEVICE)
     yield engine
     engine.close()
 
@@ -114,6 +86,19 @@ class TestContract(GrammarContract, PromptContract, EngineContract):
     @pytest.fixture
     def prompts(self) -> list[list[int]]:
         return PROMPTS
+
+
+class TestContractOfDividedCache(TestContract):
+    @pytest.fixture(scope="class")
+    def divided(self) -> Iterator[Engine]:
+        engine = make_unrounded(DEVICE, 12 * 512, kv="split")
+        yield engine
+        engine.close()
+
+    @pytest.fixture
+    def engine(self, divided: Engine) -> Engine:
+        divided.reset()
+        return divided
 
 
 def test_names_what_it_computes_on(unrounded: Engine) -> None:

@@ -109,6 +109,11 @@ async def _together(
     settings: Settings, groups: Sequence[GroupSpec], supervisor: Supervisor, on_ready: OnReady
 ) -> None:
     """Runs the router beside the supervisor; either one's failure ends both."""
+    places = {group.name: place for place, group in enumerate(groups)}
+
+    def silent(group: str) -> None:
+        supervisor.replace(places[group], "it hung, and was killed")
+
     this = asyncio.current_task()
     assert this is not None, "a coroutine runs in a task"
     loop = asyncio.get_running_loop()
@@ -118,7 +123,7 @@ async def _together(
             # The router's own handlers take over when it begins.
             loop.add_signal_handler(signal.SIGTERM, this.cancel)
             await supervisor.all_ready()
-            await app.serve(settings, groups, on_ready, open_when_ready=True)
+            await app.serve(settings, groups, on_ready, open_when_ready=True, silent=silent)
             keeper.cancel()
     except ExceptionGroup as failures:
         # One failure cancels the other task, so there is one to tell of.

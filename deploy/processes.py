@@ -52,7 +52,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
     async def ended(self) -> int:
         """Waits for the process's end, and ends what it has started; returns its exit status."""
         code = await asyncio.shield(self._exited)
-        self._kill_session()
+        self.kill()
         await asyncio.wait([self._silent], timeout=LAST_WORDS_S)
         return code
 
@@ -66,11 +66,11 @@ class WorkerProcess(asyncio.SubprocessProtocol):
             with contextlib.suppress(ProcessLookupError):
                 transport.terminate()
             await asyncio.wait([self._exited], timeout=grace_s)
-            self._kill_session()
+            self.kill()
         await self.ended()
         transport.close()
 
-    def _kill_session(self) -> None:
+    def kill(self) -> None:
         """Kills the process, if it still runs, and every process that it has left behind.
 
         They are of the group that has the process's id, which is not given out anew while there is

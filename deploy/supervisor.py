@@ -144,6 +144,13 @@ class Supervisor:
         """Waits until every group has been ready once. ``run`` raises if one cannot be."""
         await self._all_ready.wait()
 
+    def replace(self, place: int, reason: str) -> None:
+        """Kills the workers of a group, by its place, unless they are loading; others then start.
+
+        For workers that run and are of no use. ``reason`` takes the place of their last words.
+        """
+        self._groups[place].replace(reason)
+
     async def run(self) -> None:
         """Keeps all groups alive until cancelled; ends them on the way out.
 
@@ -181,7 +188,16 @@ class _Group:
         self._ready = ready
         self._pauses_s = pauses_s
         self._leave_s = leave_s
+        self._ranks: list[_Rank] = []
+        self._processes: list[WorkerProcess] = []
         self.was_ready = False
+
+    def replace(self, reason: str) -> None:
+        """Kills the present life, if all of it is ready."""
+        if self._processes and all(rank.ready for rank in self._ranks):
+            for rank, process in zip(self._ranks, self._processes, strict=True):
+                rank.error = reason
+                process.kill()
 
     async def keep(self) -> None:
         """Lives again and again until cancelled. Raises ``StartError`` if it cannot start."""
@@ -197,8 +213,9 @@ class _Group:
 
     async def _live(self) -> _End:
         """One life: starts all ranks, waits until one ends, and ends the others."""
-        ranks = [_Rank(worker) for worker in self._workers]
+        ranks = self._ranks = [_Rank(worker) for worker in self._workers]
         processes: list[WorkerProcess] = []
+        self._processes = processes
         began, grace_s = monotonic(), self._leave_s
         try:
             rendezvous = ("--rendezvous", free_address()) if len(ranks) > 1 else ()

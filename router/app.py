@@ -46,8 +46,9 @@ def core_config(settings: Settings) -> CoreConfig:
 class Router:
     """A running router without its network faces; an async context manager.
 
-    Raises ``ConfigError`` if the groups cannot work. While inside, the failure of any task of the
-    router cancels the body; leaving then raises that failure.
+    ``silent`` is called with the name of a group whose workers hang. Raises ``ConfigError`` if the
+    groups cannot work. While inside, the failure of any task of the router cancels the body;
+    leaving then raises that failure.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Router:
         *,
         registry: CollectorRegistry | None = None,
         clock: Callable[[], int] = monotonic_ms,
+        silent: Callable[[str], None] = lambda _: None,
     ) -> None:
         specs = check_groups(groups)
         core = Core(core_config(settings))
@@ -77,6 +79,7 @@ class Router:
                 metrics=self.metrics,
                 epochs=lambda: next(epochs),
                 slots=settings.plans_in_flight_max + 2,
+                silent=silent,
             )
             for spec in specs
         ]
@@ -120,6 +123,7 @@ async def serve(
     on_ready: Callable[[int, int], None],
     *,
     open_when_ready: bool = False,
+    silent: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Serves REST and gRPC until SIGTERM or SIGINT has been obeyed.
 
@@ -128,12 +132,13 @@ async def serve(
 
     The first signal stops the intake and lets running answers end, for at most
     ``graceful_termination_timeout_s``; a second one closes them at once. ``on_ready`` gets the
-    ports of REST and gRPC once both listen and a first group is up. Raises ``OSError`` if a port
-    cannot be had, ``ConfigError`` if the groups cannot work.
+    ports of REST and gRPC once both listen and a first group is up, ``silent`` the name of a group
+    whose workers hang. Raises ``OSError`` if a port cannot be had, ``ConfigError`` if the groups
+    cannot work.
     """
     configure(settings)
     with Signals() as signals:
-        async with Router(settings, groups) as router:
+        async with Router(settings, groups, silent=silent) as router:
             if open_when_ready and not await unless(signals.first, router.fleet.wait_ready()):
                 return
             faces = await Faces.start(

@@ -248,7 +248,6 @@ class Driver:
             case RunPlan():
                 pass
             case Abandon():
-                log.warning("group %s is abandoned: %s", effect.group, effect.detail)
                 self._groups[effect.group].abandon(effect)
             case _:
                 assert_never(effect)

@@ -23,7 +23,7 @@ from router.config import GroupSpec
 from router.core.effects import Abandon, RunPlan
 from router.core.events import Event, GroupDown, GroupUp, StepDone
 from router.fleet import Fleet, GroupCard, MismatchError, card_of
-from router.link import Backoff, Link, LinkDownError, encode
+from router.link import Backoff, Link, LinkDownError, SilentError, UnreachableError, encode
 from router.metrics import Metrics
 from router.text.tokenizer import Tokenizer
 from router.together import all_of, together
@@ -34,6 +34,17 @@ T = TypeVar("T")
 
 PROVEN_S = 5.0
 """A life that lasted so long, or did any step, lets the next attempt come without a long pause."""
+
+SILENCES_MAX = 2
+"""How often in a row a worker that was given up may let an attempt to reconnect run out of time,
+before whoever looks after it hears of that. A step that was merely long has ended by then."""
+
+CAUSES_KEPT = 16
+"""Causes of which is remembered that they have been logged."""
+
+
+class AbandonedError(LinkDownError):
+    """The core has given up a life of the group."""
 
 
 class Inbox(Protocol):
@@ -47,7 +58,8 @@ class Group:
     """Owner of one group's links. ``run`` is its task; ``write`` and ``abandon`` never wait.
 
     ``epochs`` gives a number that no life of any group has had. ``slots`` is how many plans the
-    core may have in flight.
+    core may have in flight. ``silent`` is called with the group's name when its workers hang: they
+    have been given up, are still there, and answer nothing.
     """
 
     def __init__(
@@ -59,6 +71,7 @@ class Group:
         metrics: Metrics,
         epochs: Callable[[], int],
         slots: int,
+        silent: Callable[[str], None] = lambda _: None,
         random: Random | None = None,
     ) -> None:
         self.spec = spec
@@ -69,7 +82,9 @@ class Group:
         self._backoff = Backoff(random or Random())  # noqa: S311
         self._life: Life | None = None
         self._calls = metrics.batches.group(spec.name)
-        self._cause = ""
+        self._silent = silent
+        self._silences: int | None = None
+        self._told = deque[str](maxlen=CAUSES_KEPT)
 
     def write(self, plan: RunPlan) -> None:
         """Sends a plan to every rank, if it is for the present life."""
@@ -85,16 +100,39 @@ class Group:
     async def run(self) -> None:
         """Lives again and again, until cancelled."""
         while True:
-            cause = ""
             try:
                 await self._attempt()
             except (LinkDownError, MismatchError) as failure:
-                cause = str(failure)
+                self._tell(failure)
+                self._listen_for(failure)
             self._fleet.turns.over(self.spec.name)
-            if cause != self._cause:
-                log.warning("group %s is down: %s", self.spec.name, cause)
-            self._cause = cause  # however often it prevents the next attempt, it is logged once
             await asyncio.sleep(self._backoff.pause_s())
+
+    def _tell(self, failure: Exception) -> None:
+        """Logs why the group is down, each cause once until it is up again.
+
+        That nobody is there any more goes without saying once it is known to be down.
+        """
+        cause = str(failure)
+        known = cause in self._told or (self._told and isinstance(failure, UnreachableError))
+        if not known:
+            log.warning("group %s is down: %s", self.spec.name, cause)
+            self._told.append(cause)
+
+    def _listen_for(self, failure: Exception) -> None:
+        """Notices when workers that were given up do not answer any more, though they are there.
+
+        Those that are loading do not answer, either; so only the first attempts after a life count.
+        """
+        if isinstance(failure, AbandonedError):
+            self._silences = 0
+        elif not isinstance(failure, SilentError):
+            self._silences = None
+        elif self._silences is not None:
+            self._silences += 1
+            if self._silences == SILENCES_MAX:
+                self._silences = None
+                self._silent(self.spec.name)
 
     async def _attempt(self) -> None:
         """Tries to connect every rank, and lives on until one fails."""
@@ -137,7 +175,7 @@ class Group:
         log.info("group %s is up: %s on %s, epoch %d", name, card.engine, card.device, epoch)
         for warning in card.warnings:
             log.warning("group %s: %s", name, warning)
-        self._cause = ""
+        self._told.clear()
         try:
             await life.run()
         finally:
@@ -185,7 +223,7 @@ class Life:
     def abandon(self, detail: str) -> None:
         """Ends this life, with a line that says why."""
         if not self._abandoned.done():
-            self._abandoned.set_exception(LinkDownError(detail))
+            self._abandoned.set_exception(AbandonedError(detail))
 
     async def run(self) -> None:
         """Passes on what comes from the open streams, until the first fault."""

@@ -45,6 +45,9 @@ TOKENIZER_BYTES_MAX = 256 * 2**20
 MESSAGE_BYTES_MAX = 64 * 2**20
 """A plan may admit many long prompts at once: 64 of 128,000 tokens take 25 MB."""
 
+UNREACHABLE = "failed to connect"
+"""What grpc says in such a case; the code is the same as that of a lost connection."""
+
 _CALL_FAULTS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Fault.OVERLOADED,
     grpc.StatusCode.DEADLINE_EXCEEDED: Fault.DEADLINE,
@@ -68,6 +71,14 @@ _KEEPALIVE: tuple[tuple[str, int], ...] = (
 
 class LinkDownError(Exception):
     """A rank cannot be used any longer; the text is one line that says why."""
+
+
+class UnreachableError(LinkDownError):
+    """Nobody is there who could answer."""
+
+
+class SilentError(LinkDownError):
+    """Somebody is there, and has not answered in time."""
 
 
 class Backoff:
@@ -215,7 +226,7 @@ class Link:
                 await self._call.initial_metadata()
         except TimeoutError:
             detail = f"its engine was not ready for a new stream within {OPEN_DEADLINE_S:g} s"
-            raise LinkDownError(f"{self.address}: {detail}") from None
+            raise SilentError(f"{self.address}: {detail}") from None
 
     def write(self, plan: bytes) -> None:
         """Puts an encoded plan into the queue of the writer. Never waits.
@@ -251,9 +262,23 @@ class Link:
 
     def _down(self, error: grpc.aio.AioRpcError) -> LinkDownError:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return LinkDownError(f"{self.address}: no answer in time; it may be loading its model")
-        details = (error.details() or "no details").splitlines()[0]
-        return LinkDownError(f"{self.address}: {error.code().name}: {details}")
+            return SilentError(f"{self.address}: no answer in time; it may be loading its model")
+        kind = UnreachableError if is_unreachable(error) else LinkDownError
+        return kind(f"{self.address}: {cause_of(error)}")
+
+
+def is_unreachable(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a call failed because nobody listens at the address."""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and UNREACHABLE in (error.details() or "")
+
+
+def cause_of(error: grpc.aio.AioRpcError) -> str:
+    """Why a call failed, in a line. Of a failure to connect grpc tells more than anyone reads."""
+    lines = (error.details() or "no details").splitlines()
+    details = "".join(filter(str.isprintable, lines[0] if lines else ""))
+    if is_unreachable(error):
+        return f"nobody can be reached there ({details.rpartition(': ')[2]})"
+    return f"{error.code().name}: {details}"
 
 
 def one_line(failures: Iterable[BaseException]) -> str:

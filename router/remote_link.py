@@ -21,6 +21,7 @@ from router.link import (
     TOKENIZER_BYTES_MAX,
     TOKENIZER_DEADLINE_S,
     LinkDownError,
+    cause_of,
 )
 from router.remote import Uplink
 from router.v1 import gateway_pb2 as pb
@@ -213,8 +214,7 @@ class RouterLink:
         refusal = _REFUSALS.get(error.code())
         if refusal is not None:
             raise RefusedError(f"router {self.address}: {refusal}") from None
-        details = (error.details() or "no details").splitlines()[0]
-        raise LinkDownError(f"router {self.address}: {error.code().name}: {details}") from None
+        raise LinkDownError(f"router {self.address}: {cause_of(error)}") from None
 
     def _raise_closed(self) -> NoReturn:
         """Tells a caller that was cancelled from one whose call was: the link was closed."""

@@ -17,9 +17,9 @@ async def all_of(calls: Iterable[Coroutine[None, None, T]]) -> list[T]:
 async def together(work: Sequence[asyncio.Future[T]]) -> list[T]:
     """Owns the work until all of it is done; the first failure cancels the rest and is raised.
 
-    Several ``LinkDownError`` become one. Not ``asyncio.TaskGroup``: where a task fails just as the
-    group is cancelled, that reports the failure and forgets the cancellation (Python 3.11, 3.12),
-    and the router would not end.
+    Several ``LinkDownError`` become one, of the kind that they have in common. Not
+    ``asyncio.TaskGroup``: where a task fails just as the group is cancelled, that reports the
+    failure and forgets the cancellation (Python 3.11, 3.12), and the router would not end.
     """
     try:
         await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
@@ -33,5 +33,7 @@ async def together(work: Sequence[asyncio.Future[T]]) -> list[T]:
         if not isinstance(cause, LinkDownError):
             raise cause
     if causes:
-        raise LinkDownError(one_line(causes))
+        kinds = {type(cause) for cause in causes}
+        kind = kinds.pop() if len(kinds) == 1 else LinkDownError
+        raise kind(one_line(causes))
     return [one.result() for one in work]

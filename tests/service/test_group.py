@@ -32,6 +32,7 @@ class Scene:
         self.post = Post()
         self.metrics = Metrics()
         self.tasks: list[asyncio.Task[None]] = []
+        self.silent: list[str] = []
         self._epochs = count(1)
 
     def group(self, *addresses: str, model: str | None = None) -> Group:
@@ -48,6 +49,7 @@ class Scene:
                 metrics=self.metrics,
                 epochs=lambda: next(self._epochs),
                 slots=4,
+                silent=self.silent.append,
                 random=Random(0),
             )
             for spec in specs

@@ -94,6 +94,23 @@ def test_a_request_that_had_not_started_survives_the_worker(server: Server) -> N
     assert answers(server)
 
 
+def test_a_worker_that_hangs_is_replaced_and_its_streams_go_on(tmp_path: Path) -> None:
+    options = ("--step-deadline", "0.5", "--resume-streams")
+    with serving(tmp_path, *SCRIPTED, *options) as server:
+        hung, body = server.worker_pid(), ENDLESS | {"parameters": {"max_new_tokens": 300}}
+        with server.client.stream("POST", "/generate_stream", json=body) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            os.kill(hung, signal.SIGSTOP)
+            last = data(list(lines)[-1])
+        assert last["details"] is None
+        assert len(last["generated_text"]) > 300
+        assert not alive(hung)
+        assert answers(server)
+    told = (tmp_path / "stderr").read_text()
+    assert "worker 0: it hung, and was killed; starting it again in 0.1 s" in told
+
+
 def test_sigterm_lets_a_running_answer_end_and_exits_with_0(tmp_path: Path) -> None:
     body = {"inputs": "Count", "parameters": {"max_new_tokens": 100}}
     with serving(tmp_path, *SCRIPTED) as server:

@@ -117,6 +117,25 @@ async def test_a_killed_worker_is_started_again(tmp_path: Path) -> None:
     assert back
 
 
+async def test_a_worker_of_no_use_is_replaced_but_not_while_it_loads(tmp_path: Path) -> None:
+    heard = Heard()
+    code = SAY_PID + "tell('loading', fraction=0.1)\n" + READY
+    supervisor = Supervisor([[spec(tmp_path, code)]], heard)
+    supervisor.replace(0, "before there is one")
+    async with running(supervisor):
+        await heard.wait(lambda news: isinstance(news, Loading))
+        supervisor.replace(0, "it loads")
+        await heard.wait(lambda news: isinstance(news, Ready))
+        os.kill(pid_of(heard.all[0]), signal.SIGSTOP)  # such a one leaves by nothing but SIGKILL
+        supervisor.replace(0, "it hung")
+        await heard.wait(lambda news: isinstance(news, Ready), 2)
+        died = [news for news in heard.all if isinstance(news, Died)]
+        assert [one.reason for one in died] == ["it hung"]
+    first, second = (pid_of(news) for news in heard.all if is_pid(news))
+    assert first != second
+    assert not alive(first)
+
+
 async def test_a_stale_socket_is_taken_away_before_each_start(tmp_path: Path) -> None:
     worker = spec(tmp_path, f"tell('ready') if not os.path.exists({str(tmp_path)!r} + "
                             "'/worker-0.sock') else tell('error', message='stale')\n"

@@ -13,7 +13,7 @@ from typing import Any
 from deploy.tune_load import LoadError, Tally, measure
 from deploy.tune_progress import Progress
 from deploy.tune_report import config_text
-from deploy.tune_search import Candidate, Numbers, Result, Search, Shape
+from deploy.tune_search import FINALISTS, Candidate, Numbers, Result, Search, Shape
 from deploy.tune_server import Served, ServerError, last_trouble, loaded_share, serving
 
 # A window is long enough to average over some answers, and short enough to try much.
@@ -98,7 +98,22 @@ class Tuner:
             result = await self._try(candidate)
             self.search.tell(result)
             self.results.append(result)
+        for candidate in self.search.finalists():
+            await self._decide(candidate)
         return self.results
+
+    async def _decide(self, candidate: Candidate) -> None:
+        """Measures one of the fastest again; what is known of it stays if that does not succeed."""
+        place = next(n for n, one in enumerate(self.results) if one.candidate == candidate)
+        known = self.results[place]
+        assert known.numbers is not None, "finalists have been measured"
+        again = await self._now(candidate, f"[once more, as it is close] {candidate}")
+        if again.numbers is None:
+            return
+        numbers = known.numbers.and_again(again.numbers)
+        self.memory.put(self.subject.key(candidate), numbers)
+        self.results[place] = replace(again, numbers=numbers)
+        self.search.tell(self.results[place])
 
     async def _try(self, candidate: Candidate) -> Result:
         """One candidate's result, remembered or measured."""
@@ -108,6 +123,13 @@ class Tuner:
         if numbers := self.memory.get(key):
             self.progress.say(f"{place}: {numbers.tokens_s:.1f} tokens/s, measured before")
             return Result(candidate, numbers, cached=True)
+        result = await self._now(candidate, place)
+        if result.numbers:
+            self.memory.put(key, result.numbers)
+        return result
+
+    async def _now(self, candidate: Candidate, place: str) -> Result:
+        """One candidate's result, measured in what is left of the time."""
         left_s = self._left_s()
         if left_s < self._load_guess(candidate.engine) + WINDOW_MIN_S:
             return Result(candidate, problem="the time was up before its turn", late=True)
@@ -118,9 +140,7 @@ class Tuner:
             result = Result(candidate, problem="the time was up before it was measured", late=True)
         except OSError as error:
             result = Result(candidate, problem=_line(error))
-        if result.numbers:
-            self.memory.put(key, result.numbers)
-        else:
+        if not result.numbers:
             self.progress.say(f"{place}: {result.problem}")
         return result
 
@@ -178,6 +198,13 @@ class Tuner:
         self.progress.say(f"{place}: {numbers.tokens_s:.1f} tokens/s")
         return replace(numbers, dtype=served.dtype)
 
+    def _turns(self) -> int:
+        """How many measurements are to come, about: this one, others, and those that decide."""
+        following = self.search.planned() - len(self.results)
+        if following <= 0:
+            return max(1, len(self.search.finalists()))
+        return following + (FINALISTS if len(self.results) + following > 1 else 0)
+
     def _left_s(self) -> float:
         return self._ends_at - time.monotonic()
 
@@ -191,8 +218,7 @@ class Tuner:
 
     def _window(self) -> float:
         """How long the next measurement may last, so that the rest gets its turn."""
-        turns = max(1, self.search.planned() - len(self.results))
-        share_s = self._left_s() / turns * WINDOW_SHARE
+        share_s = self._left_s() / self._turns() * WINDOW_SHARE
         return min(WINDOW_MAX_S, max(WINDOW_MIN_S, share_s))
 
     def _load_guess(self, engine: str) -> float:

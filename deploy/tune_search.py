@@ -17,6 +17,10 @@ OPTIONS = (
 REFINED_SHARE = 0.6
 # Measurements of the same thing differ by about so much: within it, the simpler candidate wins.
 NOISE = 0.02
+# On an uneven machine two measurements of the same thing can differ by so much. If the two fastest
+# are no further apart, they are measured once more, in turns, and their means decide.
+UNSURE = 0.15
+FINALISTS, ROUNDS = 2, 2
 # What engines hold by default; see their modules.
 SEQUENCES_DEFAULT, KV_TOKENS_DEFAULT, STEP_TOKENS_DEFAULT = 64, 32768, 256
 PART_SEQUENCES_DEFAULT, PART_TOKENS_DEFAULT = 32, 2048
@@ -158,7 +162,8 @@ class Numbers:
     """What was measured: output tokens a second over all requests, and what one client feels.
 
     Times are in milliseconds. ``requests`` had their first token within the measurement, which took
-    ``seconds``. ``dtype`` is the element type that the engine computed in.
+    ``seconds``. ``dtype`` is the element type that the engine computed in. All are means if it was
+    measured in several ``rounds``, but for ``requests`` and ``seconds``, which are sums.
     """
 
     tokens_s: float
@@ -168,6 +173,25 @@ class Numbers:
     requests: int
     seconds: float
     dtype: str = ""
+    rounds: int = 1
+
+    def and_again(self, other: "Numbers") -> "Numbers":
+        """Both measurements as one."""
+        rounds = self.rounds + other.rounds
+
+        def mean(one: float, another: float) -> float:
+            return (one * self.rounds + another * other.rounds) / rounds
+
+        return Numbers(
+            tokens_s=mean(self.tokens_s, other.tokens_s),
+            first_p50_ms=mean(self.first_p50_ms, other.first_p50_ms),
+            gap_p50_ms=mean(self.gap_p50_ms, other.gap_p50_ms),
+            gap_p99_ms=mean(self.gap_p99_ms, other.gap_p99_ms),
+            requests=self.requests + other.requests,
+            seconds=self.seconds + other.seconds,
+            dtype=other.dtype,
+            rounds=rounds,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +247,15 @@ class Search:
     def tell(self, result: Result) -> None:
         """Notes what came of a candidate."""
         self.results[result.candidate] = result
+
+    def finalists(self) -> list[Candidate]:
+        """The two fastest, the faster one last, if a single measurement cannot tell them apart."""
+        fastest = sorted(self.results.values(), key=lambda result: -result.score)[:FINALISTS]
+        near = [one for one in fastest if one.score >= self._top() * (1 - UNSURE) and one.numbers]
+        if len(near) < FINALISTS:
+            return []
+        rounds = ((one, one.numbers.rounds) for one in reversed(near) if one.numbers)
+        return [one.candidate for one, measured in rounds if measured < ROUNDS]
 
     def planned(self) -> int:
         """How many measurements there will be, about: all told ones, and one engine's settings."""

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from deploy import tune_command
-from deploy.tune import Memory, Subject
+from deploy.tune import Memory, Subject, Tuner
 from deploy.tune_load import Tally
 from deploy.tune_progress import Progress
 from deploy.tune_report import comment, config_text, svg, table
@@ -92,6 +92,72 @@ def test_the_winner(results: list[Result], wanted: str) -> None:
     best = winner(results)
     assert best is not None
     assert str(best.candidate) == wanted
+
+
+def decided(*results: Result) -> list[str]:
+    search = Search([], lambda _: ())
+    for result in results:
+        search.tell(result)
+    return [str(candidate) for candidate in search.finalists()]
+
+
+def test_the_two_fastest_are_measured_again_if_they_are_close() -> None:
+    fast, near, far = found("a", 100), found("b", 90), found("c", 80)
+    assert decided(far, fast, near) == ["b", "a"]
+    assert decided(fast, far) == []
+    assert decided(fast) == decided() == []
+    assert decided(fast, Result(Candidate("b"), problem="it failed")) == []
+    twice = Result(near.candidate, near.numbers and near.numbers.and_again(numbers(94)))
+    assert twice.score == 92.0
+    assert decided(fast, twice) == ["a"], "it was measured twice already"
+
+
+def test_rounds_are_averaged_and_what_is_counted_adds_up() -> None:
+    three = numbers(100, 9.0).and_again(numbers(80, 12.0)).and_again(numbers(60, 3.0))
+    assert three == Numbers(80.0, 20.0, 5.0, 8.0, 120, 30.0, rounds=3)
+
+
+async def test_a_second_look_decides_and_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """b looked faster once; a is. Each measurement takes what comes next from these."""
+    speeds = {"a": [95.0, 105.0], "b": [100.0, 60.0]}
+    seen = []
+
+    async def measured(_: Tuner, candidate: Candidate, place: str) -> Result:
+        seen.append(place)
+        return Result(candidate, numbers(speeds[candidate.engine].pop(0)))
+
+    monkeypatch.setattr(Tuner, "_measure", measured)
+
+    async def run() -> Result | None:
+        search = Search([parse("a"), parse("b")], lambda _: ())
+        memory = Memory(tmp_path / "known.json")
+        return winner(await Tuner(SUBJECT, search, memory, 1.0, Progress(io.StringIO())).run())
+
+    best = await run()
+    assert best is not None
+    assert str(best.candidate) == "a"
+    assert best.score == 100.0
+    assert seen[2:] == ["[once more, as it is close] a", "[once more, as it is close] b"]
+    assert await run() == replace(best, cached=True)
+    assert len(seen) == 4
+
+
+async def test_a_second_look_that_fails_leaves_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def measured(_: Tuner, candidate: Candidate, place: str) -> Result:
+        fine = "once more" not in place
+        return Result(candidate, numbers(100.0) if fine else None, "" if fine else "it failed")
+
+    monkeypatch.setattr(Tuner, "_measure", measured)
+    out = io.StringIO()
+    search = Search([parse("a"), parse("b")], lambda _: ())
+    memory = Memory(tmp_path / "known.json")
+    results = await Tuner(SUBJECT, search, memory, 1.0, Progress(out)).run()
+    assert [one.numbers for one in results] == [numbers(100.0)] * 2
+    assert out.getvalue().count("it failed") == 2
 
 
 def test_without_measurements_nobody_wins() -> None:

@@ -1,6 +1,7 @@
 """What ``roundhouse serve`` tells the person who started it."""
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from deploy.groups import LocalGroup
 from deploy.supervisor import LOOP_DEATHS, Died, Loading, News, Ready, Said
+from router.logs import formatter
 
 # Where there is no bar, how often one hears how far a worker has loaded.
 LOADING_LINE_S = 5.0
@@ -40,10 +42,16 @@ class Urls:
 
 
 class Console:
-    """Prints progress: a bar on a terminal, plain lines elsewhere, JSON objects if asked for."""
+    """Prints progress: a bar on a terminal, plain lines elsewhere, JSON objects if asked for.
+
+    Once it has said that all is ready, nobody may be looking: then its lines are like those of the
+    log, among which they stand, with their time and level.
+    """
 
     def __init__(self, *, as_json: bool) -> None:
         self._json = as_json
+        self._formatter = formatter(as_json=as_json)
+        self._logs = as_json
         self._bars: dict[str, Any] = {}
         self._told_s: dict[str, float] = {}
 
@@ -62,7 +70,8 @@ class Console:
                 self.close()
                 loop = f" (death {deaths} in a row)" if deaths >= LOOP_DEATHS else ""
                 what = "it" if ranks == 1 else f"all {ranks} ranks of its group"
-                self.say(f"{worker}: {reason}{loop}; starting {what} again in {pause_s:g} s")
+                again = f"starting {what} again in {pause_s:g} s"
+                self.say(f"{worker}: {reason}{loop}; {again}", logging.WARNING)
             case Said(worker, line):
                 self.say(f"{worker}: {line}")
 
@@ -78,14 +87,16 @@ class Console:
             what = (f"{group.workers.world} x {group.workers.engine}", group.model.remark)
             self.say(f"serving {model_id}: group {group.name}: {', '.join(filter(None, what))}")
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, level: int = logging.INFO) -> None:
         """One line on standard error."""
-        if self._json:
-            text = json.dumps({"level": "INFO", "target": "roundhouse", "message": text})
+        if self._logs:
+            record = logging.LogRecord("roundhouse", level, "", 0, text, None, None)
+            text = self._formatter.format(record)
         tqdm.write(text, file=sys.stderr)
 
     def ready(self, urls: Urls, model_id: str, api_key: str | None) -> None:
         """The ready line, on standard output: one line for programs, some more for people."""
+        self._logs = True
         if self._json:
             line = {"event": "ready", "rest": urls.rest, "grpc": urls.grpc, "model": model_id}
             print(json.dumps(line), flush=True)

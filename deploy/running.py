@@ -30,7 +30,9 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     import uvloop
 
     from deploy.supervisor import StartError
+    from router.faces import raise_file_limit
 
+    raise_file_limit()
     try:
         uvloop.run(main)
     except asyncio.CancelledError:

@@ -7,6 +7,7 @@ import uvloop
 
 from router.app import serve
 from router.config import ConfigError, GroupSpec, Settings
+from router.faces import raise_file_limit
 
 
 def main() -> int:
@@ -35,6 +36,7 @@ def main() -> int:
             grpc_port=given.grpc_port,
             json_output=given.json_output,
         )
+        raise_file_limit()
         uvloop.run(serve(settings, groups, _tell))
     except (ConfigError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

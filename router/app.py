@@ -153,7 +153,8 @@ async def serve(
                 log.info("shutting down; %d requests are open", router.driver.open_requests)
                 faces.stop_intake()
                 limit_s = settings.graceful_termination_timeout_s
-                await unless(signals.second, router.driver.drain(limit_s))
+                if not await unless(signals.second, router.driver.drain(limit_s)):
+                    log.warning("told again; closing %d requests", router.driver.open_requests)
             finally:
                 router.driver.stop()  # closes what is still open, so that its faces can say so
                 await faces.close()

@@ -28,6 +28,12 @@ log = logging.getLogger(__name__)
 WAKES_MAX = 64
 """Readers that are woken in one pass of the loop."""
 
+STANDSTILL_MS = 1000
+"""Waking so long after the core's timer was due, this process itself has stood still: it was
+stopped, or its machine was."""
+HEAR_S = 0.25
+"""What is then heard before anybody is found late: the answers are there, and were not read."""
+
 
 class Scheduler(Protocol):
     """What the driver drives: ``router.core.scheduler.Core``, or a script in its place."""
@@ -165,6 +171,9 @@ class Driver:
         try:
             while not self._stopping:
                 await self._wait()
+                if self._stood_still():
+                    log.warning("this process stood still; hearing what came meanwhile")
+                    await asyncio.sleep(HEAR_S)
                 self._turn()
         except Exception:
             detail = "the server has failed and is restarting"
@@ -186,6 +195,9 @@ class Driver:
         if self._channels:
             self._emptied = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._emptied], timeout=limit_s)
+        if self._channels:
+            open_ = len(self._channels)
+            log.warning("closing %d requests that have not ended within %g s", open_, limit_s)
         for request in list(self._channels):
             self.post(Ended(request, Reason.SHUTDOWN))
         self._close_all(f"the server shut down before the answer was complete ({limit_s:g} s)")
@@ -213,6 +225,10 @@ class Driver:
             self._bell = None
             if timer is not None:
                 timer.cancel()
+
+    def _stood_still(self) -> bool:
+        due_ms = self._core.wake_at()
+        return due_ms is not None and self._clock() - due_ms > STANDSTILL_MS
 
     def _turn(self) -> None:
         """Lets the core see everything that has arrived, plan once, and performs the lot.

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import resource
 import signal
 import socket
 from collections.abc import Coroutine, Iterator
@@ -28,6 +29,9 @@ BACKLOG = 4096
 KEEP_ALIVE_S = 75
 """Longer than the 60 s after which common load balancers close an idle connection themselves: the
 side that closes first must be the client's, or a request may cross with the closing."""
+
+FILES_MAX = 65_536
+"""Open files that are asked for: more streams than one process can serve."""
 
 FLUSH_S = 3.0
 """What closed answers may take to be written out to their clients."""
@@ -193,6 +197,17 @@ class Faces:
         self.stop_intake()
         self._rest.close()
         await self._rpc.stop(FLUSH_S)
+
+
+def raise_file_limit() -> None:
+    """Allows as many connections as the system lets this process have, up to ``FILES_MAX``.
+
+    Shells and services begin with 1,024 open files, for the sake of programs that use ``select``.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES_MAX if hard == resource.RLIM_INFINITY else min(FILES_MAX, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def settle_memory() -> None:

@@ -274,7 +274,8 @@ async def serve(
                 log.info("shutting down; %d requests are open", gateway.driver.open_requests)
                 face.stop_intake()
                 limit_s = settings.graceful_termination_timeout_s
-                await unless(signals.second, gateway.driver.drain(limit_s))
+                if not await unless(signals.second, gateway.driver.drain(limit_s)):
+                    log.warning("told again; closing %d requests", gateway.driver.open_requests)
             finally:
                 gateway.driver.stop()  # closes what is still open, so that the face can say so
                 face.close()

@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 
 from router.config import Settings
 
+PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
 
 class JsonLines(logging.Formatter):
     """One JSON object per line: timestamp, level, target, message, and the error if any."""
@@ -23,14 +25,18 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+def formatter(*, as_json: bool) -> logging.Formatter:
+    """What makes a line of a record."""
+    return JsonLines() if as_json else logging.Formatter(PLAIN)
+
+
 def configure(settings: Settings) -> None:
     """Sets up logging as the settings say, unless the program has set it up already."""
     root = logging.getLogger()
     if root.handlers:
         return
     handler = logging.StreamHandler()
-    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(JsonLines() if settings.json_output else plain)
+    handler.setFormatter(formatter(as_json=settings.json_output))
     root.addHandler(handler)
     root.setLevel(settings.log_level.upper())
     # The server's own start and stop lines would say again what the router says.

@@ -11,7 +11,7 @@ from router.channel import Channel
 from router.core.effects import Abandon, Admit, Close, Deliver, Effect, RunPlan
 from router.core.events import Ended, Event, GroupDown, Reason, StepDone, Submitted, Ticked
 from router.core.snapshot import Snapshot
-from router.driver import WAKES_MAX, Driver
+from router.driver import HEAR_S, STANDSTILL_MS, WAKES_MAX, Driver
 from router.errors import Fault, RequestError
 from router.metrics import Metrics
 from tests.service.fakes import PATIENCE_S, until
@@ -250,6 +250,19 @@ async def test_the_timer_of_the_core_is_kept() -> None:
         await until(lambda: Ticked() in stage.core.seen)
         assert stage.core.times[-1] == 1005
         assert stage.core.seen[-1] == "plan"
+
+
+async def test_after_a_standstill_answers_are_heard_before_anybody_is_late() -> None:
+    now_ms = [1000]
+    async with staged(clock=lambda: now_ms[0]) as stage:
+        stage.core.due_ms = 1001 + STANDSTILL_MS
+        await stage.perform()
+        stage.core.seen.clear()
+        now_ms[0] = stage.core.due_ms + STANDSTILL_MS + 1
+        stage.driver.post(Ended(1, Reason.CANCELLED))  # wakes it, as reading from a stream would
+        asyncio.get_running_loop().call_later(HEAR_S / 5, stage.driver.post, NEWS)
+        await until(lambda: "plan" in stage.core.seen)
+        assert stage.core.seen == [Ended(1, Reason.CANCELLED), NEWS, Ticked(), "plan"]
 
 
 async def test_a_failure_of_the_core_ends_the_driver_and_every_stream() -> None:

@@ -1,6 +1,8 @@
 """What the person at the terminal reads."""
 
 import json
+import re
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -32,6 +34,18 @@ def test_a_crash_loop_says_that_it_is_one(capsys: pytest.CaptureFixture[str]) ->
         "worker 0: killed by SIGSEGV; starting it again in 0.1 s",
         "worker 0: killed by SIGSEGV (death 4 in a row); starting it again in 2 s",
     ]
+
+
+def test_what_happens_while_it_serves_has_its_time_and_level(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console(as_json=False)
+    console.ready(Urls.of("0.0.0.0", 3000, 50051), "tiny", None)
+    console.tell(Died("worker 0", "killed by SIGSEGV", 1, 0.1))
+    console.tell(Ready("worker 0", 1.25, again=True))
+    died, back = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:,]+ WARNING roundhouse: worker 0: killed by .*", died)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:,]+ INFO roundhouse: worker 0: is back .*", back)
 
 
 def test_a_lost_rank_says_that_all_start_again(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +103,9 @@ def test_json_output_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) ->
     console.tell(Said("worker 0", "line"))
     console.ready(Urls.of("0.0.0.0", 3000, 50051), "tiny", None)
     shown = capsys.readouterr()
-    assert json.loads(shown.err)["message"] == "worker 0: line"
+    line = json.loads(shown.err)
+    assert datetime.fromisoformat(line.pop("timestamp")).utcoffset() == timedelta(0)
+    assert line == {"level": "INFO", "target": "roundhouse", "message": "worker 0: line"}
     assert json.loads(shown.out) == {
         "event": "ready",
         "rest": "http://localhost:3000",

@@ -2,12 +2,14 @@
 
 import json
 import os
+import resource
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,22 @@ def test_a_worker_that_hangs_is_replaced_and_its_streams_go_on(tmp_path: Path) -
         assert answers(server)
     told = (tmp_path / "stderr").read_text()
     assert "worker 0: it hung, and was killed; starting it again in 0.1 s" in told
+
+
+def test_it_takes_more_connections_than_files_are_allowed_at_first(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1000:
+        pytest.skip(f"the system allows {hard} open files")
+    with ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        try:
+            server = stack.enter_context(serving(tmp_path, *SCRIPTED))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        url = httpx.URL(server.rest)
+        for _ in range(300):
+            stack.enter_context(socket.create_connection((url.host, url.port or 80)))
+        assert answers(server)
 
 
 def test_sigterm_lets_a_running_answer_end_and_exits_with_0(tmp_path: Path) -> None:

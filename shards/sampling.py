@@ -36,7 +36,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _BLOCK = 256
 _MINUS_INF = np.float32(-np.inf)
 _NOTHING: Ids = np.empty(0, np.intp)
-_NOT_FINITE = "the engine's logits are not finite numbers"
+NOT_FINITE = "the engine's logits are not finite numbers"
 # The tokens that were not changed must have this share of a sum that is to be put right.
 _TRUSTED = 0.5
 # By so many nats the largest raw logit may exceed the largest one for the same purpose.
@@ -113,7 +113,7 @@ class Sampler:
             drawn = Drawn(best.tolist())
             for index, top in enumerate(tops):
                 if not math.isfinite(top):
-                    _fail(drawn, index, _NOT_FINITE)
+                    _fail(drawn, index, NOT_FINITE)
             return drawn
         drawn = Drawn([0] * len(rows))
         tallies = [self._tallies.of(row) if _penalises(row.sampling) else None for row in rows]
@@ -185,7 +185,7 @@ class _Desk:
         top = float(raw[token])
         # NaN counts as the largest value, so the largest tells.
         if not math.isfinite(top):
-            _fail(drawn, index, _NOT_FINITE)
+            _fail(drawn, index, NOT_FINITE)
         elif not row.plain:
             self._draw(_Scores(raw, token, top), row, tally, drawn, index)
 
@@ -193,7 +193,7 @@ class _Desk:
         self, scores: _Scores, row: Row, tally: Tally | None, drawn: Drawn, index: int
     ) -> None:
         sampling, raw, top = row.sampling, scores.logits, scores.peak
-        if _adjusts(row):
+        if adjusts(row):
             self._adjust(scores, row, tally)
             if not math.isfinite(scores.peak):
                 _fail(drawn, index, "bias, penalties and min_tokens leave no token to draw")
@@ -367,7 +367,8 @@ def _penalises(sampling: SamplingParams) -> bool:
     )
 
 
-def _adjusts(row: Row) -> bool:
+def adjusts(row: Row) -> bool:
+    """Whether something changes the logits before they are drawn from, constraints apart."""
     sampling = row.sampling
     return bool(
         sampling.logit_bias

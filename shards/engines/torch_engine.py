@@ -15,6 +15,9 @@ Engine options (``--engine-option key=value``):
   Default: where torch has such kernels.
 - ``fuse``: ``on`` or ``off``: multiply weights that share their input as one matrix, and on
   accelerators compute norms in one kernel. Default: where they are packed, and on accelerators.
+- ``sample``: ``device`` or ``host``: where tokens are drawn that ask for no more than temperature,
+  top_k, top_p and min_p. Default: on the device, if it is an accelerator and draws what the host
+  does.
 - ``peer_timeout_s``: how long a rank waits for the others within a step. Default: 5.
 """
 
@@ -53,6 +56,8 @@ from shards.engines.torch_linear import can_pack, fuse, pack
 from shards.engines.torch_model import PagedModel, length_trained
 from shards.engines.torch_norms import fuse_norms
 from shards.engines.torch_ranks import Ranks, check_split, load_slice
+from shards.engines.torch_sampling import DeviceSampler
+from shards.engines.torch_trial import trouble
 from shards.engines.torch_views import Viewer
 from shards.engines.torch_weights import Checkpoint, count_bytes
 from shards.extras import Extras
@@ -67,6 +72,8 @@ SEQUENCES_MAX = 64
 STEP_TOKENS_MAX = 256
 ACCELERATOR_STEP_TOKENS_MAX = 2048
 PEER_TIMEOUT_S = 5.0
+# Kinds of devices that draw tokens themselves, unasked.
+DRAWING = ("cuda", "xpu", "hpu")
 _FEATURES = (
     *("logprobs", "penalties", "seed", "logit_bias", "min_tokens", "typical_p", "prefix_sharing"),
     *("prompt_logprobs", "grammar", "ranks", "watermark"),
@@ -89,6 +96,7 @@ class TorchEngine(PagedEngine):
         attention = extras.choice("attention", "auto", ("auto", "kernel", "gather"))
         fused = extras.choice("fuse", "auto", ("auto", "on", "off"))
         packed = extras.choice("pack", "auto", ("auto", "on", "off"))
+        sample = extras.choice("sample", "auto", ("auto", "device", "host"))
         peer_timeout_s = extras.number("peer_timeout_s", PEER_TIMEOUT_S)
         extras.finish()
         if page < 1 or page & (page - 1):
@@ -112,7 +120,8 @@ class TorchEngine(PagedEngine):
         masked = self._kernel is None
         self._viewer = Viewer(page, self._dtype, self._device.torch, masked=masked)
         self._graphs = self._make_graphs(page) if graphs and options.world == 1 else None
-        self._info = self._describe(options)
+        self._drawer, warnings = self._make_drawer(sample)
+        self._info = self._describe(options, warnings)
         self._control.start()
         progress(1.0)
 
@@ -203,7 +212,20 @@ class TorchEngine(PagedEngine):
             ) from error
         return made
 
-    def _describe(self, options: EngineOptions) -> EngineInfo:
+    def _make_drawer(self, wanted: str) -> tuple[DeviceSampler | None, tuple[str, ...]]:
+        """What draws on the device, or None, and what to warn of. All ranks get the same."""
+        if wanted == "host" or (wanted == "auto" and self._device.kind not in DRAWING):
+            return None, ()
+        size, device = self._limits.vocab_size, self._device.torch
+        drawer = DeviceSampler(size, self._sampler, self._viewer.tensor, self._to_host)
+        fault = trouble(drawer, self._sampler, size, device, self._dtype)
+        if self._ranks.least(int(not fault), self._device):
+            return drawer, ()
+        fault = fault or "another rank's device does not draw what the host does"
+        warning = f"tokens are drawn on the host, not on {self._device.name}: {fault}"
+        return None, (warning,)
+
+    def _describe(self, options: EngineOptions, warnings: tuple[str, ...]) -> EngineInfo:
         limits = self._limits
         return EngineInfo(
             engine="torch",
@@ -223,6 +245,7 @@ class TorchEngine(PagedEngine):
             rank=options.rank,
             world=options.world,
             weight_bytes=self._weight_bytes,
+            warnings=warnings,
         )
 
     def describe(self) -> EngineInfo:
@@ -264,7 +287,7 @@ class TorchEngine(PagedEngine):
     # A step -------------------------------------------------------------------------------------
 
     def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawn:
-        """Draws on an accelerator if nothing but the likeliest tokens is wanted."""
+        """Draws on an accelerator if nothing but the likeliest tokens is wanted, or as asked."""
         logits = self._logits(layout)
         if len(layout.scores):
             self._score_here(logits[len(layout.draws) :])
@@ -275,6 +298,8 @@ class TorchEngine(PagedEngine):
             tokens = likeliest(logits)
             if tokens is not None:
                 return Drawn(tokens)
+        if self._drawer is not None:
+            return self._drawer.draw(logits, rows)
         return self._sampler.draw(self._to_host(logits), rows)
 
     def _forward(self, layout: StepLayout) -> Floats:

@@ -70,8 +70,8 @@ class Console:
                 self.close()
                 loop = f" (death {deaths} in a row)" if deaths >= LOOP_DEATHS else ""
                 what = "it" if ranks == 1 else f"all {ranks} ranks of its group"
-                again = f"starting {what} again in {pause_s:g} s"
-                self.say(f"{worker}: {reason}{loop}; {again}", logging.WARNING)
+                then = f"starting {what} again in {pause_s:g} s"
+                self.say(f"{worker}: {reason}{loop}; {then}", logging.WARNING)
             case Said(worker, line):
                 self.say(f"{worker}: {line}")
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from itertools import count, repeat
 from typing import Protocol, assert_never
 
+from router import journal
 from router.channel import Channel
 from router.core.effects import Abandon, Close, Deliver, Effect, RunPlan
 from router.core.events import Ended, Event, Reason, Submitted, Ticked
@@ -140,7 +141,8 @@ class Driver:
             )
         assert submitted.request not in self._channels
         count, model = len(submitted.prompt), submitted.model
-        life = Lifetime(count, submitted.max_tokens, self._clock(), model=model)
+        name = journal.NAME.get()
+        life = Lifetime(count, submitted.max_tokens, self._clock(), model=model, name=name)
         self.metrics.models.submitted(model)
         channel = self._channels[submitted.request] = channel_of(life)
         self._submissions += 1
@@ -151,11 +153,15 @@ class Driver:
         """Ends a request on its owner's behalf. Harmless if it has ended already."""
         channel = self._channels.pop(request, None)
         if channel is not None:
-            if channel.counted:
-                self.metrics.ended(channel.life, reason, self._clock())
-            self.metrics.models.ended(channel.life, reason, self._clock())
+            self._over(request, channel, reason, self._clock())
             self.post(Ended(request, reason))
             self._notice_empty()
+
+    def refused(self, error: RequestError) -> None:
+        """Counts and logs a request that was turned away, once, whoever tells of it again."""
+        if not error.counted:
+            self.metrics.refused(error)
+            journal.refused(error)
 
     def post(self, event: Event) -> None:
         """Puts an event into the inbox. Never refused."""
@@ -311,11 +317,18 @@ class Driver:
     def _closed(self, close: Close, now_ms: int) -> None:
         channel = self._channels.pop(close.request, None)
         if channel is not None:
-            if channel.counted:
-                self.metrics.ended(channel.life, close.reason, now_ms)
-            self.metrics.models.ended(channel.life, close.reason, now_ms)
+            self._over(close.request, channel, close.reason, now_ms, close.detail)
             channel.close(close)
             self._wake_later(channel)
+
+    def _over(
+        self, request: int, channel: Channel, reason: Reason, now_ms: int, detail: str = ""
+    ) -> None:
+        """Counts and logs the end of a request."""
+        if channel.counted:
+            self.metrics.ended(channel.life, reason, now_ms)
+            journal.ended(request, channel.life, reason, now_ms, detail)
+        self.metrics.models.ended(channel.life, reason, now_ms)
 
     def _close_all(self, detail: str) -> None:
         now_ms = self._clock()

@@ -6,20 +6,37 @@ from datetime import UTC, datetime
 
 from router.config import Settings
 
-PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+FIELDS = "fields"
+"""The attribute of a record that has more to say of it: texts and numbers, by name."""
+
+
+class PlainLines(logging.Formatter):
+    """Time, level, logger and message, then the fields as name=value."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Returns the line."""
+        fields: dict[str, object] = getattr(record, FIELDS, {})
+        return " ".join(
+            [super().formatMessage(record), *(f"{name}={value}" for name, value in fields.items())]
+        )
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object per line: timestamp, level, target, message, and the error if any."""
+    """One JSON object per line: timestamp, level, target, message, and fields and error if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line."""
-        line = {
+        line: dict[str, object] = {
             "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "level": record.levelname,
             "target": record.name,
             "message": record.getMessage(),
         }
+        if fields := getattr(record, FIELDS, None):
+            line[FIELDS] = fields
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
@@ -27,7 +44,7 @@ class JsonLines(logging.Formatter):
 
 def formatter(*, as_json: bool) -> logging.Formatter:
     """What makes a line of a record."""
-    return JsonLines() if as_json else logging.Formatter(PLAIN)
+    return JsonLines() if as_json else PlainLines()
 
 
 def configure(settings: Settings) -> None:

@@ -49,7 +49,8 @@ class Lifetime:
     """One request in numbers. Instants are the driver's milliseconds, -1 before they come.
 
     ``cached_tokens`` counts the prompt tokens that a resident sequence had already computed;
-    ``group`` is the latest that it was admitted to, ``model`` the one that it is for.
+    ``group`` is the latest that it was admitted to, ``model`` the one that it is for, ``name`` what
+    its client calls it.
     """
 
     prompt_tokens: int
@@ -61,6 +62,7 @@ class Lifetime:
     cached_tokens: int = 0
     group: str = ""
     model: str = ""
+    name: str = ""
 
 
 class Metrics(Collector):

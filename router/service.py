@@ -74,7 +74,7 @@ class Service:
             self._driver.metrics.validated(perf_counter() - began)
             channel = self._driver.submit(work.submitted)
         except RequestError as error:
-            self._driver.metrics.refused(error)
+            self._driver.refused(error)
             raise
         return Generation(self._driver, channel, work)
 
@@ -83,12 +83,12 @@ class Service:
         try:
             return await self._embedder.embed(ask)
         except RequestError as error:
-            self._driver.metrics.refused(error)
+            self._driver.refused(error)
             raise
 
     def refused(self, error: RequestError) -> None:
-        """Counts a request that a layer above this one turns away."""
-        self._driver.metrics.refused(error)
+        """Counts and logs a request that a layer above this one turns away."""
+        self._driver.refused(error)
 
     async def render_chat(
         self,

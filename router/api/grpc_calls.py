@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from router.api.grpc_errors import abort, first_of
 from router.auth import ApiKeys
 from router.errors import Fault, RequestError
+from router.journal import name_request
 
 UNARY = grpc.unary_unary_rpc_method_handler
 STREAM = grpc.unary_stream_rpc_method_handler
@@ -76,7 +77,11 @@ def check_key(keys: ApiKeys, context: Context) -> None:
 
 @asynccontextmanager
 async def failing_well(context: Context) -> AsyncIterator[None]:
-    """Whatever goes wrong inside becomes the status of the call; of several faults, the first."""
+    """Whatever goes wrong inside becomes the status of the call; of several faults, the first.
+
+    What the log says of requests inside has the name in the call's ``x-request-id``, or a new one.
+    """
+    name_request(str(dict(context.invocation_metadata() or ()).get("x-request-id", "")))
     try:
         yield
     except (grpc.aio.AbortError, asyncio.CancelledError):

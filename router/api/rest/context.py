@@ -74,7 +74,7 @@ class Context:
         except Exception as error:
             fault = first_fault(error)
             if fault is not None:
-                self.metrics.refused(fault)
+                self.service.refused(fault)
             raise
 
 

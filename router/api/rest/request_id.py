@@ -3,10 +3,9 @@
 Anthropic's look for it in ``request-id``, and in the error itself.
 """
 
-import re
-from uuid import uuid4
-
 from starlette.types import Message, Scope, Send
+
+from router.journal import name_request
 
 HEADER = b"x-request-id"
 ANTHROPIC_HEADER = b"request-id"
@@ -14,18 +13,17 @@ ANTHROPIC_PATH = "/v1/messages"
 """Where Anthropic's routes are."""
 REQUEST_ID = "roundhouse.request_id"
 """Where the name is kept in the scope, as text."""
-_SAFE = re.compile(rb"[!-~]{1,128}")
 
 
 def naming(scope: Scope, send: Send) -> Send:
     """Returns a ``send`` that adds the header to the response.
 
     It is the request's own, if it has one that is safe to repeat, so that proxies and clients may
-    choose it; else a new one.
+    choose it; else a new one. The log has it, too.
     """
     given = next((value for name, value in scope.get("headers", ()) if name == HEADER), b"")
-    own = given if _SAFE.fullmatch(given) else f"req_{uuid4().hex}".encode()
-    scope[REQUEST_ID] = own.decode()
+    scope[REQUEST_ID] = name_request(given.decode("latin-1"))
+    own = scope[REQUEST_ID].encode()
     names = [(HEADER, own)]
     if scope.get("path", "").startswith(ANTHROPIC_PATH):
         names.append((ANTHROPIC_HEADER, own))

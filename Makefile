@@ -54,6 +54,7 @@ test-vllm: engines-vllm ## Tests the vLLM engine in its own environment (3.5 GB)
 
 test-gpu: engines-torch engines-jax ## Tests the engines that compute on a GPU; fails without one
 	@$(call ENGINE_TEST_OF,torch,gpu/test_torch.py)
+	@$(call ENGINE_TEST_OF,torch,gpu/test_torch_sampling.py)
 	@$(call ENGINE_TEST_OF,jax,gpu/test_jax.py)
 	@$(PY) -m pytest tests/heavy/gpu/test_llamacpp.py $(ARGS)
 

@@ -34,7 +34,9 @@ from shards.sampling import NOT_FINITE, Drawn, Row, Sampler, adjusts, uniform
 # The likeliest tokens that are looked at first; small sorts are fast up to a few thousand.
 WIDTH = 1024
 # Logits that are worked on at once: 32 MiB in single precision, and a few times that of scratch.
+# To sort them all takes more of it for each.
 AT_ONCE = 1 << 23
+SORTED_AT_ONCE = 1 << 22
 # Columns of what is uploaded for each row; numbers that are not whole go by their bits.
 _AT, _TOP_K, _TOPS, _SPARE, _CHANCE, _TEMPERATURE, _MIN_P = 0, 1, 2, 3, 5, 7, 8
 # Columns of what comes back, and of what comes back for rows with log probabilities.
@@ -155,7 +157,8 @@ class DeviceSampler:
         kinds: dict[Kind, list[int]] = {}
         for index in wanted:
             kinds.setdefault(kind_of(rows[index].sampling, self._vocab), []).append(index)
-        most = max(1, AT_ONCE // self._vocab)
+        at_once = AT_ONCE if width < self._vocab else SORTED_AT_ONCE
+        most = max(1, at_once // self._vocab)
         groups = []
         for kind, members in kinds.items():
             for start in range(0, len(members), most):

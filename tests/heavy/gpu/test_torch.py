@@ -33,7 +33,7 @@ def made() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def plainly_made() -> Iterator[Engine]:
-    plainly = {"graphs": "off", "attention": "gather", "fuse": "off"}
+    plainly = {"graphs": "off", "attention": "gather", "fuse": "off", "sample": "host"}
     engine = make(tiny_llama_folder(), device=DEVICE, extra=plainly)
     yield engine
     engine.close()
@@ -43,7 +43,7 @@ PROMPTS = [[(7 * n + 13 * k) % 250 for k in range(24 + 7 * n)] for n in range(1,
 
 
 class TestContract(GrammarContract, PromptContract, EngineContract):
-    """With all that is on by default: the kernel, graphs, joined weights."""
+    """With all that is on by default: the kernel, graphs, joined weights, drawing on the device."""
 
     @pytest.fixture
     def engine(self, made: Engine) -> Engine:
@@ -56,7 +56,7 @@ class TestContract(GrammarContract, PromptContract, EngineContract):
 
 
 class TestContractOfThePlainWay(GrammarContract, PromptContract, EngineContract):
-    """Pages gathered, nothing captured: what other accelerators do."""
+    """Pages gathered, nothing captured, tokens drawn on the host."""
 
     @pytest.fixture
     def engine(self, plainly_made: Engine) -> Engine:
@@ -73,6 +73,8 @@ def test_what_is_on_by_default(made: Engine) -> None:
     assert made._graphs is not None
     assert made._graphs._replays, "graphs of short sequences are captured at load"
     assert any(isinstance(module, Norm) for module in made._model._model.modules())
+    assert made._drawer is not None, made.describe().warnings
+    assert made.describe().warnings == ()
     assert "cuda:0 NVIDIA" in made.describe().device
 
 

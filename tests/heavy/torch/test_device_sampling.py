@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shards.engines import torch_filters, torch_sampling, torch_trial
 from shards.engines.base import Engine, ModelError, Plan, SamplingParams
 from shards.engines.torch_filters import portion
+from shards.engines.torch_ranks import Ranks
 from shards.engines.torch_sampling import serves
 from tests.engines.contract import EngineContract
 from tests.engines.contract_grammar import GrammarContract
@@ -206,6 +207,7 @@ def test_few_rows_at_once_draw_what_many_do(monkeypatch: pytest.MonkeyPatch) -> 
     logits = random_logits(random, len(rows), VOCAB, 3.0)
     whole = both.draw(logits, rows)
     monkeypatch.setattr(torch_sampling, "AT_ONCE", 2 * VOCAB)
+    monkeypatch.setattr(torch_sampling, "SORTED_AT_ONCE", 1)
     assert both.draw(logits, rows) == whole
 
 
@@ -331,13 +333,29 @@ def test_a_device_that_draws_otherwise_is_not_used(
     engine.close()
 
 
-def test_what_rounding_exchanges_is_forgiven_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_that_cannot_draw_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks must draw the same tokens."""
+    given: list[int] = []
+
+    def least(_self: Ranks, value: int, _device: object) -> int:
+        given.append(value)
+        return 0 if value == 1 else value
+
+    monkeypatch.setattr(Ranks, "least", least)
+    engine = make(tiny_llama_folder(), extra={"sample": "device"})
+    assert given[-1] == 1, "this rank could"
+    assert engine._drawer is None
+    assert "another rank's device" in engine.describe().warnings[0]
+    engine.close()
+
+
+def test_what_rounding_exchanges_is_forgiven_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no token that is far away in the distribution."""
     both = Both(VOCAB)
     rows, logits = torch_trial._rows(VOCAB)
     expected = both.host.draw(logits, rows)
     exact = logits.astype(np.float64)
-    warm = [n for n, row in enumerate(rows) if row.sampling.temperature == 1.0][:2]
+    warm = [n for n, row in enumerate(rows) if row.sampling.temperature == 1.0][:3]
 
     def shifted(by: int, count: int) -> str:
         seen = both.host.draw(logits, rows)
@@ -346,8 +364,8 @@ def test_what_rounding_exchanges_is_forgiven_once(monkeypatch: pytest.MonkeyPatc
             seen.logprobs.pop(index, None)
         return torch_trial._compare(exact, rows, seen, expected)
 
-    monkeypatch.setattr(torch_trial, "_SHARE_MAX", 0.5)
-    assert shifted(1, 0) == shifted(1, 1) == ""
-    assert shifted(1, 2).startswith("it draws other tokens")
+    monkeypatch.setattr(torch_trial, "_SHARE_MAX", 1.0)
+    assert shifted(1, 0) == shifted(1, 1) == shifted(1, 2) == ""
+    assert shifted(1, 3).startswith("it draws other tokens")
     monkeypatch.setattr(torch_trial, "_SHARE_MAX", 1e-12)
     assert shifted(1, 1).startswith("it draws other tokens")

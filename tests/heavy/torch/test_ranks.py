@@ -30,11 +30,12 @@ def prompts(vocabulary: int, count: int) -> list[list[int]]:
 
 @pytest.fixture(scope="class")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Group, Group]]:
-    """One rank, and two ranks of the same model."""
+    """One rank, and two ranks of the same model, which draw as accelerators do."""
     folder, model = tmp_path_factory.mktemp("pair"), tiny_llama_folder()
+    drawing = ("--engine-option", "sample=device")
     with (
         group(folder / "one", model, 1, *SIZES) as one,
-        group(folder / "two", model, 2, *PATIENT) as two,
+        group(folder / "two", model, 2, *PATIENT, *drawing) as two,
     ):
         yield one, two
 

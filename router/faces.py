@@ -14,6 +14,7 @@ from typing import Any, Self
 import grpc.aio
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from router.api.gateway_server import Gateways
 from router.api.grpc_server import start as start_grpc
@@ -95,6 +96,29 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+class _Connection(HttpToolsProtocol):
+    """Closes a connection on which no request has come for ``KEEP_ALIVE_S``.
+
+    uvicorn does so behind an answer only, and waits for ever for the first request, or for the rest
+    of one's head.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_request()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        answered = self.cycle is None or self.cycle.response_complete
+        if answered and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self._await_request()
+
+    def _await_request(self) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+
+
 class RestFace:
     """The REST server of an application, on listening sockets. ``run`` is its task.
 
@@ -107,7 +131,7 @@ class RestFace:
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=_Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -17,7 +17,7 @@ from router.api.rest.request_id import ANTHROPIC_PATH as PATH
 from router.api.rest.sse import EventStream, EventWriter
 from router.conversation import ChatAsk
 
-ERRORS = error_answers(m.AnthropicError, 400, 401, 404, 413, 415, 500, 503, 504, 529)
+ERRORS = error_answers(m.AnthropicError, 400, 401, 404, 408, 413, 415, 500, 503, 504, 529)
 
 
 class AnthropicRoutes:

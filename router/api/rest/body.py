@@ -1,5 +1,6 @@
 """Reading a request body: bounded bytes, strict JSON, a checked model, and what was not known."""
 
+import asyncio
 import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -7,11 +8,15 @@ from typing import Any, TypeVar
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
+from starlette.types import Message
 
 from router.api.rest.errors import HttpError, TooLargeError
 from router.api.rest.presence import ClientLeft
 from router.errors import Fault, RequestError
 
+BODY_PAUSE_S = 60.0
+"""The longest wait for a next part of a body. One that is never completed would hold its connection
+for ever."""
 IGNORED_NAMES_MAX = 32
 IGNORED_NAME_LENGTH = 64
 
@@ -28,7 +33,8 @@ B = TypeVar("B", bound=Body)
 async def read_body(request: Request, limit: int) -> bytes:
     """Reads a body of at most ``limit`` bytes.
 
-    Raises TooLargeError as soon as it is known to be longer, ClientLeft if it breaks off.
+    Raises TooLargeError as soon as it is known to be longer, ClientLeft if it breaks off, HttpError
+    408 if it does not go on.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
@@ -36,7 +42,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
-        message = await request.receive()
+        message = await _next_part(request)
         if message["type"] == "http.disconnect":
             raise ClientLeft
         part = message.get("body", b"")
@@ -46,6 +52,15 @@ async def read_body(request: Request, limit: int) -> bytes:
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
+
+
+async def _next_part(request: Request) -> Message:
+    try:
+        async with asyncio.timeout(BODY_PAUSE_S):
+            return await request.receive()
+    except TimeoutError:
+        text = f"the body is not complete, and nothing of it came for {BODY_PAUSE_S:g} s"
+        raise HttpError(408, text) from None
 
 
 async def parse(request: Request, model: type[B], limit: int) -> B:

@@ -19,7 +19,7 @@ from router.api.rest.models_openai import OpenAIError
 from router.api.rest.openapi import error_answers, request_body
 from router.ask import EmbedAsk
 
-ERRORS = error_answers(OpenAIError, 400, 401, 404, 413, 415, 429, 500, 503, 504)
+ERRORS = error_answers(OpenAIError, 400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
 def inputs_of(body: m.EmbeddingRequest) -> tuple[str | tuple[int, ...], ...]:

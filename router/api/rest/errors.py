@@ -26,7 +26,10 @@ class Dialect(Enum):
 
 
 class HttpError(RequestError):
-    """A fault of the HTTP exchange itself, with its own status: 400 syntax, 415 content type."""
+    """A fault of the HTTP exchange itself, with its own status.
+
+    400 syntax, 408 a body that does not go on, 415 content type.
+    """
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(Fault.VALIDATION, message)
@@ -169,11 +172,12 @@ def error_response(error: RequestError, dialect: Dialect, scope: Scope | None = 
         headers["retry-after"] = str(error.wire.retry_after_s)
     if error.fault is Fault.UNAUTHENTICATED:
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, TooLargeError) and error.waiting:
-        headers["connection"] = "close"
+    status = status_of(error, dialect)
+    if status == 408 or (isinstance(error, TooLargeError) and error.waiting):
+        headers["connection"] = "close"  # what comes next may be the rest of the body
     return Response(
         error_body(error, dialect, scope),
-        status_of(error, dialect),
+        status,
         headers,
         media_type="application/json",
     )

@@ -37,7 +37,7 @@ from router.errors import RequestError
 
 Handler = Callable[[Request], Awaitable[Response]]
 """A route that reads its own body."""
-STATUSES = (400, 401, 404, 413, 415, 422, 424, 429, 500, 503, 504)
+STATUSES = (400, 401, 404, 408, 413, 415, 422, 424, 429, 500, 503, 504)
 
 
 class HostedRoutes:

@@ -17,7 +17,7 @@ from router.api.rest.openapi import error_answers, request_body, stream_answer
 from router.errors import RequestError
 from router.fleet import ModelCard
 
-ERRORS = error_answers(m.OpenAIError, 400, 401, 404, 413, 415, 429, 500, 503, 504)
+ERRORS = error_answers(m.OpenAIError, 400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
 class OpenAIRoutes:

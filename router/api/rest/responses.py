@@ -328,7 +328,7 @@ def responses_routes(context: Context) -> APIRouter:
     """Returns the router with the route."""
     route = ResponsesRoute(context)
     api = APIRouter(tags=["OpenAI"])
-    errors = error_answers(OpenAIError, 400, 401, 404, 413, 415, 429, 500, 503, 504)
+    errors = error_answers(OpenAIError, 400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
     answers = {200: {"model": m.ResponseObject, **stream_answer(m.ResponseEvent)}, **errors}
     body = request_body(m.ResponsesRequest)
     api.post("/v1/responses", responses=answers, openapi_extra=body)(route.create)

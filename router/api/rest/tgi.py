@@ -25,7 +25,7 @@ from router.api.rest.sse import EventStream, EventWriter
 from router.errors import RequestError
 
 Handler = Callable[[Request], Awaitable[Response]]
-ERRORS = error_answers(m.ErrorResponse, 400, 401, 404, 413, 415, 422, 424, 429, 500, 503, 504)
+ERRORS = error_answers(m.ErrorResponse, 400, 401, 404, 408, 413, 415, 422, 424, 429, 500, 503, 504)
 
 
 def version() -> str:

@@ -1,0 +1,82 @@
+"""Connections on which nothing comes: they must not be held for ever."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from router import faces
+from router.api.rest import body
+from router.faces import RestFace, listen
+from tests.service.fake_service import FakeService, words
+from tests.service.fakes import PATIENCE_S
+from tests.service.rest_server import app_of
+
+HALF_A_BODY = (
+    b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    b'content-length: 99\r\n\r\n{"inputs":'
+)
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture
+async def port(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
+    """Where REST is served as the router does it, but with little patience."""
+    monkeypatch.setattr(faces, "KEEP_ALIVE_S", 0.1)
+    monkeypatch.setattr(body, "BODY_PAUSE_S", 0.1)
+    face = RestFace(app_of(service), listen("127.0.0.1", 0))
+    running = asyncio.create_task(face.run())
+    yield face.port
+    face.close()
+    async with asyncio.timeout(PATIENCE_S):
+        await running
+
+
+async def heard(port: int, *said: bytes) -> bytes:
+    """What the server says until it closes the connection on which this was said."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for part in said:
+            writer.write(part)
+            await writer.drain()
+        async with asyncio.timeout(PATIENCE_S):
+            return await reader.read()
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /hea", b"POST /generate HTTP/1.1\r\nhost: x\r\n"])
+async def test_one_without_a_whole_request_is_closed(port: int, said: bytes) -> None:
+    assert await heard(port, said) == b""
+
+
+async def test_one_is_closed_that_begins_another_request_and_never_ends_it(port: int) -> None:
+    answer = await heard(port, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", b"GET /hea")
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+async def test_a_body_that_does_not_go_on_is_told_so(port: int, service: FakeService) -> None:
+    head, _, told = (await heard(port, HALF_A_BODY)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in head
+    assert b"the body is not complete" in told
+    assert service.asks == []
+
+
+async def test_an_answer_may_take_its_time(port: int, service: FakeService) -> None:
+    gate = asyncio.Event()
+    service.scripts = [[gate, *words()]]
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        asked = asyncio.create_task(client.post("/generate", json={"inputs": "x"}))
+        await service.waiting.wait()
+        for _ in range(2):  # each is given up after as long as an idle connection may live
+            await heard(port)
+        gate.set()
+        assert (await asked).status_code == 200

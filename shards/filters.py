@@ -7,6 +7,7 @@ to look for its places first takes a third of the time, as there are no branches
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from shards.engines.base import SamplingParams
 Floats = NDArray[np.float32]
 Ids = NDArray[np.intp]
 
+_NOTHING: Ids = np.empty(0, np.intp)
 # Distances of surprise from the entropy, in nats, for typical_p.
 _SPREADS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 9.0, math.inf)
 _GROUPS = 512
@@ -24,7 +26,7 @@ _FEW = 2048
 # So many times the weight of the likeliest token all of them weigh in a flat distribution.
 _FLAT = 6.0
 # The nucleus is first looked for down to so many times the weight that certainly leaves it in.
-_EAGER = 16.0
+_EAGER = 48.0
 # What is left out is guessed from every 61st token, and a share of the mass between what may be
 # left out and that guess is for bad luck.
 _STRIDE = 61
@@ -34,6 +36,16 @@ _ROUNDING = 1e-6
 # Longer runs are summed up in two levels, by blocks.
 _BLOCK = 256
 _TINY = np.float32(1e-38)
+_ONES: Floats = np.ones(_BLOCK, np.float32)
+
+
+class Kept(NamedTuple):
+    """What filters leave, ascending, and perhaps others, which weigh 0."""
+
+    ids: Ids
+    weights: Floats
+    floor: float
+    """All tokens that weigh as much are among them."""
 
 
 def largest(logits: Floats, count: int) -> Ids:
@@ -44,15 +56,25 @@ def largest(logits: Floats, count: int) -> Ids:
     return near[_first(values, last, count)]
 
 
-def ranked(logits: Floats, count: int, likely: Ids) -> Ids:
+def ranked(
+    logits: Floats, count: int, likely: Ids, surely: float = math.inf, besides: Ids = _NOTHING
+) -> Ids:
     """Ids of the ``count`` largest, the largest first; of equal ones the smaller ids first.
 
-    ``likely`` are different ids which may help to find them: the largest should be among them.
+    ``likely`` are different ids, ascending, which may help to find them: the largest should be
+    among them. All with logits of ``surely`` and more are, if they are not among ``besides``.
     """
     near: Ids | None = None
     if len(likely) >= count:
-        bound = np.partition(logits[likely], len(likely) - count)[len(likely) - count]
-        near = (logits >= bound).nonzero()[0]
+        values = logits[likely]
+        bound = np.partition(values, len(likely) - count)[len(likely) - count]
+        if bound >= surely:
+            near = likely[(values >= bound).nonzero()[0]]
+            others = besides[(logits[besides] >= bound).nonzero()[0]]
+            if len(others):
+                near = np.array(sorted({*near.tolist(), *others.tolist()}))
+        else:
+            near = (logits >= bound).nonzero()[0]
     # A bias can make tokens likely that the engine thought little of.
     if near is None or len(near) > _FEW:
         near = _near(logits, count)
@@ -88,13 +110,12 @@ def _chosen(values: Floats, last: np.float32, count: int) -> NDArray[np.bool_]:
     return chosen
 
 
-def keep(weights: Floats, sampling: SamplingParams, total: float) -> tuple[Ids, Floats] | None:
-    """Indices that top_p, min_p and typical_p leave, ascending, and their weights.
+def keep(weights: Floats, sampling: SamplingParams, total: float) -> Kept | None:
+    """What top_p, min_p and typical_p leave; None if none of the filters is on.
 
-    There may be others among them, which weigh 0. None if none of the filters is on. ``total`` is
-    the sum of the weights.
+    ``total`` is the sum of the weights.
     """
-    kept: tuple[Ids, Floats] | None = None
+    kept: Kept | None = None
     if 0.0 < sampling.top_p < 1.0:
         kept = nucleus(weights, sampling.top_p, total)
     if sampling.min_p > 0.0:
@@ -102,26 +123,25 @@ def keep(weights: Floats, sampling: SamplingParams, total: float) -> tuple[Ids, 
         floor = np.float32(min(sampling.min_p, 1.0))
         if kept is None:
             ids = np.flatnonzero(weights >= floor)
-            kept = ids, weights[ids]
+            kept = Kept(ids, weights[ids], float(floor))
         else:
-            np.multiply(kept[1], kept[1] >= floor, out=kept[1])
+            np.multiply(kept.weights, kept.weights >= floor, out=kept.weights)
     if 0.0 < sampling.typical_p < 1.0:
         if kept is None:
             ids = _typical(weights, sampling.typical_p, total)
-            kept = ids, weights[ids]
-        else:
-            left = kept[1].nonzero()[0]
-            ids, likely = kept[0][left], kept[1][left]
-            places = _typical(likely, sampling.typical_p, float(likely.sum()))
-            kept = ids[places], likely[places]
+            return Kept(ids, weights[ids], math.inf)
+        left = kept.weights.nonzero()[0]
+        ids, likely = kept.ids[left], kept.weights[left]
+        places = _typical(likely, sampling.typical_p, float(likely.sum()))
+        kept = Kept(ids[places], likely[places], math.inf)
     return kept
 
 
-def nucleus(weights: Floats, top_p: float, total: float) -> tuple[Ids, Floats]:
-    """The smallest set of likeliest tokens with that share of the mass: indices, and their weights.
+def nucleus(weights: Floats, top_p: float, total: float) -> Kept:
+    """The smallest set of likeliest tokens with that share of the mass.
 
-    Ascending, with others among them, which weigh 0: to pick out those that are left takes longer
-    than to pass over the rest when one is drawn.
+    There are others among them: to pick out those that are left takes longer than to pass over the
+    rest when one is drawn.
 
     Tokens that weigh less than an even share of what may be left out can all be left out. Mostly
     a higher floor does: one that is much higher, or in flat distributions one that is guessed.
@@ -137,7 +157,14 @@ def nucleus(weights: Floats, top_p: float, total: float) -> tuple[Ids, Floats]:
         if spare >= 0.0 or floor == 0.0:
             break
     chosen = _chosen(values, *_border(values, max(spare, 0.0), floor))
-    return ids, np.multiply(values, chosen, out=values)
+    return Kept(ids, np.multiply(values, chosen, out=values), floor)
+
+
+def _guess(weights: Floats, spare: float) -> float:
+    """A weight such that all tokens below it together weigh about what may be left out, or less."""
+    sample = weights[::_STRIDE].copy()
+    sample.sort()
+    return float(sample[min(reach(sample, _CAUTION * spare / _STRIDE), len(sample) - 1)])
 
 
 def _border(values: Floats, spare: float, floor: float) -> tuple[np.float32, int]:
@@ -154,32 +181,46 @@ def _border(values: Floats, spare: float, floor: float) -> tuple[np.float32, int
     return rising[out], len(values) - out
 
 
-def _guess(weights: Floats, spare: float) -> float:
-    """A weight such that all tokens below it together weigh about what may be left out, or less."""
-    sample = np.sort(weights[::_STRIDE])
-    return float(sample[min(reach(sample, _CAUTION * spare / _STRIDE), len(sample) - 1)])
+def invert(weights: Floats, chance: float) -> int:
+    """The first index whose cumulative weight exceeds that share of the total, which is below 1.
 
-
-def reach(values: Floats, wanted: float, share: bool = False) -> int:
-    """The first place where the sum up to it exceeds ``wanted``, or that share of the whole sum.
-
-    The number of values if it never does. Sums are in double precision.
+    A token without weight is never found, whatever rounding does.
     """
+    start = 0
+    if len(weights) <= _FEW:
+        sums = np.add.accumulate(weights, dtype=np.float64)
+        wanted = chance * float(sums[-1])
+    else:
+        whole = len(weights) // _BLOCK * _BLOCK
+        # A product with ones adds up twice as fast as a sum does.
+        blocks = np.vecdot(weights[:whole].reshape(-1, _BLOCK), _ONES)
+        sums = np.add.accumulate(blocks, dtype=np.float64)
+        rest = float(np.add.reduce(weights[whole:]))
+        wanted = chance * (float(sums[-1]) + rest)
+        block = int(sums.searchsorted(wanted, "right"))
+        start = block * _BLOCK
+        wanted -= float(sums[block - 1]) if block else 0.0
+        weights = weights[start : start + _BLOCK]
+        sums = np.add.accumulate(weights, dtype=np.float64)
+    index = int(sums.searchsorted(wanted, "right"))
+    return start + (index if index < len(weights) else int(weights.nonzero()[0][-1]))
+
+
+def reach(values: Floats, wanted: float) -> int:
+    """The first place where the sum up to it exceeds ``wanted``; their number if it never does.
+
+    Sums are in double precision.
+    """
+    start, before = 0, 0.0
     if len(values) > _FEW:
         whole = len(values) // _BLOCK * _BLOCK
         blocks = np.add.reduce(values[:whole].reshape(-1, _BLOCK), axis=1, dtype=np.float64)
         sums = np.add.accumulate(blocks)
-        if share:
-            wanted *= float(sums[-1]) + float(values[whole:].sum(dtype=np.float64))
         block = int(sums.searchsorted(wanted, "right"))
         start, before = block * _BLOCK, float(sums[block - 1]) if block else 0.0
-        return start + _reach_few(values[start : start + _BLOCK], wanted - before)
-    return _reach_few(values, wanted, share)
-
-
-def _reach_few(values: Floats, wanted: float, share: bool = False) -> int:
+        values = values[start : start + _BLOCK]
     sums = np.add.accumulate(values, dtype=np.float64)
-    return int(sums.searchsorted(wanted * float(sums[-1]) if share else wanted, "right"))
+    return start + int(sums.searchsorted(wanted - before, "right"))
 
 
 def _typical(weights: Floats, typical_p: float, total: float) -> Ids:

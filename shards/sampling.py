@@ -20,27 +20,27 @@ doi:10.1145/2660193.2660195.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from shards.allowed import GuideError, Guiding, holds, pick
+from shards.changes import Change, change_of, penalises, penalties
 from shards.crew import Crew, default_threads
 from shards.engines.base import Logprobs, SamplingParams
-from shards.filters import Floats, Ids, keep, largest, ranked, reach
+from shards.filters import Floats, Ids, invert, keep, largest, ranked
 from shards.tally import Tallies, Tally
 from shards.watermark import mark
+from shards.weighing import Weigh, weigh
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_BLOCK = 256
-_MINUS_INF = np.float32(-np.inf)
 _NOTHING: Ids = np.empty(0, np.intp)
 NOT_FINITE = "the engine's logits are not finite numbers"
-# The tokens that were not changed must have this share of a sum that is to be put right.
-_TRUSTED = 0.5
-# By so many nats the largest raw logit may exceed the largest one for the same purpose.
-_NEAR = 50.0
+# If changes leave less of the sum of all weights, what they took spoils its last digits.
+_TRUSTED = 0.1
+# Rounding of a weight, and more than that.
+_ROUNDING = 1e-5
 
 
 class Row(Protocol):
@@ -89,6 +89,17 @@ def uniform(seed: int, position: int) -> float:
     return (splitmix64(splitmix64(seed & _MASK) ^ position) >> 11) * 2.0**-53
 
 
+@dataclass(slots=True)
+class _Step:
+    """One draw of all rows. The last two are by index of the row, for some of them."""
+
+    logits: Floats
+    rows: Sequence[Row]
+    drawn: Drawn
+    tallies: dict[int, Tally] = field(default_factory=dict)
+    changes: dict[int, Change] = field(default_factory=dict)
+
+
 class Sampler:
     """Draws tokens for one engine. Holds scratch memory, so it serves one thread.
 
@@ -96,10 +107,10 @@ class Sampler:
     What is drawn does not depend on their number.
     """
 
-    def __init__(self, vocab_size: int, threads: int | None = None) -> None:
+    def __init__(self, vocab_size: int, threads: int | None = None, weigh: Weigh = weigh) -> None:
         self._tallies = Tallies()
         self._crew = Crew(default_threads() if threads is None else threads)
-        self._desks = [_Desk(vocab_size) for _ in range(self._crew.threads)]
+        self._desks = [_Desk(vocab_size, weigh) for _ in range(self._crew.threads)]
 
     def draw(self, logits: Floats, rows: Sequence[Row]) -> Drawn:
         """One token for each row of ``logits`` [rows, vocabulary], which are not changed.
@@ -115,34 +126,36 @@ class Sampler:
                 if not math.isfinite(top):
                     _fail(drawn, index, NOT_FINITE)
             return drawn
-        drawn = Drawn([0] * len(rows))
-        tallies = [self._tallies.of(row) if _penalises(row.sampling) else None for row in rows]
+        step = _Step(logits, rows, Drawn([0] * len(rows)))
+        self._count(step)
 
         def work(member: int, places: Sequence[int]) -> None:
             """Each place of ``drawn`` is written by one member."""
             for index in places:
-                self._desks[member].draw(logits[index], rows[index], tallies[index], drawn, index)
+                self._desks[member].draw(step, index)
 
         # A guide belongs to the engine's thread.
         guided = [index for index, row in enumerate(rows) if row.guide is not None]
         free = [index for index, row in enumerate(rows) if row.guide is None]
         self._crew.deal(work, free, guided)
-        return drawn
+        return step.drawn
+
+    def _count(self, step: _Step) -> None:
+        """Counts the tokens of penalised rows, and finds their changes if there are no others."""
+        rows, tallies = step.rows, step.tallies
+        for index, row in enumerate(rows):
+            if penalises(row.sampling):
+                tallies[index] = self._tallies.of(row)
+        alone = [index for index in tallies if not _adjusts_otherwise(rows[index])]
+        if alone:
+            asked = [rows[index].sampling for index in alone]
+            counted = [tallies[index] for index in alone]
+            changes = penalties(step.logits, alone, asked, counted)
+            step.changes.update(zip(alone, changes, strict=True))
 
     def close(self) -> None:
         """Ends the threads that help; may be called again."""
         self._crew.close()
-
-
-class _Change(NamedTuple):
-    """New logits of some tokens, each of which is there once."""
-
-    ids: Ids
-    before: Floats
-    after: Floats
-
-
-_NO_CHANGE = _Change(_NOTHING, np.empty(0, np.float32), np.empty(0, np.float32))
 
 
 @dataclass(slots=True)
@@ -154,115 +167,99 @@ class _Scores:
     """Where the largest is."""
     peak: float
     """The largest."""
-    change: _Change | None = _NO_CHANGE
-    """Where they are not what the engine said; None if they may be anything."""
-    pending: bool = False
-    """Whether ``logits`` are still without the change, which spares their largest."""
+    change: Change | None = None
+    """What the logits are still without."""
     ids: Ids | None = None
     """The tokens that the logits belong to; None for all."""
+    raw: bool = True
+    """Whether the logits are the engine's own."""
+    total: float | None = None
+    """The sum of the exponentials of the engine's logits, less their largest, once it is known."""
     likely: Ids = field(default_factory=lambda: _NOTHING)
-    """Likely tokens, if some are known."""
+    """Likely tokens, ascending, if some are known."""
+    surely: float = math.inf
+    """All tokens with engine's logits of so much are among them, up to those that change."""
+
+
+class _NoTokenError(Exception):
+    """Nothing is left to draw."""
 
 
 class _Desk:
     """The scratch memory of one thread, and the row that it draws."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, weigh: Weigh) -> None:
         self._vocab = vocab_size
-        blocks = -(-vocab_size // _BLOCK)
-        self._padded: Floats = np.zeros(blocks * _BLOCK, np.float32)
-        self._weights = self._padded[:vocab_size]
+        self._weigh = weigh
+        self._weights: Floats = np.empty(vocab_size, np.float32)
         self._adjusted: Floats = np.empty(vocab_size, np.float32)
-        # The sum of the weights, where they also tell the sum of the raw logits' exponentials.
-        self._total: float | None = None
 
-    def draw(self, raw: Floats, row: Row, tally: Tally | None, drawn: Drawn, index: int) -> None:
-        """Fills in the place of one row. Its logits stay in the cache from one pass to the next.
-
-        ``tally`` is there if the row is penalised.
-        """
-        token = drawn.tokens[index] = int(raw.argmax())
-        top = float(raw[token])
+    def draw(self, step: _Step, index: int) -> None:
+        """Fills in the place of one row. Its logits stay in the cache from one pass to the next."""
+        raw, row, drawn = step.logits[index], step.rows[index], step.drawn
+        best = drawn.tokens[index] = int(raw.argmax())
+        top = float(raw[best])
         # NaN counts as the largest value, so the largest tells.
         if not math.isfinite(top):
             _fail(drawn, index, NOT_FINITE)
         elif not row.plain:
-            self._draw(_Scores(raw, token, top), row, tally, drawn, index)
-
-    def _draw(
-        self, scores: _Scores, row: Row, tally: Tally | None, drawn: Drawn, index: int
-    ) -> None:
-        sampling, raw, top = row.sampling, scores.logits, scores.peak
-        if adjusts(row):
-            self._adjust(scores, row, tally)
-            if not math.isfinite(scores.peak):
-                _fail(drawn, index, "bias, penalties and min_tokens leave no token to draw")
-                return
-        if row.guide is not None:
+            scores = _Scores(raw, best, top)
             try:
-                self._guide(scores, row.guide, sampling)
-            except GuideError as error:
+                token = drawn.tokens[index] = self._token(scores, step, index)
+            except (GuideError, _NoTokenError) as error:
                 _fail(drawn, index, str(error))
                 return
-        token = scores.best
-        self._total = None
-        if sampling.temperature > 0.0:
-            token = self._sample(scores, sampling, uniform(sampling.seed, len(row.tokens)))
-        elif scores.ids is not None:
-            token = int(scores.ids[token])
-        drawn.tokens[index] = token
-        if sampling.logprobs:
-            log_total = self._log_total(raw, top, scores)
-            # Where anything may have been forbidden, the engine's likeliest may be anywhere.
-            likely = _NOTHING if scores.change is None else scores.likely
-            drawn.logprobs[index] = _logprobs(raw, token, log_total, sampling, likely)
+            if row.sampling.logprobs:
+                if scores.total is None:
+                    scores.total = self._weigh(raw, top, self._weights)
+                log_total = top + math.log(scores.total)
+                drawn.logprobs[index] = _logprobs(raw, token, log_total, row.sampling, scores)
 
-    def _adjust(self, scores: _Scores, row: Row, tally: Tally | None) -> None:
+    def _token(self, scores: _Scores, step: _Step, index: int) -> int:
+        """The token that is drawn. Raises ``GuideError`` and ``_NoTokenError``."""
+        row = step.rows[index]
+        if index in step.tallies or _adjusts_otherwise(row):
+            self._adjust(scores, step, index)
+        if row.guide is not None:
+            self._guide(scores, row.guide, row.sampling)
+        if row.sampling.temperature > 0.0:
+            chance = uniform(row.sampling.seed, len(row.tokens))
+            return self._sample(scores, row.sampling, chance)
+        return scores.best if scores.ids is None else int(scores.ids[scores.best])
+
+    def _adjust(self, scores: _Scores, step: _Step, index: int) -> None:
         """Applies watermark, bias, penalties and the mask of min_tokens.
 
-        Mostly few logits change, and the largest stays what it is. Then the row is not copied: it
-        is enough to weigh those few by themselves.
+        Mostly few logits change, and none exceeds the largest. Then the row is not copied: it is
+        enough to put right what these few weigh, or nothing at all if the largest stays what it is
+        and is all that is wanted.
         """
-        adjusted, sampling = self._adjusted, row.sampling
-        marked = sampling.watermark is not None
+        row, sampling = step.rows[index], step.rows[index].sampling
         if sampling.watermark is not None:
-            np.copyto(adjusted, scores.logits)
-            mark(adjusted, row.tokens[-1], sampling.watermark)
-            scores.logits = adjusted
-        change = self._change(scores.logits, row, tally)
-        scores.change = None if marked else change
+            np.copyto(self._adjusted, scores.logits)
+            mark(self._adjusted, row.tokens[-1], sampling.watermark)
+            scores.logits, scores.raw = self._adjusted, False
+        change = step.changes.get(index)
+        if change is None:
+            generated = len(row.tokens) - row.prompt_len
+            change = change_of(scores.logits, sampling, generated, step.tallies.get(index))
         picks = row.guide is not None or 0 < sampling.top_k < self._vocab
-        if not marked and not picks and _below(change, scores.peak):
-            scores.pending = True
-            return
-        if not marked:
+        if not picks and scores.raw and _spares_copy(change, scores.peak, sampling):
+            scores.change = change
+        else:
+            self._apply(scores, change)
+
+    def _apply(self, scores: _Scores, change: Change) -> None:
+        """Copies the row and changes it. Raises ``_NoTokenError``."""
+        adjusted = self._adjusted
+        if scores.raw:
             np.copyto(adjusted, scores.logits)
         adjusted[change.ids] = change.after
-        scores.logits, scores.best = adjusted, int(adjusted.argmax())
+        scores.logits, scores.raw, scores.change = adjusted, False, None
+        scores.best = int(adjusted.argmax())
         scores.peak = float(adjusted[scores.best])
-
-    def _change(self, logits: Floats, row: Row, tally: Tally | None) -> _Change:
-        """What bias, penalties and the mask of min_tokens make of some logits."""
-        sampling = row.sampling
-        biased = [token for token, _ in sampling.logit_bias]
-        stops: list[int] = []
-        if len(row.tokens) - row.prompt_len < sampling.min_tokens:
-            stops = [token for token in sampling.stop_tokens if token < self._vocab]
-        ids = seen = _NOTHING if tally is None else tally.ids
-        places: Ids | slice = slice(None)
-        if biased or stops:
-            ids = np.unique(np.concatenate((seen, np.array(biased + stops, np.intp))))
-            places = ids.searchsorted(seen)
-        before = logits[ids]
-        after = before.copy()
-        if biased:
-            bias = np.array([bias for _, bias in sampling.logit_bias], np.float32)
-            np.add.at(after, ids.searchsorted(biased), bias)
-        if tally is not None:
-            after[places] = _penalised(after[places], tally, sampling)
-        if stops:
-            after[ids.searchsorted(stops)] = _MINUS_INF
-        return _Change(ids, before, after)
+        if not math.isfinite(scores.peak):
+            raise _NoTokenError("bias, penalties and min_tokens leave no token to draw")
 
     def _guide(self, scores: _Scores, guide: Guiding, sampling: SamplingParams) -> None:
         """Applies a constraint. Raises ``GuideError``."""
@@ -270,66 +267,83 @@ class _Desk:
         if sampling.temperature > 0.0 or not holds(words, scores.best):
             picked = pick(scores.logits, words, scores.best, self._adjusted)
             scores.logits, scores.ids, scores.best = picked
-            scores.change = None
+            scores.raw = False
         scores.peak = float(scores.logits[scores.best])
 
     def _sample(self, scores: _Scores, sampling: SamplingParams, chance: float) -> int:
         """Temperature, filters, draw."""
-        logits, ids = scores.logits, scores.ids
-        if 0 < sampling.top_k < len(logits):
-            likeliest = largest(logits, sampling.top_k)
-            ids = likeliest if ids is None else ids[likeliest]
-            logits = logits[likeliest]
-        weights = self._weights if len(logits) == self._vocab else np.empty_like(logits)
-        _weigh(logits, sampling.temperature, scores.peak, weights)
-        if scores.pending and scores.change is not None:
-            few = scores.change.after
-            _weigh(few, sampling.temperature, scores.peak, few)
-            weights[scores.change.ids] = few
-        raw_too = sampling.logprobs and sampling.temperature == 1.0 and len(weights) == self._vocab
-        total = 0.0
-        if raw_too or sampling.top_p < 1.0 or sampling.typical_p < 1.0:
-            total = float(weights.sum())
-        self._total = total if raw_too else None
+        if 0 < sampling.top_k < len(scores.logits):
+            likeliest = largest(scores.logits, sampling.top_k)
+            scores.ids = likeliest if scores.ids is None else scores.ids[likeliest]
+            scores.logits, scores.raw = scores.logits[likeliest], False
+        weights, total = self._weighed(scores, sampling.temperature)
         kept = keep(weights, sampling, total)
+        if kept is None:
+            place = invert(weights, chance)
+        else:
+            place = int(kept.ids[invert(kept.weights, chance)])
+        if scores.ids is not None:
+            return int(scores.ids[place])
         if kept is not None:
-            ids, weights = kept[0] if ids is None else ids[kept[0]], kept[1]
-        elif ids is None:
-            return _invert_blocks(self._padded, chance)
-        assert ids is not None, "tokens were picked"
-        scores.likely = ids
-        return int(ids[_invert(weights, chance)])
+            scores.likely = kept.ids
+            if scores.raw:
+                scores.surely = _logit_of(kept.floor, scores.peak, sampling.temperature)
+        return place
 
-    def _log_total(self, raw: Floats, top: float, scores: _Scores) -> float:
-        """The logarithm of the sum of the exponentials of the raw logits.
+    def _weighed(self, scores: _Scores, temperature: float) -> tuple[Floats, float]:
+        """Probabilities up to a factor, and their sum. Raises ``_NoTokenError``.
 
-        If all tokens have just been weighed at temperature 1, that is the sum of their weights, up
-        to those that were changed. They are put right in it, unless they were most of it, or the
-        raw logits are on another scale.
+        The token with the largest logit weighs 1, unless a change takes that from it.
         """
-        change, peak = scores.change, scores.peak
-        if self._total is not None and change is not None and top - peak <= _NEAR:
-            if not len(change.ids):
-                return peak + math.log(self._total)
-            other = self._total - float(np.add.reduce(self._weights[change.ids], dtype=np.float64))
-            if other >= _TRUSTED * self._total:
-                before = np.exp(change.before - np.float32(peak))
-                return peak + math.log(other + float(np.add.reduce(before)))
-        return top + math.log(float(_weigh(raw, 1.0, top, self._weights).sum()))
+        logits, weights, change = scores.logits, self._weights, scores.change
+        if len(logits) < self._vocab:
+            weights = _scaled(logits, scores.peak, temperature, np.empty_like(logits))
+            return weights, weigh(weights, 0.0, weights)
+        if temperature == 1.0:
+            total = self._weigh(logits, scores.peak, weights)
+            if scores.raw:
+                scores.total = total
+        else:
+            _scaled(logits, scores.peak, temperature, weights)
+            total = self._weigh(weights, 0.0, weights)
+        if change is None:
+            return weights, total
+        few = _scaled(change.after, scores.peak, temperature, np.empty_like(change.after))
+        np.exp(few, out=few)
+        rest = total + float(np.add.reduce(few - weights[change.ids], dtype=np.float64))
+        if rest < _TRUSTED * total:
+            self._apply(scores, change)
+            return self._weighed(scores, temperature)
+        weights[change.ids] = few
+        return weights, rest
 
 
-def _below(change: _Change, peak: float) -> bool:
-    """Whether the largest logit is not among those that change, and stays the largest."""
-    return not len(change.ids) or bool(np.maximum(change.before, change.after).max() < peak)
+def _spares_copy(change: Change, peak: float, sampling: SamplingParams) -> bool:
+    """Whether it is enough to know the change beside the row, whose largest logit is ``peak``."""
+    if not len(change.ids):
+        return True
+    highest = float(np.maximum.reduce(change.after))
+    if sampling.temperature > 0.0 and sampling.min_p == 0.0:
+        return highest <= peak
+    # It matters which token has the largest logit then.
+    return highest < peak and bool(np.maximum.reduce(change.before) < peak)
 
 
-def _weigh(logits: Floats, temperature: float, peak: float, out: Floats) -> Floats:
-    """Probabilities up to a factor; the likeliest token weighs 1."""
+def _logit_of(weight: float, peak: float, temperature: float) -> float:
+    """A logit such that all from there on weigh at least so much."""
+    if not 0.0 < weight < math.inf:
+        return math.inf
+    nats = math.log(weight)
+    return peak + temperature * nats + _ROUNDING * (abs(peak) + temperature * (1.0 + abs(nats)))
+
+
+def _scaled(logits: Floats, peak: float, temperature: float, out: Floats) -> Floats:
+    """Logits whose largest is 0, at a temperature."""
     np.subtract(logits, np.float32(peak), out=out)
     if temperature != 1.0:
         with np.errstate(over="ignore"):
             np.divide(out, np.float32(temperature), out=out)
-    return np.exp(out, out=out)
+    return out
 
 
 def _fail(drawn: Drawn, index: int, message: str) -> None:
@@ -338,63 +352,29 @@ def _fail(drawn: Drawn, index: int, message: str) -> None:
 
 
 def _logprobs(
-    raw: Floats, token: int, log_total: float, sampling: SamplingParams, likely: Ids
+    raw: Floats, token: int, log_total: float, sampling: SamplingParams, scores: _Scores
 ) -> Logprobs:
     ids: list[int] = []
     values: list[float] = []
     if sampling.top_logprobs:
-        likeliest = ranked(raw, min(sampling.top_logprobs, len(raw)), likely)
+        count = min(sampling.top_logprobs, len(raw))
+        changed = _NOTHING if scores.change is None else scores.change.ids
+        likeliest = ranked(raw, count, scores.likely, scores.surely, changed)
         ids = likeliest.tolist()
         values = [value - log_total for value in raw[likeliest].tolist()]
     rank = int(np.count_nonzero(raw > raw[token])) + 1 if sampling.ranks else 0
     return Logprobs(float(raw[token]) - log_total, ids, values, rank)
 
 
-def _penalised(seen: Floats, tally: Tally, sampling: SamplingParams) -> Floats:
-    """The logits of the generated tokens, lowered."""
-    if sampling.repetition_penalty != 1.0:
-        penalty = np.float32(sampling.repetition_penalty)
-        seen = np.where(seen > 0, seen / penalty, seen * penalty)
-    lowered = (sampling.frequency_penalty * tally.often).astype(np.float32)
-    return seen - lowered - np.float32(sampling.presence_penalty)
-
-
-def _penalises(sampling: SamplingParams) -> bool:
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.frequency_penalty != 0.0
-        or sampling.presence_penalty != 0.0
-    )
-
-
 def adjusts(row: Row) -> bool:
     """Whether something changes the logits before they are drawn from, constraints apart."""
+    return penalises(row.sampling) or _adjusts_otherwise(row)
+
+
+def _adjusts_otherwise(row: Row) -> bool:
     sampling = row.sampling
     return bool(
         sampling.logit_bias
-        or _penalises(sampling)
         or len(row.tokens) - row.prompt_len < sampling.min_tokens
         or sampling.watermark is not None
     )
-
-
-def _invert(weights: Floats, chance: float) -> int:
-    """The first index whose cumulative weight exceeds that share of the total."""
-    index = reach(weights, chance, share=True)
-    # Rounding can ask for one behind the end; then the last that has any weight is meant.
-    return index if index < len(weights) else int(np.flatnonzero(weights)[-1])
-
-
-def _invert_blocks(weights: Floats, chance: float) -> int:
-    """As ``_invert``, in two levels, so that the whole vocabulary is not accumulated."""
-    table = weights.reshape(-1, _BLOCK)
-    sums = np.add.reduce(table, axis=1)
-    mass = np.cumsum(sums, dtype=np.float64)
-    wanted = chance * float(mass[-1])
-    block = min(int(np.searchsorted(mass, wanted, side="right")), int(np.flatnonzero(sums)[-1]))
-    before = float(mass[block - 1]) if block else 0.0
-    inner = np.cumsum(table[block], dtype=np.float64)
-    index = int(np.searchsorted(inner, wanted - before, side="right"))
-    if index == _BLOCK:
-        index = int(np.flatnonzero(table[block])[-1])
-    return block * _BLOCK + index

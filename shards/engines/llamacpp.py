@@ -64,6 +64,7 @@ from shards.engines.llama_native import (
 from shards.engines.llama_settings import settings_of
 from shards.engines.llama_sizes import adapter_file
 from shards.engines.llama_threads import ThreadPool
+from shards.engines.llama_weighing import weigher
 from shards.engines.threads import ThreadControl
 from shards.gguf_file import dtype_name, gguf_file_of, read_metadata
 from shards.gguf_tokenizer import tokenizer_files
@@ -112,7 +113,7 @@ class LlamaCppEngine(CallerEngine):
             Pool(self._context) if sizes.unified else Streams(self._context, sizes.sequences_max)
         )
         super().__init__(self._limits)
-        self._sampler = Sampler(self._model.vocab_size)
+        self._sampler = Sampler(self._model.vocab_size, weigh=weigher())
         self._batch = Batch(sizes.step_tokens_max, sizes.sequences_max)
         self._adapters: dict[str, Adapter | None] = {"": None}
         for name, path in options.adapters:

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -92,24 +94,24 @@ class Console:
         if self._logs:
             record = logging.LogRecord("roundhouse", level, "", 0, text, None, None)
             text = self._formatter.format(record)
-        tqdm.write(text, file=sys.stderr)
+        with suppress(OSError):  # a full disk, or a reader that has gone, must not end the server
+            tqdm.write(text, file=sys.stderr)
 
     def ready(self, urls: Urls, model_id: str, api_key: str | None) -> None:
         """The ready line, on standard output: one line for programs, some more for people."""
         self._logs = True
         if self._json:
             line = {"event": "ready", "rest": urls.rest, "grpc": urls.grpc, "model": model_id}
-            print(json.dumps(line), flush=True)
+            _print(json.dumps(line))
             return
         token = " -H 'Authorization: Bearer YOUR_KEY'" if api_key else ""
         grpc = f"  gRPC  {urls.grpc}\n" if urls.grpc else ""
-        print(
+        _print(
             f"\nRoundhouse is ready{model_id and ': '}{model_id}\n"
             f"  REST  {urls.rest}   (all routes: {urls.rest}/docs)\n"
             f"{grpc}\n"
             f"  curl -N {urls.rest}/v1/chat/completions -H 'Content-Type: application/json'{token} "
-            f"\\\n    -d '{json.dumps(EXAMPLE)}'\n",
-            flush=True,
+            f"\\\n    -d '{json.dumps(EXAMPLE)}'\n"
         )
 
     def close(self) -> None:
@@ -143,3 +145,13 @@ class Console:
         bar = self._bars.pop(worker, None)
         if bar is not None:
             bar.close()
+
+
+def _print(text: str) -> None:
+    """Prints on standard output. If that fails nothing more is written there, not even at exit."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

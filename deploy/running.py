@@ -1,6 +1,7 @@
 """How commands are run to their end."""
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Coroutine
@@ -14,6 +15,7 @@ from router.config import ConfigError
 
 def run_command(command: click.Command, name: str) -> None:
     """Runs a console script: every error that the user can cause is one line on standard error."""
+    _hold_standard_streams()
     try:
         status = command.main(prog_name=name, standalone_mode=False)
     except click.ClickException as error:
@@ -23,6 +25,18 @@ def run_command(command: click.Command, name: str) -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _hold_standard_streams() -> None:
+    """Opens those of the three standard streams that were closed by whoever started this.
+
+    Their numbers would go to sockets, into which lines for a person would be written, and which
+    uvloop refuses to close.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

@@ -2,7 +2,10 @@
 
 import json
 import re
+import subprocess
+import sys
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +124,13 @@ def test_the_ready_text_asks_for_the_key_if_there_is_one(
     shown = capsys.readouterr().out
     assert "Authorization: Bearer YOUR_KEY" in shown
     assert "secret" not in shown
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_a_ready_text_that_cannot_be_written_is_given_up() -> None:
+    code = "from deploy.console import *; Console(as_json=False).ready(Urls('a', 'b'), 'm', None)"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, b"")

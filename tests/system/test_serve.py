@@ -47,6 +47,19 @@ def data(line: str) -> Any:
     return json.loads(line.removeprefix("data:"))
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def answers(server: Server) -> bool:
     return server.client.post("/generate", json=SHORT).status_code == 200
 
@@ -127,6 +140,36 @@ def test_it_takes_more_connections_than_files_are_allowed_at_first(tmp_path: Pat
         for _ in range(300):
             stack.enter_context(socket.create_connection((url.host, url.port or 80)))
         assert answers(server)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_a_full_disk_for_its_lines_ends_nothing() -> None:
+    with Path("/dev/full").open("w") as full:
+        process = start(("--json-output", *SCRIPTED), full)
+    try:
+        server = Server(process, json.loads(read_lines(process, lambda line: "rest" in line)[-1]))
+        with server.client:
+            os.kill(server.worker_pid(), signal.SIGKILL)
+            assert answers(server)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    finally:
+        end(process)
+
+
+def test_it_may_be_started_without_standard_streams() -> None:
+    port, shell = str(free_port()), 'exec "$@" <&- >&- 2>&-'
+    command = ("-m", "deploy.cli", "serve", "--hostname", "127.0.0.1", "--port", port)
+    words = (sys.executable, *command, "--grpc-port", "0", *SCRIPTED)
+    process = subprocess.Popen(["/bin/sh", "-c", shell, "sh", *words], cwd=Path.cwd(), text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        eventually(lambda: is_up(url) or process.poll() is not None)
+        assert httpx.post(f"{url}/generate", json=SHORT, timeout=REQUEST_S).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(STOP_S) == 0
+    finally:
+        end(process)
 
 
 def test_sigterm_lets_a_running_answer_end_and_exits_with_0(tmp_path: Path) -> None:

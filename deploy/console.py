@@ -46,14 +46,13 @@ class Urls:
 class Console:
     """Prints progress: a bar on a terminal, plain lines elsewhere, JSON objects if asked for.
 
-    Once it has said that all is ready, nobody may be looking: then its lines are like those of the
-    log, among which they stand, with their time and level.
+    Once it has said that all is ready, nobody may be looking: from then on its lines are the log's.
     """
 
     def __init__(self, *, as_json: bool) -> None:
         self._json = as_json
         self._formatter = formatter(as_json=as_json)
-        self._logs = as_json
+        self._serving = False
         self._bars: dict[str, Any] = {}
         self._told_s: dict[str, float] = {}
 
@@ -91,7 +90,10 @@ class Console:
 
     def say(self, text: str, level: int = logging.INFO) -> None:
         """One line on standard error."""
-        if self._logs:
+        if self._serving:
+            logging.getLogger("roundhouse").log(level, text)
+            return
+        if self._json:
             record = logging.LogRecord("roundhouse", level, "", 0, text, None, None)
             text = self._formatter.format(record)
         with suppress(OSError):  # a full disk, or a reader that has gone, must not end the server
@@ -99,7 +101,7 @@ class Console:
 
     def ready(self, urls: Urls, model_id: str, api_key: str | None) -> None:
         """The ready line, on standard output: one line for programs, some more for people."""
-        self._logs = True
+        self._serving = True
         if self._json:
             line = {"event": "ready", "rest": urls.rest, "grpc": urls.grpc, "model": model_id}
             _print(json.dumps(line))

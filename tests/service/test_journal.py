@@ -1,7 +1,6 @@
 """What the log says of requests: who, how long and how it ended; never what was asked or said."""
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from router.logs import formatter
 from router.v1 import router_pb2 as pb
 from router.v1.router_pb2_grpc import InferenceStub
 from tests.service.fakes import until
@@ -108,11 +106,3 @@ async def test_a_call_of_grpc_is_named_by_its_metadata(
     first, second = (fields["request"] for _, _, fields in lines(caplog))
     assert first == "theirs"
     assert second.startswith("req_")
-
-
-def test_fields_are_pairs_in_plain_lines_and_an_object_in_json() -> None:
-    fields = {"a": 1, "b": "c"}
-    record = logging.makeLogRecord({"name": "n", "levelname": "INFO", "msg": "m", "fields": fields})
-    assert formatter(as_json=False).format(record).endswith("INFO n: m a=1 b=c")
-    line = json.loads(formatter(as_json=True).format(record))
-    assert (line["message"], line["fields"]) == ("m", fields)

@@ -12,7 +12,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count, repeat
 from typing import Protocol, assert_never
 
@@ -95,11 +96,25 @@ class Driver:
         self._emptied: asyncio.Future[None] | None = None
         self._refusal: str | None = None
         self._stopping = False
+        self._beside = 0
 
     @property
     def open_requests(self) -> int:
         """Requests that have been accepted and have not ended."""
-        return len(self._channels)
+        return len(self._channels) + self._beside
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Holds a request that bypasses the core, so that a drain waits for it as for the others.
+
+        Its own deadline ends it.
+        """
+        self._beside += 1
+        try:
+            yield
+        finally:
+            self._beside -= 1
+            self._notice_empty()
 
     @property
     def accepting(self) -> bool:
@@ -198,12 +213,12 @@ class Driver:
     async def drain(self, limit_s: float) -> None:
         """Takes no more requests and waits for the open ones; closes those left after the limit."""
         self._refusal = self._refusal or "the server is shutting down; try another one"
-        if self._channels:
+        if self.open_requests:
             self._emptied = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._emptied], timeout=limit_s)
-        if self._channels:
-            open_ = len(self._channels)
-            log.warning("closing %d requests that have not ended within %g s", open_, limit_s)
+        if self.open_requests:
+            text = "closing %d requests that have not ended within %g s"
+            log.warning(text, self.open_requests, limit_s)
         for request in list(self._channels):
             self.post(Ended(request, Reason.SHUTDOWN))
         self._close_all(f"the server shut down before the answer was complete ({limit_s:g} s)")
@@ -361,5 +376,5 @@ class Driver:
             asyncio.get_running_loop().call_soon(self._wake_some)
 
     def _notice_empty(self) -> None:
-        if self._emptied is not None and not self._channels and not self._emptied.done():
+        if self._emptied is not None and not self.open_requests and not self._emptied.done():
             self._emptied.set_result(None)

@@ -7,11 +7,12 @@ request has, how long each is, how many requests are open, and how long each may
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import isfinite
 
 from router.ask import EmbedAsk, Embedded
 from router.config import Settings
+from router.driver import Driver
 from router.errors import Fault, RequestError
 from router.fleet import EmbedCall, Fleet, ModelCard
 from router.link import LinkDownError
@@ -25,12 +26,12 @@ FEATURE = "embeddings"
 
 
 class Embedder:
-    """Runs embedding requests. ``accepting`` says whether new ones are taken at all."""
+    """Runs embedding requests. ``driver`` says whether new ones are taken, and waits for them."""
 
-    def __init__(self, fleet: Fleet, settings: Settings, accepting: Callable[[], bool]) -> None:
+    def __init__(self, fleet: Fleet, settings: Settings, driver: Driver) -> None:
         self._fleet = fleet
         self._settings = settings
-        self._accepting = accepting
+        self._driver = driver
         self._open = 0
         self._at: Counter[str] = Counter()
 
@@ -40,7 +41,7 @@ class Embedder:
         Raises RequestError: VALIDATION or UNSUPPORTED with the field at fault, MODEL_NOT_FOUND,
         OVERLOADED, UNAVAILABLE, DEADLINE, WORKER_LOST, ENGINE_FAILED.
         """
-        if not self._accepting():
+        if not self._driver.accepting:
             raise RequestError(Fault.UNAVAILABLE, "the server is shutting down")
         most = self._settings.max_concurrent_requests
         if self._open >= most:
@@ -53,10 +54,11 @@ class Embedder:
         check(ask, card, self._fleet.adapter(ask.model))
         self._open += 1
         try:
-            async with asyncio.timeout(self._limit_s(ask)):
-                inputs = await asyncio.to_thread(_tokenise, card, ask.inputs)
-                _check_lengths(inputs, card)
-                vectors = await self._vectors(card, inputs)
+            with self._driver.beside():
+                async with asyncio.timeout(self._limit_s(ask)):
+                    inputs = await asyncio.to_thread(_tokenise, card, ask.inputs)
+                    _check_lengths(inputs, card)
+                    vectors = await self._vectors(card, inputs)
         except TimeoutError:
             text = "the deadline passed before the embeddings were complete"
             raise RequestError(Fault.DEADLINE, text) from None

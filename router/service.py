@@ -53,7 +53,7 @@ class Service:
         self._fleet = fleet
         self._driver = driver
         self._settings = settings
-        self._embedder = Embedder(fleet, settings, lambda: driver.accepting)
+        self._embedder = Embedder(fleet, settings, driver)
         self._preparer = Preparer(fleet, settings)
         # A token without log probabilities looks the same each time: one object will do.
         self._outs: WeakKeyDictionary[Tokenizer, Outs] = WeakKeyDictionary()

@@ -238,7 +238,7 @@ class Gateways(Collector):
 
     @contextmanager
     def _room(self) -> Iterator[None]:
-        """Bounds the calls beside the streams, of all gateways together."""
+        """Bounds the calls beside the streams, of all gateways together; a drain waits for them."""
         most = self._settings.max_concurrent_requests
         if self._calls >= most:
             raise RequestError(
@@ -248,7 +248,8 @@ class Gateways(Collector):
             )
         self._calls += 1
         try:
-            yield
+            with self._driver.beside():
+                yield
         finally:
             self._calls -= 1
 

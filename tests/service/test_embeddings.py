@@ -23,9 +23,9 @@ from router.v1 import router_pb2 as pb
 from router.v1.router_pb2_grpc import InferenceStub
 from shards.engines.scripted_text import Script
 from tests.engines.skilled import EMBED_TOKENS_MAX, vector_of
-from tests.service.fakes import Bench, GatedEngine, bench_in, until
+from tests.service.fakes import PATIENCE_S, Bench, GatedEngine, bench_in, until
 from tests.service.test_group_fleet import card, said
-from tests.service.test_rest_router import House, house_in
+from tests.service.test_rest_router import GATEWAY, ROUTER, House, house_in
 
 SKILLED = {"adapters": ("verse",)}
 
@@ -308,6 +308,22 @@ async def test_nothing_is_taken_while_shutting_down(house: House) -> None:
     await house.router.driver.drain(0)
     answer = await embed(house, [1])
     assert answer.status_code == 503
+
+
+@pytest.mark.parametrize("through", [ROUTER, GATEWAY])
+async def test_one_that_runs_may_end_in_a_drain(tmp_path: Path, through: str) -> None:
+    async with house_in(tmp_path, SKILLED, through=through) as house:
+        driver, engine = house.router.driver, house.bench.engines["w"]
+        engine.gate.clear()
+        asked = asyncio.create_task(embed(house, "a cat"))
+        await until(lambda: engine.begun)
+        drained = asyncio.create_task(driver.drain(PATIENCE_S))
+        await until(lambda: not driver.accepting)
+        assert driver.open_requests == 1
+        engine.gate.set()
+        assert (await asked).status_code == 200
+        await drained
+        assert driver.open_requests == 0
 
 
 async def test_the_documentation_has_the_route(house: House) -> None:

@@ -1,7 +1,8 @@
-"""What ``transformers.generate`` answers in float32: writes ``smollm2.json`` and ``family.json``.
+"""What ``transformers.generate`` answers in float32: writes the ``.json`` files beside it.
 
-Engines without torch in their environment are compared with these files. To write them anew, where
-torch and transformers are installed:
+Engines are compared with these files, as some have no torch in their environment, and as loading a
+reference takes longer than answering. To write them anew, where torch and transformers are
+installed:
 
     python -m tests.heavy.reference            # or one: python -m tests.heavy.reference family
 
@@ -15,12 +16,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from tests.heavy.family import MEMBERS, member_folder
 from tests.heavy.family import prompt as family_prompt
 
 HERE = Path(__file__).parent
 COUNT = 64
 FAMILY_COUNT = 24
+GEMMA3_COUNT = 12
+# Two logits that are nearer to each other may change places by rounding.
+MARGIN = 1e-3
 SUBJECTS = (
     "The railway came to the valley in the spring, and",
     "Water boils at a lower temperature on a mountain because",
@@ -48,12 +54,32 @@ def read(name: str = "smollm2") -> list[dict[str, Any]]:
     return found
 
 
-def answers(folder: Path, asked: list[list[int]], count: int) -> list[dict[str, Any]]:
-    """Computes with torch."""
+def agreed(tokens: list[int], entry: dict[str, Any], margin: float = MARGIN) -> int:
+    """How many tokens are the reference's, until one differs where the margin allows it."""
+    for place, (token, expected) in enumerate(zip(tokens, entry["tokens"], strict=False)):
+        if token != expected:
+            assert entry["margins"][place] < margin, f"token {place} differs by a clear margin"
+            return place
+    return len(tokens)
+
+
+def gemma3_prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    """The last one is longer than the windows of 512 tokens that most layers have."""
+    texts = ("The capital of France is", "Water boils at a lower temperature on a mountain")
+    asked: list[list[int]] = [tokenizer.encode(text).ids for text in texts]
+    return [*asked, (asked[1] * 60)[:600]]
+
+
+def answers(
+    folder: Path, asked: list[list[int]], count: int, **loading: Any
+) -> list[dict[str, Any]]:
+    """Computes with torch; ``loading`` are further arguments of ``from_pretrained``."""
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, **loading
+    )
     model.generation_config.eos_token_id = None
     found = []
     for tokens in asked:
@@ -99,8 +125,6 @@ def family() -> list[dict[str, Any]]:
 
 def smollm2() -> list[dict[str, Any]]:
     """What SmolLM2 answers."""
-    from tokenizers import Tokenizer
-
     from tests.heavy.models import smollm2_folder
 
     folder = smollm2_folder()
@@ -109,7 +133,24 @@ def smollm2() -> list[dict[str, Any]]:
     return answers(folder, asked, COUNT)
 
 
+def gemma3() -> list[dict[str, Any]]:
+    """What Gemma 3 answers, as the library's own reader of GGUF files gives it its weights."""
+    import transformers
+
+    from shards.gguf_file import read_metadata
+    from shards.gguf_tokenizer import tokenizer_files
+    from tests.heavy.models import gemma3_gguf
+
+    path = gemma3_gguf()
+    tokenizer = tokenizer_files(path, read_metadata(path))["tokenizer.json"]
+    asked = gemma3_prompts(Tokenizer.from_str(tokenizer.decode()))
+    plain = transformers.GgufConfig(dequantize=True)
+    loading = {"gguf_file": path.name, "quantization_config": plain}
+    return answers(path.parent, asked, GEMMA3_COUNT, **loading)
+
+
+FILES = {"family": family, "smollm2": smollm2, "gemma3": gemma3}
+
 if __name__ == "__main__":
-    for file, make in (("family", family), ("smollm2", smollm2)):
-        if file in (sys.argv[1:] or ("family", "smollm2")):
-            write(file, make())
+    for file in sys.argv[1:] or FILES:
+        write(file, FILES[file]())

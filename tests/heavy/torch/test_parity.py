@@ -4,15 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer
 
 from shards.engines.base import Admit, Plan, SamplingParams
 from shards.engines.torch_engine import TorchEngine
 from shards.engines.torch_weights import Checkpoint
 from tests.heavy.models import gemma3_gguf, smollm2_folder, smollm2_gguf
-from tests.heavy.reference import read
-from tests.heavy.torch.made import CLOSE, answer, assert_same, make, reference
+from tests.heavy.reference import GEMMA3_COUNT, gemma3_prompts, read
+from tests.heavy.torch.made import CLOSE, answer, assert_same, make
 
 
 @pytest.fixture(scope="module")
@@ -94,21 +93,13 @@ def test_a_gguf_file_gives_the_weights_of_its_folder() -> None:
 
 def test_gemma_3_from_a_gguf_file_answers_as_transformers_does() -> None:
     """Windows of 512 tokens in most layers; the longest prompt goes beyond them."""
-    path = gemma3_gguf()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    engine = make(path, dtype="float32", kv_tokens=2048)
+    engine = make(gemma3_gguf(), dtype="float32", kv_tokens=2048)
     tokenizer = Tokenizer.from_str(engine.tokenizer_files()["tokenizer.json"].decode())
-    texts = ("The capital of France is", "Water boils at a lower temperature on a mountain")
-    asked = [tokenizer.encode(text).ids for text in texts]
-    asked.append((asked[1] * 60)[:600])
-    seen = answer(engine, asked, 12)
+    asked = gemma3_prompts(tokenizer)
+    seen = answer(engine, asked, GEMMA3_COUNT)
     windows = {shape.kind.window for shape in engine._model.shapes}
     engine.close()
     assert windows == {0, 512}
-    for prompt, tokens in zip(asked, seen, strict=True):
-        assert_same(tokens, *reference(model, prompt, 12))
+    for prompt, tokens, expected in zip(asked, seen, read("gemma3"), strict=True):
+        assert prompt == expected["prompt"]
+        assert_same(tokens, expected["tokens"], expected["margins"])

@@ -110,10 +110,16 @@ def written_cells(layout: StepLayout) -> Any:
 
 
 def reference(tokens: int) -> Callable[..., Any]:
-    """The package's function; it returns the rows of real tokens only."""
+    """The package's function; it returns the rows of real tokens only.
 
-    def padded(*arguments: Any, **options: Any) -> Any:
-        out = ref_ragged_paged_attention(*arguments, **options)
+    Its slices are as long as the sequences: called as it is, it would compile each operation anew
+    for each length. So it is one program, in which lengths and tables are constants.
+    """
+
+    def padded(queries: Any, cache: Any, *step: Any, **options: Any) -> Any:
+        known = [np.asarray(values) for values in step]
+        function = jax.jit(lambda *data: ref_ragged_paged_attention(*data, *known, **options))
+        out = function(queries, cache)
         return jnp.pad(out, ((0, tokens - len(out)), (0, 0), (0, 0)))
 
     return padded

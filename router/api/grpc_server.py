@@ -16,6 +16,10 @@ from router.gateway_wire import SERVICE as GATEWAY
 from router.metrics_models import Models
 from router.service import Service
 
+PING_INTERVAL_MS = 10_000
+"""How often clients may ping while nothing is said, gateways among them: grpc's own limit of five
+minutes would end the connections of all that look after theirs."""
+
 SERVICES = (grpc_inference.SERVICE, fmaas.SERVICE, kserve.SERVICE)
 
 
@@ -25,11 +29,11 @@ def _options(settings: Settings, bytes_max: int) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", max(settings.payload_limit, bytes_max)),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),  # a second router on the port is an error, not a lottery
-        # Finds clients that vanished without closing, and lets idle ones ping as often as 10 s.
+        # Finds clients that vanished without closing, and lets idle ones ping.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS),
     ]
 
 

@@ -14,7 +14,7 @@ from router.errors import Fault, RequestError
 from router.faces import _free_port
 from router.v1 import router_pb2 as pb
 from tests.service.fake_service import FakeFleet, FakeService, Step, words
-from tests.service.grpc_rig import Stub, channel_of, details_of, failure, stub_of
+from tests.service.grpc_rig import Stub, address_of, channel_of, details_of, failure, stub_of
 
 TEXT = "Once upon a tîme 🙂"
 SERVICES = ("router.v1.Inference", "fmaas.GenerationService", "inference.GRPCInferenceService")
@@ -333,6 +333,28 @@ async def test_reflection_lists_the_services() -> None:
         for _ in SERVICES:
             assert (await call.read()).file_descriptor_response.file_descriptor_proto
         call.cancel()
+
+
+async def test_clients_may_ping_to_learn_whether_the_router_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grpc_server, "PING_INTERVAL_MS", 1)
+    async with address_of(FakeService()) as address, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        settings = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+        for number in range(10):  # after the third one too many grpc says GOAWAY
+            ping = bytes((0, 0, 8, 6, 0, 0, 0, 0, 0)) + number.to_bytes(8)
+            writer.write(ping)
+            kind, payload = 0, b""
+            while kind != 6:
+                head = await reader.readexactly(9)
+                kind, payload = head[3], await reader.readexactly(int.from_bytes(head[:3]))
+                assert kind != 7, payload
+            assert payload == number.to_bytes(8)
+            await asyncio.sleep(0.01)  # longer than the interval that is allowed
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_a_taken_port_is_one_line() -> None:

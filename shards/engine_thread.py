@@ -152,10 +152,16 @@ class EngineThread:
         self._jobs: Queue[_Job] = Queue(maxsize=JOBS_MAX)
         self._digest = Digest()
         self._session: Session | None = None
+        self._job_began: float | None = None
         self.embeds = EmbedQueue(self._enter)
         self.loaded: asyncio.Future[Loaded] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def busy_s(self) -> float:
+        """How long the engine has been at one job, in seconds; 0 while it waits for one."""
+        began = self._job_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def start(self) -> None:
         """Begins to load."""
@@ -209,7 +215,9 @@ class EngineThread:
 
     def _serve(self, engine: Engine) -> None:
         while True:
+            self._job_began = None
             job = self._jobs.get()
+            self._job_began = time.monotonic()
             match job:
                 case _Stop():
                     return

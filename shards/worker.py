@@ -40,6 +40,9 @@ MESSAGE_MAX_BYTES = 64 << 20
 # How long streams may take to hear that the worker stops, and the engine to end its step.
 GRACE_S = 3.0
 
+# A step that takes so long is one that hangs: twice what a router grants it by itself.
+HANGS_S = 120.0
+
 _CODES = {
     Ending.BAD_LOG: grpc.StatusCode.FAILED_PRECONDITION,
     Ending.BAD_PLAN: grpc.StatusCode.INVALID_ARGUMENT,
@@ -217,6 +220,25 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
                         session.room.release()
 
 
+class _Probed(HealthServicer):  # type: ignore[misc]  # the package has no types
+    """Health that is asked for says, too, whether the engine hangs, which no event would tell."""
+
+    def __init__(self, engine: EngineThread) -> None:
+        super().__init__()
+        self._engine = engine
+
+    async def Check(
+        self,
+        request: health_pb2.HealthCheckRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> health_pb2.HealthCheckResponse:
+        """The status of a service."""
+        if self._engine.busy_s() > HANGS_S:
+            return _Health(status=_Health.NOT_SERVING)
+        answer: health_pb2.HealthCheckResponse = await super().Check(request, context)
+        return answer
+
+
 def _message(said: Answer, rank: int) -> shard_pb2.Outcome:
     return outcome_to_wire(said.epoch, said.plan_id, said.outcome, said.digest, said.step_us, rank)
 
@@ -235,7 +257,7 @@ class Worker:
     ) -> None:
         self._engine = EngineThread(make, asyncio.get_running_loop(), overrides)
         self._servicer = ShardServicer(self._engine)
-        self._health = HealthServicer()
+        self._health = _Probed(self._engine)
         self.address = address
         self._server = grpc.aio.server(
             options=(

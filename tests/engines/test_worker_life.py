@@ -131,3 +131,33 @@ async def test_a_step_that_never_ends_is_left_behind(
             await asyncio.wait_for(fresh.initial_metadata(), 0.05)
         assert await client.worker.stop() is False
         gate.set()
+
+
+async def test_an_engine_that_hangs_is_not_healthy_until_it_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    def make() -> Engine:
+        engine = scripted()()
+        step = engine.step
+
+        def slow(plan: Plan) -> Outcome:
+            gate.wait(PATIENCE_S)
+            return step(plan)
+
+        engine.step = slow  # type: ignore[method-assign]
+        return engine
+
+    async with serving(tmp_path, make) as client:
+        stream = client.stub.Run()
+        await stream.write(first_plan(1))
+        assert await client.health() == SERVING  # so far it may only be slow
+        monkeypatch.setattr(worker_module, "HANGS_S", 0.05)
+        async with asyncio.timeout(PATIENCE_S):
+            while await client.health() == SERVING:
+                await asyncio.sleep(0.01)
+            gate.set()
+            await stream.read()
+            while await client.health() != SERVING:
+                await asyncio.sleep(0.01)

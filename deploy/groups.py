@@ -98,6 +98,8 @@ def local_groups(options: Mapping[str, Any]) -> list[LocalGroup]:
         model = replace(group.model, model_id=groups[0].model.model_id)
         named.append(LocalGroup(own.get("name") or f"{engine}{again}", model, group.workers))
     check_names([group.name for group in named])
+    for group in named:
+        check_adapters(group)
     return named
 
 
@@ -106,6 +108,16 @@ def check_names(names: Sequence[str]) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"two groups are called {twice[0]}; give each its own name=...")
+
+
+def check_adapters(group: LocalGroup) -> None:
+    """Raises ``UserError`` if an adapter has the name of its model: requests could mean either."""
+    model_id = group.model.model_id
+    if any(pair.partition("=")[0] == model_id for pair in group.workers.adapters):
+        raise UserError(
+            f"an adapter is called {model_id}, as the model is: give it another name, or the model "
+            "by --served-model-name"
+        )
 
 
 def one_group(values: Mapping[str, Any], world: int = 0) -> LocalGroup:

@@ -248,6 +248,11 @@ def test_adapters_come_by_either_option(tmp_path: Path) -> None:
         (("--adapter", "a=./no"), "adapter a: ./no does not exist"),
         (("--adapter", "a=.", "--lora-adapters", "a=."), "two adapters are called a"),
         (("--lora-adapters", "nowhere"), "adapter nowhere: nowhere does not exist"),
+        (
+            ("--adapter", "a=.", "--served-model-name", "a"),
+            "an adapter is called a, as the model is: give it another name, or the model by "
+            "--served-model-name",
+        ),
     ],
 )
 def test_a_mistake_in_an_adapter_is_one_line(arguments: tuple[str, ...], told: str) -> None:

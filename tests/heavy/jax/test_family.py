@@ -16,7 +16,6 @@ from tests.engines.contract import admit, decode
 from tests.heavy import reference
 from tests.heavy.family import MEMBERS, member_folder
 from tests.heavy.jax.test_attention import BASE, CASES, layout_of
-from tests.heavy.jax.test_smollm2 import agreed
 from tests.heavy.models import tiny_llama_folder
 
 
@@ -41,7 +40,7 @@ def test_a_member_of_the_family_is_as_the_reference(tmp_path: Path, name: str) -
     finally:
         engine.close()
     assert first.logprobs[1].logprob == pytest.approx(entry["logprob"], abs=1e-3)
-    assert agreed(found, entry) > len(found) // 2
+    assert reference.agreed(found, entry) > len(found) // 2
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Tensor parallelism in real processes: equal digests, the tokens of one rank, and losses."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +10,24 @@ import pytest
 
 from shards.v1 import shard_pb2 as pb
 from tests.heavy import reference
-from tests.heavy.jax.test_smollm2 import agreed
-from tests.heavy.models import smollm2_folder, tiny_llama_folder
+from tests.heavy.models import TINY_VOCAB, smollm2_folder, tiny_llama_folder
 from tests.heavy.torch.constrained import BROKEN, Interrupted, two_ranks_keep_to_constraints
 from tests.heavy.torch.group import Group, group, seconds_until
 
+# Every rank but the first compiles each shape at each start: no more of them than a test needs.
 SIZES = ("--kv-tokens", "1024", "--sequences-max", "8", "--step-tokens-max", "128")
+SMALL = (*SIZES, "--step-tokens-max", "64")
+# For groups that compute a few tokens of one sequence.
+LEAST = (*SIZES, "--sequences-max", "4", "--step-tokens-max", "32")
 # From the death of a rank until no process of its group is left.
 GONE_S = 5.0
 
 
 @contextmanager
-def ranks(folder: Path, model: Path, world: int) -> Iterator[Group]:
+def ranks(folder: Path, model: Path, world: int, sizes: tuple[str, ...] = SIZES) -> Iterator[Group]:
     """Workers with this engine; each step asserts that all ranks tell the same digest."""
     device = ("--engine", "jax", "--device", "cpu", "--dtype", "float32")
-    with group(folder, model, world, *device, *SIZES) as made:
+    with group(folder, model, world, *device, *sizes) as made:
         yield made
 
 
@@ -41,18 +44,37 @@ def first_plan(number: int, *tokens: int) -> dict[str, object]:
     }
 
 
-@pytest.fixture(scope="class", params=[288, 289], ids=["even", "uneven"])
+@pytest.fixture(scope="module")
+def two_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Group]]:
+    """Two ranks of a model, which tests share: started when first asked for, empty between tests.
+
+    No test may stop one of them; who does starts a group of its own.
+    """
+    started: dict[Path, Group] = {}
+    with ExitStack() as stack:
+
+        def two(model: Path) -> Group:
+            if model not in started:
+                folder = tmp_path_factory.mktemp("two")
+                started[model] = stack.enter_context(ranks(folder, model, 2))
+            return started[model]
+
+        yield two
+
+
+@pytest.fixture(scope="class", params=[TINY_VOCAB, TINY_VOCAB + 1], ids=["even", "uneven"])
 def model(request: pytest.FixtureRequest) -> Path:
     """Also with a vocabulary that cannot be cut evenly."""
     return tiny_llama_folder(vocab_size=request.param)
 
 
 @pytest.fixture(scope="class")
-def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Group, Group]]:
+def pair(
+    model: Path, two_of: Callable[[Path], Group], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Group, Group]]:
     """One rank, and two ranks of the same model."""
-    folder = tmp_path_factory.mktemp("pair")
-    with ranks(folder / "one", model, 1) as one, ranks(folder / "two", model, 2) as two:
-        yield one, two
+    with ranks(tmp_path_factory.mktemp("one"), model, 1) as one:
+        yield one, two_of(model)
 
 
 class TestTwoRanks:
@@ -75,19 +97,20 @@ def test_three_ranks_answer_for_smollm2(tmp_path: Path) -> None:
     asked = [entry["prompt"] for entry in entries]
     # Every third sequence of ``generate`` is sampled: it is asked once more, and left out.
     asked.insert(2, asked[0])
-    with ranks(tmp_path / "three", smollm2_folder(), 3) as three:
+    with ranks(tmp_path / "three", smollm2_folder(), 3, SMALL) as three:
         found = three.generate(asked, 16)
     del found[2]
-    assert sum(map(agreed, found, entries)) > 48
+    assert sum(map(reference.agreed, found, entries)) > 48
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_takes_the_group_down_and_a_new_one_goes_on(
-    tmp_path: Path, victim: int
+def test_a_killed_rank_takes_the_group_down_and_another_goes_on(
+    tmp_path: Path, two_of: Callable[[Path], Group], victim: int
 ) -> None:
+    """The other group has heard nothing of the first: a new one could know no less."""
     model = tiny_llama_folder()
     constrained = Interrupted(model)
-    with ranks(tmp_path / "first", model, 2) as made:
+    with ranks(tmp_path / "first", model, 2, SMALL) as made:
         before = made.generate(prompts()[:2], 6)
         constrained.begin(made)
         made.ranks[victim].process.send_signal(signal.SIGKILL)
@@ -96,13 +119,14 @@ def test_a_killed_rank_takes_the_group_down_and_a_new_one_goes_on(
         assert seconds_until(lambda: survivor.poll() is not None, GONE_S) < GONE_S
         # JAX's own service is in rank 0, and aborts the others when it notices the loss before us.
         assert survivor.returncode in ((3, -signal.SIGABRT) if victim == 0 else (3,))
-    with ranks(tmp_path / "second", model, 2) as made:
-        assert made.generate(prompts()[:2], 6) == before
-        constrained.go_on(made)
+    other = two_of(model)
+    assert other.generate(prompts()[:2], 6) == before
+    constrained.go_on(other)
+    other.step(drops=[1, 2])
 
 
 def test_an_idle_group_notices_too(tmp_path: Path) -> None:
-    with ranks(tmp_path / "group", tiny_llama_folder(), 2) as made:
+    with ranks(tmp_path / "group", tiny_llama_folder(), 2, LEAST) as made:
         made.ranks[1].process.send_signal(signal.SIGKILL)
         survivor = made.ranks[0].process
         assert seconds_until(lambda: survivor.poll() is not None, GONE_S) < GONE_S
@@ -110,7 +134,7 @@ def test_an_idle_group_notices_too(tmp_path: Path) -> None:
 
 def test_a_group_leaves_in_order(tmp_path: Path) -> None:
     """All are asked to end: none takes the others' end for a loss."""
-    with ranks(tmp_path / "group", tiny_llama_folder(), 2) as made:
+    with ranks(tmp_path / "group", tiny_llama_folder(), 2, LEAST) as made:
         made.step(**first_plan(1, 5, 6, 7))
         for rank in made.ranks:
             rank.process.send_signal(signal.SIGTERM)
@@ -119,7 +143,7 @@ def test_a_group_leaves_in_order(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_hears_another_log_is_caught(tmp_path: Path) -> None:
-    with ranks(tmp_path / "group", tiny_llama_folder(), 2) as made:
+    with ranks(tmp_path / "group", tiny_llama_folder(), 2, LEAST) as made:
         made.step(**first_plan(1, 5, 6, 7))
         made.send(to=[0], **first_plan(2, 9, 10, 11))
         made.send(to=[1], **first_plan(2, 9, 10, 12))

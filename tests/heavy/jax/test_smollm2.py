@@ -10,9 +10,8 @@ from shards.engines import load
 from shards.engines.base import Admit, Engine, EngineOptions, Plan, SamplingParams
 from tests.heavy import reference
 from tests.heavy.models import smollm2_folder, smollm2_gguf
+from tests.heavy.reference import agreed
 
-# Two logits that are nearer to each other may change places by rounding.
-MARGIN = 1e-3
 TOGETHER = 8
 
 
@@ -55,15 +54,6 @@ def answer(engine: Engine, prompts: list[list[int]], count: int) -> tuple[Any, A
             drawn[sequence].append(token)
     engine.reset()
     return [drawn[n][:count] for n in range(len(prompts))], list(logprobs.values())
-
-
-def agreed(tokens: list[int], entry: dict[str, Any], margin: float = MARGIN) -> int:
-    """How many tokens are the reference's, until one differs where the margin allows it."""
-    for place, (token, expected) in enumerate(zip(tokens, entry["tokens"], strict=False)):
-        if token != expected:
-            assert entry["margins"][place] < margin, f"token {place} differs by a clear margin"
-            return place
-    return len(tokens)
 
 
 def test_32_prompts_of_64_tokens_are_as_the_reference(engine: Engine) -> None:

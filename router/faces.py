@@ -6,6 +6,7 @@ import gc
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from types import TracebackType
@@ -30,6 +31,9 @@ BACKLOG = 4096
 KEEP_ALIVE_S = 75
 """Longer than the 60 s after which common load balancers close an idle connection themselves: the
 side that closes first must be the client's, or a request may cross with the closing."""
+
+STALLED_MS = 300_000
+"""How long a client may read nothing of what it is sent, before the system ends its connection."""
 
 FILES_MAX = 65_536
 """Open files that are asked for: more streams than one process can serve."""
@@ -251,13 +255,18 @@ def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         dual = family is socket.AddressFamily.AF_INET6 and socket.has_dualstack_ipv6()
-        return socket.create_server(
+        listening = socket.create_server(
             address[:2],
             family=family,
             backlog=BACKLOG,
             reuse_port=reuse_port,
             dualstack_ipv6=dual and host == "::",
         )
+        if (
+            sys.platform == "linux"
+        ):  # connections inherit it; elsewhere the system has its own limit
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
+        return listening
     except OSError as error:
         cause = str(error.strerror or error).split(" (", 1)[0]  # the address is said already
         raise OSError(f"cannot listen on {host}:{port}: {cause}") from error

@@ -1,6 +1,9 @@
 """Connections on which nothing comes: they must not be held for ever."""
 
 import asyncio
+import errno
+import socket
+import sys
 from collections.abc import AsyncIterator
 
 import httpx
@@ -80,3 +83,17 @@ async def test_an_answer_may_take_its_time(port: int, service: FakeService) -> N
             await heard(port)
         gate.set()
         assert (await asked).status_code == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have a limit of their own")
+def test_one_whose_client_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faces, "STALLED_MS", 500)
+    with (
+        listen("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as connection,
+    ):
+        connection.settimeout(PATIENCE_S)
+        with pytest.raises(OSError) as caught:  # noqa: PT011 - the number says which
+            connection.sendall(b"x" * 50_000_000)
+    assert caught.value.errno == errno.ETIMEDOUT

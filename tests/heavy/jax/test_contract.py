@@ -138,6 +138,8 @@ def serve_all_widths(engine: JaxEngine) -> None:
         assert len(outcome.tokens) == count
 
 
+# The argmax is a program behind those of the step: of the kinds of these one is enough.
+@pytest.mark.parametrize("made", ["layer"], indirect=True)
 def test_argmax_on_the_device_is_as_on_the_host(
     engine: JaxEngine, prompts: list[list[int]]
 ) -> None:
@@ -204,11 +206,10 @@ def test_no_product_of_float32_is_computed_in_fewer_bits(made: JaxEngine) -> Non
 
 
 @pytest.mark.parametrize("argmax", ["host", "device"])
-def test_numbers_that_are_not_finite_fail_their_sequence_alone(
-    prompts: list[list[int]], argmax: str
-) -> None:
+def test_numbers_that_are_not_finite_fail_their_sequence_alone(argmax: str) -> None:
     """A sequence whose cache is spoiled fails; the next owner of its pages is not harmed."""
     engine = make(kv_tokens=128, extra=(("argmax", argmax),))
+    prompts = prompts_of(engine)
     try:
         expected = generate(engine, 1, prompts[1], 5)
         engine.reset()

@@ -262,14 +262,12 @@ def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
             reuse_port=reuse_port,
             dualstack_ipv6=dual and host == "::",
         )
-        if (
-            sys.platform == "linux"
-        ):  # connections inherit it; elsewhere the system has its own limit
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
-        return listening
     except OSError as error:
         cause = str(error.strerror or error).split(" (", 1)[0]  # the address is said already
         raise OSError(f"cannot listen on {host}:{port}: {cause}") from error
+    if sys.platform == "linux":  # connections inherit it; other systems have a limit of their own
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
+    return listening
 
 
 def _free_port(host: str) -> int:

@@ -104,10 +104,9 @@ def test_three_ranks_answer_for_smollm2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_takes_the_group_down_and_another_goes_on(
-    tmp_path: Path, two_of: Callable[[Path], Group], victim: int
+def test_a_killed_rank_takes_the_group_down_and_a_new_one_goes_on(
+    tmp_path: Path, victim: int
 ) -> None:
-    """The other group has heard nothing of the first: a new one could know no less."""
     model = tiny_llama_folder()
     constrained = Interrupted(model)
     with ranks(tmp_path / "first", model, 2, SMALL) as made:
@@ -119,10 +118,9 @@ def test_a_killed_rank_takes_the_group_down_and_another_goes_on(
         assert seconds_until(lambda: survivor.poll() is not None, GONE_S) < GONE_S
         # JAX's own service is in rank 0, and aborts the others when it notices the loss before us.
         assert survivor.returncode in ((3, -signal.SIGABRT) if victim == 0 else (3,))
-    other = two_of(model)
-    assert other.generate(prompts()[:2], 6) == before
-    constrained.go_on(other)
-    other.step(drops=[1, 2])
+    with ranks(tmp_path / "second", model, 2) as made:
+        assert made.generate(prompts()[:2], 6) == before
+        constrained.go_on(made)
 
 
 def test_an_idle_group_notices_too(tmp_path: Path) -> None:

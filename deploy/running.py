@@ -24,6 +24,8 @@ def run_command(command: click.Command, name: str) -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+    finally:
+        _give_up_unwritten_lines()
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -37,6 +39,19 @@ def _hold_standard_streams() -> None:
         if getattr(sys, name) is None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+
+
+def _give_up_unwritten_lines() -> None:
+    """Keeps the exit status the command's own where standard error takes nothing: a full disk.
+
+    Python tries once more at its end, and would end with 120.
+    """
+    try:
+        sys.stderr.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

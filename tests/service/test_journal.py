@@ -1,6 +1,5 @@
 """What the log says of requests: who, how long and how it ended; never what was asked or said."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 
 from router.v1 import router_pb2 as pb
 from router.v1.router_pb2_grpc import InferenceStub
-from tests.service.fakes import until
 from tests.service.test_rest_router import GATEWAY, ROUTER, House, house_in
 
 SECRET = "xyzzy"
@@ -82,12 +80,13 @@ async def test_a_lost_worker_is_a_warning_for_each_stream_that_it_had(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with house_in(tmp_path) as house:
-        asked = asyncio.create_task(
-            house.post("/generate", {"inputs": SECRET, "parameters": {"max_new_tokens": 5000}})
-        )
-        await until(lambda: house.snapshot.running)
-        await house.bench.kill("w")
-        answer = await asked
+        body = {"inputs": SECRET, "parameters": {"max_new_tokens": 5000}}
+        async with house.client.stream("POST", "/generate_stream", json=body) as answer:
+            events = answer.aiter_lines()
+            await anext(events)  # one that has no token yet would wait for another worker
+            await house.bench.kill("w")
+            async for _ in events:
+                pass
     ((level, _, fields),) = lines(caplog)
     assert (level, fields["request"]) == ("WARNING", answer.headers["x-request-id"])
     assert (fields["reason"], fields["group"]) == ("worker_lost", "g")

@@ -75,8 +75,8 @@ from shards.sampling import Drawn, Sampler
 EMBED_SEQUENCES = 64
 # Every decoded token reads the mask of all cells up to the last one in use, whoever uses it. For a
 # small model on a CPU 8,192 foreign cells cost as much as half of the computation of one sequence,
-# and three times that of a batch. So few ended sequences are worth keeping. Large models, and
-# accelerators, have other worries.
+# and three times that of a batch. So few ended sequences are worth keeping. Large models and
+# accelerators have other worries, and in a divided cache nobody reads them.
 DONOR_TOKENS_SMALL = 512
 SMALL_BYTES = 1 << 30
 Logits = NDArray[np.float32]

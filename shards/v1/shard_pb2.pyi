@@ -193,7 +193,7 @@ class PrepareResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Outcome(_message.Message):
-    __slots__ = ("epoch", "plan_id", "sequences", "tokens", "logprobs", "failures", "digest", "step_us", "prompt_logprobs")
+    __slots__ = ("epoch", "plan_id", "sequences", "tokens", "logprobs", "failures", "digest", "step_us", "prompt_logprobs", "leaving")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PLAN_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +203,7 @@ class Outcome(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     STEP_US_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     plan_id: int
     sequences: _containers.RepeatedScalarFieldContainer[int]
@@ -212,7 +213,8 @@ class Outcome(_message.Message):
     digest: int
     step_us: int
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PromptLogprobs]
-    def __init__(self, epoch: _Optional[int] = ..., plan_id: _Optional[int] = ..., sequences: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., digest: _Optional[int] = ..., step_us: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, epoch: _Optional[int] = ..., plan_id: _Optional[int] = ..., sequences: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., digest: _Optional[int] = ..., step_us: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., leaving: bool = ...) -> None: ...
 
 class PromptLogprobs(_message.Message):
     __slots__ = ("sequence", "start", "logprobs", "likeliest", "ranks")

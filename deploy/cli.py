@@ -12,6 +12,7 @@ from deploy.gateway_command import gateway
 from deploy.groups import local_groups, one_group
 from deploy.model_options import model_options, serve_options
 from deploy.options import (
+    FAILURES,
     WORKER,
     SectionedCommand,
     UserError,
@@ -23,6 +24,7 @@ from deploy.running import run, run_command
 from deploy.tune_command import tune
 from deploy.workers import worker_command
 from router.config import ConfigError, GroupSpec, Settings, check_groups
+from shards.config import GRACEFUL_TERMINATION_TIMEOUT_S, SECONDS_MAX
 
 # gRPC prepares for forks that go on in Python; ours only start other programs. To be said before
 # it is imported.
@@ -124,6 +126,13 @@ def router(workers: tuple[str, ...], **options: Any) -> None:
 @option(
     WORKER, "--rendezvous", metavar="HOST:PORT", default="",
     help="Where the ranks of the group meet: a free port of rank 0's machine, the same for all.",
+)  # fmt: skip
+@option(
+    FAILURES, "--graceful-termination-timeout", "graceful_termination_timeout_s",
+    metavar="SECONDS", type=click.FloatRange(0, SECONDS_MAX),
+    default=GRACEFUL_TERMINATION_TIMEOUT_S, show_default=True,
+    help="Time for the router to move or end what runs here after SIGTERM or Ctrl-C; a second one "
+    "ends at once.",
 )  # fmt: skip
 def worker(listen: str, rank: int, world: int, rendezvous: str, **options: Any) -> None:
     """Run one worker for a router elsewhere.

@@ -18,6 +18,7 @@ from deploy.interpreters import interpreter_of
 from deploy.models import Model, ModelNotFound, resolve
 from deploy.options import UserError
 from deploy.workers import WorkerOptions
+from shards.config import GRACEFUL_TERMINATION_TIMEOUT_S
 
 AUTO = "auto"
 # The options that a group may have for itself.
@@ -149,6 +150,9 @@ def one_group(values: Mapping[str, Any], world: int = 0) -> LocalGroup:
         adapters=adapters,
         engine_options=tuple(values["engine_option"]),
         interpreter=values["worker_python"] or interpreter_of(engine),
+        graceful_termination_timeout_s=values.get(  # a command whose workers just end has none
+            "graceful_termination_timeout_s", GRACEFUL_TERMINATION_TIMEOUT_S
+        ),
     )
     return LocalGroup(engine, model, workers)
 

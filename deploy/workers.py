@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 
 from deploy.models import Model
+from shards.config import GRACEFUL_TERMINATION_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +13,7 @@ class WorkerOptions:
 
     ``device`` may name one device for each rank, joined by commas. ``adapters`` are NAME=PATH,
     ``engine_options`` KEY=VALUE. ``interpreter`` is the Python that runs the workers.
+    ``graceful_termination_timeout_s`` is how long one that is told to leave waits for its router.
     """
 
     engine: str
@@ -25,6 +27,7 @@ class WorkerOptions:
     adapters: tuple[str, ...] = ()
     engine_options: tuple[str, ...] = ()
     interpreter: str = sys.executable
+    graceful_termination_timeout_s: float = GRACEFUL_TERMINATION_TIMEOUT_S
 
 
 def worker_command(
@@ -46,6 +49,8 @@ def worker_command(
     for name, text in (texts | {"rendezvous": rendezvous}).items():
         if text:
             command += [f"--{name}", text]
+    if (limit_s := options.graceful_termination_timeout_s) != GRACEFUL_TERMINATION_TIMEOUT_S:
+        command += ["--graceful-termination-timeout", f"{limit_s:g}"]
     for pair in options.adapters:
         command += ["--adapter", pair]
     for pair in options.engine_options:

@@ -1,9 +1,15 @@
 """``python -m shards``: one worker, until a signal, its parent's end, or the engine's loss.
 
 What happens is told on standard error, one JSON object a line: ``listening``, ``loading`` with a
-``fraction``, ``warning``, ``ready`` with ``address`` and ``seconds``, ``error`` with a ``message``.
-Exit codes: 0 after a signal, 1 if it never became ready, 2 for a faulty command line, 3 if the
-engine was lost.
+``fraction``, ``warning``, ``ready`` with ``address`` and ``seconds``, ``leaving`` with ``limit_s``
+and a ``message``, ``error`` with a ``message``. Exit codes: 0 after a signal, 1 if it never became
+ready, 2 for a faulty command line, 3 if the engine was lost.
+
+    signal ──no stream──────────────────────────────► stop
+           ──a stream──► told to its router ──closed, or limit_s over──► stop
+
+A second signal ends the process where it stands. The parent's end does not wait for the router,
+whether it comes before a signal or after one.
 """
 
 import asyncio
@@ -15,6 +21,7 @@ import threading
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 from shards import engines
 from shards.config import ConfigError, WorkerConfig, parse
@@ -54,12 +61,20 @@ def _run_loop(main: Coroutine[None, None, int]) -> int:
     return uvloop.run(main)
 
 
+@dataclass(frozen=True, slots=True)
+class _Orders:
+    """What the worker has been told: to leave in good order, or (its parent is gone) at once."""
+
+    leave: asyncio.Event = field(default_factory=asyncio.Event)
+    end: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 async def _run(config: WorkerConfig) -> int:
     began = time.monotonic()
-    leave = asyncio.Event()
-    _watch_signals(leave)
+    orders = _Orders()
+    _watch_signals(orders.leave)
     if config.exit_with_parent:
-        _watch_parent(leave, asyncio.get_running_loop())
+        _watch_parent(orders.end, asyncio.get_running_loop())
     worker = Worker(lambda: _make(config), config.listen, lambda: _overrides(config))
     try:
         await worker.start()
@@ -68,14 +83,14 @@ async def _run(config: WorkerConfig) -> int:
         return EXIT_NOT_READY
     tell("listening", address=worker.address)
     try:
-        code = await _serve(worker, leave, began)
+        code = await _serve(worker, orders, config.graceful_termination_timeout_s, began)
     finally:
         freed = await worker.stop()
     if not freed:
-        # The engine is inside a step that does not end; the thread must not run into the
-        # interpreter's own end.
+        # The engine is being loaded, or inside a step that does not end; the thread must not run
+        # into the interpreter's own end.
         sys.stderr.flush()
-        os._exit(code or EXIT_LOST)
+        os._exit(code or (0 if worker.loading else EXIT_LOST))
     return code
 
 
@@ -103,14 +118,14 @@ def _overrides(config: WorkerConfig) -> dict[str, bytes]:
         raise ModelError(f"chat template {path}: {error.strerror}") from error
 
 
-async def _serve(worker: Worker, leave: asyncio.Event, began: float) -> int:
+async def _serve(worker: Worker, orders: _Orders, limit_s: float, began: float) -> int:
     """Waits for the model, then for a reason to end; returns the exit code."""
-    leaving = asyncio.create_task(leave.wait(), name="leave")
+    obeyed = asyncio.create_task(_obey(worker, orders, limit_s), name="orders")
     ready = asyncio.create_task(worker.ready(), name="ready")
     lost = asyncio.create_task(worker.lost(), name="lost")
     try:
-        await asyncio.wait((leaving, ready), return_when=asyncio.FIRST_COMPLETED)
-        if leaving.done():
+        await asyncio.wait((obeyed, ready), return_when=asyncio.FIRST_COMPLETED)
+        if obeyed.done():
             return 0
         try:
             loaded = ready.result()
@@ -121,15 +136,38 @@ async def _serve(worker: Worker, leave: asyncio.Event, began: float) -> int:
             tell("warning", message=warning)
         seconds = round(time.monotonic() - began, 3)
         tell("ready", address=worker.address, seconds=seconds)
-        await asyncio.wait((leaving, lost), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((obeyed, lost), return_when=asyncio.FIRST_COMPLETED)
         if lost.done():
             tell("error", message=lost.result())
             return EXIT_LOST
         return 0
     finally:
-        for task in (leaving, ready, lost):
+        for task in (obeyed, ready, lost):
             task.cancel()
-        await asyncio.gather(leaving, ready, lost, return_exceptions=True)
+        await asyncio.gather(obeyed, ready, lost, return_exceptions=True)
+
+
+async def _obey(worker: Worker, orders: _Orders, limit_s: float) -> None:
+    """Waits until the worker is to stop: at an order to end, or when it has left in good order."""
+    end = asyncio.create_task(orders.end.wait(), name="end")
+    left = asyncio.create_task(_leave(worker, orders.leave, limit_s), name="leave")
+    try:
+        await asyncio.wait((end, left), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (end, left):
+            task.cancel()
+        await asyncio.gather(end, left, return_exceptions=True)
+
+
+async def _leave(worker: Worker, order: asyncio.Event, limit_s: float) -> None:
+    """Waits for the order, and then for the router to have closed its stream, for so long."""
+    await order.wait()
+    if worker.streams:
+        message = f"waiting up to {limit_s:g} s for the router to move or end what runs here"
+        tell("leaving", message=message, limit_s=limit_s)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(limit_s):
+            await worker.leave()
 
 
 def _watch_signals(leave: asyncio.Event) -> None:
@@ -145,15 +183,15 @@ def _watch_signals(leave: asyncio.Event) -> None:
         loop.add_signal_handler(number, on_signal, number)
 
 
-def _watch_parent(leave: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
-    """Leaves when standard input ends, as it does however the parent died."""
+def _watch_parent(end: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
+    """Ends when standard input does, as it does however the parent died."""
 
     def watch() -> None:
         with suppress(OSError):
             while os.read(0, 4096):
                 pass
         with suppress(RuntimeError):
-            loop.call_soon_threadsafe(leave.set)
+            loop.call_soon_threadsafe(end.set)
         time.sleep(ORPHAN_S)
         os._exit(EXIT_LOST)
 

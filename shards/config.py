@@ -18,6 +18,9 @@ _NUMBERS = (
     ("--rank", 0, "tensor-parallel rank of this worker"),
     ("--world", 1, "ranks in the group"),
 )
+# As the router's own, which is the one that is meant to end first.
+GRACEFUL_TERMINATION_TIMEOUT_S = 90.0
+SECONDS_MAX = 86_400.0
 
 
 class ConfigError(Exception):
@@ -29,6 +32,8 @@ class WorkerConfig:
     """Which engine with which options, where to listen, and whether to end with the parent.
 
     ``chat_template`` is a file that takes the place of the model's own template.
+    ``graceful_termination_timeout_s`` is how long a worker that is told to leave waits for the
+    router of its open stream, in seconds.
     """
 
     engine: str
@@ -36,6 +41,7 @@ class WorkerConfig:
     listen: str
     exit_with_parent: bool
     chat_template: Path | None = None
+    graceful_termination_timeout_s: float = GRACEFUL_TERMINATION_TIMEOUT_S
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +71,12 @@ def parse(arguments: Sequence[str]) -> WorkerConfig:
         extra=tuple(given.engine_option),
     )
     return WorkerConfig(
-        given.engine, options, given.listen, given.exit_with_parent, given.chat_template
+        given.engine,
+        options,
+        given.listen,
+        given.exit_with_parent,
+        given.chat_template,
+        given.graceful_termination_timeout,
     )
 
 
@@ -111,6 +122,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="end when standard input closes, which is to be a pipe from the parent",
     )
+    parser.add_argument(
+        "--graceful-termination-timeout",
+        type=_seconds,
+        default=GRACEFUL_TERMINATION_TIMEOUT_S,
+        metavar="SECONDS",
+        help="after SIGTERM or SIGINT, how long the router has to move or end what runs here",
+    )
     return parser
 
 
@@ -118,6 +136,16 @@ def _count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,12}", text):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 0")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= SECONDS_MAX:  # NaN compares false
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to {SECONDS_MAX:g}")
+    return seconds
 
 
 def _pair(text: str) -> tuple[str, str]:

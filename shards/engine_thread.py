@@ -70,6 +70,11 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Leaving:
+    """The worker has been told to leave, and waits for the router to close the stream."""
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """The last thing that a session hears. ``message`` is one line."""
 
@@ -77,14 +82,21 @@ class End:
     message: str
 
 
-Said = Begun | Answer | End
+Said = Begun | Answer | Leaving | End
 
 
 @dataclass(eq=False)
 class Session:
-    """One Run stream. The loop owns it; the engine thread reads and sets ``over`` only."""
+    """One Run stream. The loop owns it; the engine thread reads and sets ``over`` only.
+
+    ``epoch`` is that of its plans, 0 before the first. ``begun`` says that its client knows the
+    engine to be empty, ``closed`` that nothing more will be written.
+    """
 
     over: bool = False
+    epoch: int = 0
+    begun: bool = False
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
     answers: deque[Said] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PLANS_MAX))
@@ -186,7 +198,12 @@ class EngineThread:
             raise BusyError("the engine does not get on; try again later") from None
 
     def stop(self, timeout_s: float) -> bool:
-        """Closes the engine after the step under way; says whether that was done in time."""
+        """Closes the engine after the step under way; says whether that was done in time.
+
+        One that is still being made is not waited for: nothing says when it would be there.
+        """
+        if not self.loaded.done():
+            return False
         with suppress(Full):  # the engine is wedged: it would not be read anyway
             self._jobs.put_nowait(_Stop())
         self._thread.join(timeout_s)

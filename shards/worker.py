@@ -8,6 +8,7 @@ one reads plans, checks their count, and queues them; the other writes answers a
 import asyncio
 import contextlib
 import uuid
+from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from shards.embed_queue import BusyError
-from shards.engine_thread import Answer, Begun, End, Ending, EngineThread, Loaded, Session
+from shards.engine_thread import Answer, Begun, End, Ending, EngineThread, Leaving, Loaded, Session
 from shards.engines.base import Engine, EngineLost, FeatureError, PlanError
 from shards.grammar import ConstraintError
 from shards.grammar_queue import GrammarQueue, TooManyError
@@ -72,7 +73,8 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         self._instance_id = uuid.uuid4().hex
         self._session: Session | None = None
         self._grammars: GrammarQueue | None = None
-        self._stopping = False
+        self._leaving = False
+        self._stopping = asyncio.Event()
 
     async def Describe(
         self,
@@ -80,7 +82,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         context: grpc.aio.ServicerContext[shard_pb2.DescribeRequest, shard_pb2.DescribeResponse],
     ) -> shard_pb2.DescribeResponse:
         """Waits for the model, as long as the caller's deadline allows."""
-        loaded = await self._loaded(context)
+        loaded = await self._welcome(context)
         return info_to_wire(loaded.info, loaded.seconds, self._instance_id, loaded.files)
 
     async def GetTokenizer(
@@ -89,7 +91,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         context: grpc.aio.ServicerContext[shard_pb2.GetTokenizerRequest, shard_pb2.TokenizerChunk],
     ) -> AsyncIterator[shard_pb2.TokenizerChunk]:
         """The tokenizer files, one after the other."""
-        loaded = await self._loaded(context)
+        loaded = await self._welcome(context)
         for chunk in file_chunks(loaded.files):
             yield chunk
 
@@ -99,13 +101,14 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
         context: _Context,
     ) -> None:
         """Serves the log of plans; see the .proto file."""
-        loaded = await self._loaded(context)
+        loaded = await self._welcome(context)
         session = self._take_over()
         reader = asyncio.create_task(self._read(session, context, loaded), name="plans")
         try:
             end = await self._write(session, context, loaded.info.rank)
         finally:
             session.over = True
+            session.closed.set()
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
@@ -145,22 +148,53 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             self._grammars = GrammarQueue(loaded.grammar, loaded.info.engine)
         return self._grammars
 
+    @property
+    def streams(self) -> bool:
+        """Whether a Run stream is open."""
+        return self._session is not None and not self._session.closed.is_set()
+
+    async def leave(self) -> None:
+        """Turns new callers away, and tells the stream that is open; waits until that is closed.
+
+        One that its engine has yet to be emptied for is told as soon as that is done: what is
+        written first says that it is.
+        """
+        self._leaving = True
+        session = self._session
+        if session is None:
+            return
+        if session.begun:
+            session.hear(Leaving())
+        await session.closed.wait()
+
     def stop(self) -> None:
-        """Tells the stream that is open to end; new ones are turned away."""
-        self._stopping = True
+        """Tells the stream that is open to end, and all who wait for the model; none may come."""
+        self._stopping.set()
         self._end_session(End(Ending.STOPPING, "the worker is stopping"))
 
+    async def _welcome(self, context: grpc.aio.ServicerContext[Any, Any]) -> Loaded:
+        """As ``_loaded``, for calls of those who are new here: a worker that leaves takes none."""
+        loaded = await self._loaded(context)
+        if self._leaving:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is leaving")
+        return loaded
+
     async def _loaded(self, context: grpc.aio.ServicerContext[Any, Any]) -> Loaded:
+        """Waits for the model; ends the call if that cannot be had, or not any more."""
+        stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
         try:
-            loaded = await asyncio.shield(self._engine.loaded)
+            await asyncio.wait((self._engine.loaded, stopping), return_when=FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+        if self._engine.lost.done():
+            await context.abort(grpc.StatusCode.INTERNAL, self._engine.lost.result())
+        if self._stopping.is_set():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is stopping")
+        try:
+            return self._engine.loaded.result()
         except Exception as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"the model is not loaded: {error}")
             raise
-        if self._engine.lost.done():
-            await context.abort(grpc.StatusCode.INTERNAL, self._engine.lost.result())
-        if self._stopping:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is stopping")
-        return loaded
 
     def _take_over(self) -> Session:
         self._end_session(End(Ending.TAKEN_OVER, "another Run stream took over"))
@@ -185,7 +219,8 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
             if not isinstance(message, shard_pb2.Plan):
                 self._engine.finish(session, End(Ending.FINISHED, "the router closed the stream"))
                 return
-            epoch = message.epoch if epoch is None else epoch
+            if epoch is None:
+                epoch = session.epoch = message.epoch
             if message.plan_id != last_id + 1 or message.epoch != epoch:
                 told = f"plan {message.plan_id} of epoch {message.epoch}"
                 due = f"{last_id + 1} of epoch {epoch}"
@@ -213,6 +248,11 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
                 match session.answers.popleft():
                     case Begun():
                         await context.send_initial_metadata(())
+                        session.begun = True
+                        if self._leaving:
+                            session.hear(Leaving())
+                    case Leaving():
+                        await context.write(shard_pb2.Outcome(epoch=session.epoch, leaving=True))
                     case End() as end:
                         return end
                     case Answer() as answer:
@@ -300,6 +340,24 @@ class Worker:
         reason = await asyncio.shield(self._engine.lost)
         await self._tell_health(_Health.NOT_SERVING)
         return reason
+
+    @property
+    def loading(self) -> bool:
+        """Whether the model is not there yet, and has not failed to be."""
+        return not self._engine.loaded.done()
+
+    @property
+    def streams(self) -> bool:
+        """Whether a router has a stream of plans open here."""
+        return self._servicer.streams
+
+    async def leave(self) -> None:
+        """Takes nobody new, and waits until the router has closed its stream, if there is one.
+
+        Plans are answered until then. The caller sets the limit, and calls ``stop`` afterwards.
+        """
+        await self._tell_health(_Health.NOT_SERVING)
+        await self._servicer.leave()
 
     async def stop(self) -> bool:
         """Ends all streams and closes the engine; says whether the engine let go in time."""

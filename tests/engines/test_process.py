@@ -2,19 +2,25 @@
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shards.v1 import shard_pb2 as pb
 from shards.v1 import shard_pb2_grpc
 
 PATIENCE_S = 30.0
+# Longer than a worker that has nothing to wait for takes to end, and far below its limit.
+SOON_S = 10.0
 
 
 class Process:
@@ -98,7 +104,8 @@ def test_does_not_end_with_standard_input_unless_told(start) -> None:
 
 @pytest.mark.parametrize("how", ["signal", "parent"])
 def test_a_wedged_engine_cannot_hold_the_exit(start, how: str) -> None:
-    worker = start(*SCRIPTED, "--engine-option", "wedge_after_steps=1", "--exit-with-parent")
+    options = ("--engine-option", "wedge_after_steps=1", "--graceful-termination-timeout", "0")
+    worker = start(*SCRIPTED, *options, "--exit-with-parent")
     worker.hear("ready")
     with grpc.insecure_channel(worker.address) as channel:
         plans = [_plan(1), _plan(2)]
@@ -120,11 +127,136 @@ def test_a_second_signal_ends_it_at_once(start) -> None:
         answers = shard_pb2_grpc.ShardStub(channel).Run(iter([_plan(1), _plan(2)]))
         assert next(answers).plan_id == 1
         worker.process.terminate()
-        # The stream's end says that the first signal was heard.
-        with pytest.raises(grpc.RpcError):
-            next(answers)
+        # The message says that the first signal was heard.
+        assert next(answers).leaving
         worker.process.terminate()
         assert worker.end()[0] == 128 + signal.SIGTERM
+        with pytest.raises(grpc.RpcError):
+            next(answers)
+
+
+class Log:
+    """A stream of plans for one sequence, kept open; ``answers`` are what comes."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._plans = queue.Queue[pb.Plan | None](8)
+        self._sent = 0
+        stub = shard_pb2_grpc.ShardStub(channel)
+        self.answers = stub.Run(iter(self._plans.get, None), timeout=PATIENCE_S)
+
+    def step(self) -> pb.Outcome:
+        """Sends the next plan; the next message."""
+        self._sent += 1
+        self._plans.put(_plan(self._sent))
+        return next(self.answers)
+
+    def close(self) -> list[pb.Outcome]:
+        """Says that no more plans come; what was still to come, if the stream ends in order."""
+        self._plans.put(None)
+        return list(self.answers)
+
+
+@contextmanager
+def log_of(worker: Process) -> Iterator[Log]:
+    """A log that has been begun with a worker that is ready."""
+    worker.hear("ready")
+    with grpc.insecure_channel(worker.address) as channel:
+        log = Log(channel)
+        assert log.step().plan_id == 1
+        yield log
+
+
+def broken(log: Log) -> tuple[grpc.StatusCode, str]:
+    """How a stream that the worker ends has ended."""
+    with pytest.raises(grpc.RpcError) as caught:
+        next(log.answers)
+    return caught.value.code(), caught.value.details()
+
+
+STOPPING = (grpc.StatusCode.UNAVAILABLE, "the worker is stopping")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_router_end_what_runs(start, number: signal.Signals) -> None:
+    worker = start(*SCRIPTED)
+    with log_of(worker) as log:
+        worker.process.send_signal(number)
+        assert next(log.answers) == pb.Outcome(epoch=1, leaving=True)
+        assert worker.hear("leaving")["limit_s"] == 90
+        assert log.step().plan_id == 2
+        with grpc.insecure_channel(worker.address) as other:
+            health = health_pb2_grpc.HealthStub(other).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        began = time.monotonic()
+        assert log.close() == []
+        assert worker.end() == (0, [])
+        assert time.monotonic() - began < SOON_S
+
+
+def test_a_router_that_does_not_let_go_is_waited_for_so_long(start) -> None:
+    worker = start(*SCRIPTED, "--graceful-termination-timeout", "0.3")
+    with log_of(worker) as log:
+        began = time.monotonic()
+        worker.process.terminate()
+        assert next(log.answers).leaving
+        assert broken(log) == STOPPING
+        assert time.monotonic() - began >= 0.3
+        assert worker.hear("leaving")["limit_s"] == 0.3
+        assert worker.end() == (0, [])
+
+
+@pytest.mark.parametrize("signal_first", [True, False])
+def test_the_parents_end_does_not_wait_for_the_router(start, signal_first: bool) -> None:
+    worker = start(*SCRIPTED, "--exit-with-parent")
+    with log_of(worker) as log:
+        if signal_first:
+            worker.process.terminate()
+            assert next(log.answers).leaving
+        worker.process.stdin.close()
+        assert broken(log) == STOPPING
+        assert worker.end()[0] == 0
+
+
+def test_a_signal_after_the_parents_end_is_a_first_one(start) -> None:
+    """Who ends a worker closes its input and sends a signal, and either may be heard first."""
+    worker = start(*SCRIPTED, "--exit-with-parent")
+    worker.hear("ready")
+    with grpc.insecure_channel(worker.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        worker.process.stdin.close()
+        # It stops now, and lets calls that are open end, as this one never does.
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        worker.process.terminate()
+        assert worker.end() == (0, [])
+
+
+def test_an_engine_that_is_lost_while_the_worker_leaves_is_told(start) -> None:
+    worker = start(*SCRIPTED, "--engine-option", "lost_after_steps=1")
+    with log_of(worker) as log:
+        worker.process.terminate()
+        assert next(log.answers).leaving
+        with pytest.raises(grpc.RpcError) as caught:
+            log.step()
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert "loses its device" in str(worker.hear("error")["message"])
+        assert worker.end()[0] == 3
+
+
+def test_a_worker_that_loads_leaves_at_once(start, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "template")  # reading it takes until somebody writes
+    worker = start(*SCRIPTED, "--chat-template", str(tmp_path / "template"))
+    worker.hear("listening")
+    with grpc.insecure_channel(worker.address) as channel:
+        stub = shard_pb2_grpc.ShardStub(channel)
+        call = stub.Describe.future(pb.DescribeRequest(), timeout=PATIENCE_S)
+        # The same connection brings this one after it.
+        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        began = time.monotonic()
+        worker.process.terminate()
+        assert worker.end() == (0, [])
+        assert time.monotonic() - began < SOON_S
+        assert call.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def _plan(plan_id: int) -> pb.Plan:
@@ -158,6 +290,8 @@ def test_the_loss_of_the_engine_ends_the_process(
         ((), 2, "required: --engine"),
         ((*SCRIPTED, "--kv-tokens", "-5"), 2, "-5 is not a whole number"),
         ((*SCRIPTED, "--rank", "2", "--world", "2"), 2, "--rank 2 is not below --world 2"),
+        ((*SCRIPTED, "--graceful-termination-timeout", "nan"), 2, "nan is not a number from 0 to"),
+        ((*SCRIPTED, "--graceful-termination-timeout", "soon"), 2, "soon is not a number from 0"),
         ((*SCRIPTED, "--engine-option", "step_ms"), 2, "step_ms is not key=value"),
         ((*SCRIPTED, "--engine-option", "speed=1"), 1, "unknown engine option speed"),
         ((*SCRIPTED, "--listen", "nowhere"), 2, "neither unix:///path nor HOST:PORT"),

@@ -226,6 +226,9 @@ def test_a_worker_is_told_what_was_chosen_and_nothing_else() -> None:
     told = worker_command(options, group.model, "h:1", 1, "h:2")
     line = " ".join(told)
     assert "--world 2 --device cpu --dtype float32 --rendezvous h:2 --adapter a=/b" in line
+    (group,) = groups(*SCRIPTED, "--graceful-termination-timeout", "7.5")
+    told = worker_command(group.workers, group.model, "unix:///s", 0)
+    assert told[-2:] == ["--graceful-termination-timeout", "7.5"]
 
 
 def test_adapters_come_by_either_option(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from deploy.groups import LocalGroup
-from deploy.supervisor import LOOP_DEATHS, Died, Loading, News, Ready, Said
+from deploy.keeper import LOOP_DEATHS, Died, Loading, News, Ready, Said
 from router.logs import formatter
 
 # Where there is no bar, how often one hears how far a worker has loaded.
@@ -62,19 +62,15 @@ class Console:
             case Loading(worker, fraction):
                 self._bar(worker).update(fraction * 100 - self._bar(worker).n)
                 if self._bar(worker).disable:
-                    self._loading_line(worker, fraction)
-            case Ready(worker, seconds, again):
+                    self._loading_line(news)
+            case Ready(worker):
                 self._drop_bar(worker)
-                back = "is back after a restart, loaded" if again else "loaded"
-                self.say(f"{worker}: {back} in {seconds:.1f} s")
-            case Died(worker, reason, deaths, pause_s, ranks):
+                self.say(line_of(news))
+            case Died():
                 self.close()
-                loop = f" (death {deaths} in a row)" if deaths >= LOOP_DEATHS else ""
-                what = "it" if ranks == 1 else f"all {ranks} ranks of its group"
-                then = f"starting {what} again in {pause_s:g} s"
-                self.say(f"{worker}: {reason}{loop}; {then}", logging.WARNING)
-            case Said(worker, line):
-                self.say(f"{worker}: {line}")
+                self.say(line_of(news), logging.WARNING)
+            case Said():
+                self.say(line_of(news))
 
     def serving(self, groups: Sequence[LocalGroup]) -> None:
         """Says what is about to be served, and by which groups if there are several."""
@@ -85,8 +81,16 @@ class Console:
             return
         self.say(f"serving {model_id} by {len(groups)} groups")
         for group in groups:
-            what = (f"{group.workers.world} x {group.workers.engine}", group.model.remark)
-            self.say(f"serving {model_id}: group {group.name}: {', '.join(filter(None, what))}")
+            self.say(f"serving {model_id}: group {group.name}: {_made_of(group)}")
+
+    def starting(self, group: LocalGroup) -> None:
+        """Says that a group is started beside those that serve, or in their place."""
+        self.say(f"starting group {group.name}: {_made_of(group)}")
+
+    def ended(self, group: LocalGroup) -> None:
+        """Says that the workers of a group have been ended for good, and shows no more of them."""
+        self.close()
+        self.say(f"group {group.name}: its workers have been ended")
 
     def say(self, text: str, level: int = logging.INFO) -> None:
         """One line on standard error."""
@@ -121,12 +125,12 @@ class Console:
         for worker in list(self._bars):
             self._drop_bar(worker)
 
-    def _loading_line(self, worker: str, fraction: float) -> None:
+    def _loading_line(self, news: Loading) -> None:
         """How far it is; nothing of one that is soon ready."""
         now_s = monotonic()
-        if now_s - self._told_s.setdefault(worker, now_s) >= LOADING_LINE_S:
-            self._told_s[worker] = now_s
-            self.say(f"{worker}: loading, {fraction:.0%}")
+        if now_s - self._told_s.setdefault(news.worker, now_s) >= LOADING_LINE_S:
+            self._told_s[news.worker] = now_s
+            self.say(line_of(news))
 
     def _bar(self, worker: str) -> Any:
         """The bar of a worker; draws nothing where there is no terminal."""
@@ -147,6 +151,28 @@ class Console:
         bar = self._bars.pop(worker, None)
         if bar is not None:
             bar.close()
+
+
+def line_of(news: News) -> str:
+    """A piece of news as one line."""
+    match news:
+        case Loading(worker, fraction):
+            return f"{worker}: loading, {fraction:.0%}"
+        case Ready(worker, seconds, again):
+            back = "is back after a restart, loaded" if again else "loaded"
+            return f"{worker}: {back} in {seconds:.1f} s"
+        case Died(worker, reason, deaths, pause_s, ranks):
+            loop = f" (death {deaths} in a row)" if deaths >= LOOP_DEATHS else ""
+            what = "it" if ranks == 1 else f"all {ranks} ranks of its group"
+            return f"{worker}: {reason}{loop}; starting {what} again in {pause_s:g} s"
+        case Said(worker, line):
+            return f"{worker}: {line}"
+
+
+def _made_of(group: LocalGroup) -> str:
+    """What a group consists of, in some words."""
+    made = f"{group.workers.world} x {group.workers.engine}"
+    return ", ".join(filter(None, (made, group.model.remark)))
 
 
 def _print(text: str) -> None:

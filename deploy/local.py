@@ -10,8 +10,8 @@ from pathlib import Path
 
 from deploy.console import Console, Urls
 from deploy.groups import LocalGroup
-from deploy.supervisor import Supervisor, WorkerSpec
-from deploy.workers import worker_command
+from deploy.ranks import first_ranks, group_spec
+from deploy.supervisor import Supervisor
 from router import app
 from router.config import GroupSpec, Settings
 
@@ -29,23 +29,6 @@ def socket_folder() -> Path:
         folder.rmdir()
         folder = Path(tempfile.mkdtemp(prefix="roundhouse-", dir="/tmp"))
     return folder
-
-
-def worker_specs(groups: Sequence[LocalGroup], folder: Path) -> list[list[WorkerSpec]]:
-    """The workers of each group in order of rank, on sockets in ``folder``."""
-    return [_ranks(group, folder, place, len(groups)) for place, group in enumerate(groups)]
-
-
-def _ranks(group: LocalGroup, folder: Path, place: int, groups: int) -> list[WorkerSpec]:
-    """The workers of one group; where there is but one group, its name goes without saying."""
-    specs = []
-    for rank in range(group.workers.world):
-        socket = folder / f"{place}-{rank}.sock"
-        command = worker_command(group.workers, group.model, f"unix://{socket}", rank)
-        name = f"worker {rank}" if groups == 1 else f"{group.name} worker {rank}"
-        env = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(group.workers.world)}
-        specs.append(WorkerSpec(name, (*command, "--exit-with-parent"), socket, env))
-    return specs
 
 
 def check_ports(settings: Settings) -> None:
@@ -77,13 +60,8 @@ async def serve(settings: Settings, groups: Sequence[LocalGroup], console: Conso
     check_ports(settings)
     folder = socket_folder()
     try:
-        workers = worker_specs(groups, folder)
-        specs = [
-            GroupSpec(
-                group.name, group.model.model_id, tuple(f"unix://{rank.socket}" for rank in ranks)
-            )
-            for group, ranks in zip(groups, workers, strict=True)
-        ]
+        workers = first_ranks(groups, folder)
+        specs = [group_spec(group, workers[group.name]) for group in groups]
         supervisor = Supervisor(workers, console.tell)
         on_ready = _announcer(settings, groups[0].model.model_id, console)
         await _together(settings, specs, supervisor, on_ready)
@@ -109,10 +87,9 @@ async def _together(
     settings: Settings, groups: Sequence[GroupSpec], supervisor: Supervisor, on_ready: OnReady
 ) -> None:
     """Runs the router beside the supervisor; either one's failure ends both."""
-    places = {group.name: place for place, group in enumerate(groups)}
 
     def silent(group: str) -> None:
-        supervisor.replace(places[group], "it hung, and was killed")
+        supervisor.replace(group, "it hung, and was killed")
 
     this = asyncio.current_task()
     assert this is not None, "a coroutine runs in a task"

@@ -58,7 +58,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     """Runs until served out; what the user can mend becomes one line."""
     import uvloop
 
-    from deploy.supervisor import StartError
+    from deploy.keeper import StartError
     from router.faces import raise_file_limit
 
     raise_file_limit()

@@ -1,317 +1,162 @@
-"""Keeps groups of worker processes alive on this machine: start, relay progress, restart, end.
+"""The groups of worker processes on this machine: some from the start, others come and go.
 
-The unit of life is the group, because its ranks wait for each other in every step: when one ends,
-the others are ended too, and all start anew at another rendezvous. Each process listens on a unix
-socket in a private folder, runs in a session of its own (so that Ctrl-C reaches the router first,
-which drains), and ends by itself when its standard input closes, however its parent died.
+Each is kept by a ``Keeper`` in a task that ``Supervisor.run`` owns: when that ends, so do all.
 """
 
 import asyncio
-import json
-import os
-import re
-import signal
-import socket
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from time import monotonic
 
-from deploy.processes import WorkerProcess
+from deploy.keeper import Keeper, News, StartError, WorkerSpec, to_the_end
 
-# Pauses before a dead group is started again. One that lived this long starts from the first.
+# Pauses before a dead group is started again. One that lived long starts from the first.
 RESTART_PAUSES_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
-HEALTHY_S = 30.0
-# Deaths in a row from which on the report says that it is a loop.
-LOOP_DEATHS = 4
 # How long a worker may take to leave when asked to, before it is killed.
 LEAVE_S = 5.0
-# The same for the other ranks of one that has ended: they may be stuck in an exchange with it.
-ORPHAN_RANK_S = 1.0
-# How often a group that was never ready is started because its rendezvous had been taken.
-STARTS_MAX = 3
-ADDRESS_TAKEN = re.compile(r"(?i)address already in use|EADDRINUSE")
 
-
-class StartError(Exception):
-    """A worker ended before its group was ever ready. The text is its own one line."""
+Hear = Callable[[News], None]
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerSpec:
-    """How to start one worker: its name in reports, its command, its socket.
+class _Kept:
+    """A group and the task that keeps it, whose result is why it could not start, if it could not.
 
-    ``env`` holds variables on top of this process's own.
+    ``settled`` is set when it is ready for the first time, or gone; ``gone`` when nothing is left.
     """
 
-    name: str
-    command: tuple[str, ...]
-    socket: Path
-    env: Mapping[str, str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """A worker has loaded this fraction, 0 to 1, of its model."""
-
-    worker: str
-    fraction: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """A worker listens, ``seconds`` after its start; ``again`` if not for the first time."""
-
-    worker: str
-    seconds: float
-    again: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Died:
-    """A worker has ended; its group, of ``ranks``, is started again after ``pause_s`` seconds."""
-
-    worker: str
-    reason: str
-    deaths: int
-    pause_s: float
-    ranks: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """A warning of a worker, or a line of its standard error that is no report."""
-
-    worker: str
-    line: str
-
-
-News = Loading | Ready | Died | Said
-
-
-@dataclass(slots=True)
-class _Rank:
-    """One process of a group's life, and what it has said."""
-
-    worker: WorkerSpec
-    ready: bool = False
-    error: str = ""
-    tail: deque[str] = field(default_factory=lambda: deque(maxlen=5))
-
-    def reason(self, code: int) -> str:
-        """Why it ended, in one line: its own words if it had any."""
-        if self.error:
-            return self.error
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        said = f": {self.tail[-1]}" if self.tail else ""
-        return f"ended with status {code}{said}"
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """How a life of a group came to its end: whose end it was, and why.
-
-    ``proven`` says that all ranks had been ready for long enough to be called healthy.
-    """
-
-    worker: str
-    reason: str
-    proven: bool = False
-    address_taken: bool = False
+    keeper: Keeper
+    task: asyncio.Task[StartError | None]
+    settled: asyncio.Event
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Supervisor:
-    """Owner of the worker processes of all groups, each a list of its ranks in order.
+    """Owner of the worker processes of all groups, by name, each a list of its ranks in order.
 
-    ``news`` is called with all that a person may want to know.
+    ``groups`` are those to begin with. ``news`` is called with all that a person may want to know.
     """
 
     def __init__(
         self,
-        groups: Sequence[Sequence[WorkerSpec]],
-        news: Callable[[News], None],
+        groups: Mapping[str, Sequence[WorkerSpec]],
+        news: Hear,
         pauses_s: Sequence[float] = RESTART_PAUSES_S,
         leave_s: float = LEAVE_S,
     ) -> None:
-        self._groups = tuple(
-            _Group(ranks, news, self._ready, pauses_s, leave_s) for ranks in groups
-        )
+        self._first = dict(groups)
+        self._news = news
+        self._pauses_s = pauses_s
+        self._leave_s = leave_s
+        self._tasks = asyncio.TaskGroup()
+        self._kept: dict[str, _Kept] = {}
+        # Of the groups to begin with, those that have not been ready yet.
+        self._awaited = set(groups)
         self._all_ready = asyncio.Event()
 
     async def all_ready(self) -> None:
-        """Waits until every group has been ready once. ``run`` raises if one cannot be."""
-        await self._all_ready.wait()
-
-    def replace(self, place: int, reason: str) -> None:
-        """Kills the workers of a group, by its place, unless they are loading; others then start.
-
-        For workers that run and are of no use. ``reason`` takes the place of their last words.
-        """
-        self._groups[place].replace(reason)
+        """Waits until every group to begin with has been ready. ``run`` raises if one cannot be."""
+        if self._awaited:
+            await self._all_ready.wait()
 
     async def run(self) -> None:
         """Keeps all groups alive until cancelled; ends them on the way out.
 
-        Raises ``StartError`` when a worker ends before its group was ever ready.
+        Raises ``StartError`` when a worker of those to begin with ends before its group was ever
+        ready.
         """
         try:
-            async with asyncio.TaskGroup() as tasks:
-                for group in self._groups:
-                    tasks.create_task(group.keep())
+            async with self._tasks:
+                for name, ranks in self._first.items():
+                    self._begin(name, ranks, self._news, must_start=True)
+                await asyncio.Event().wait()
         except ExceptionGroup as group_error:
             failed, others = group_error.split(StartError)
             if failed is None or others is not None:
                 raise
             raise failed.exceptions[0] from None
 
-    def _ready(self) -> None:
-        """A group has become ready."""
-        if all(group.was_ready for group in self._groups):
+    async def start(self, name: str, ranks: Sequence[WorkerSpec], hear: Hear) -> None:
+        """Starts one more group while ``run`` runs; returns when all its ranks are ready.
+
+        ``hear`` gets its news, too, until then. Raises ``StartError`` with a worker's own one line;
+        then, and when it was cancelled, nothing is left of it. The others do not notice.
+        """
+        assert name not in self._kept, f"there is a group {name}"
+
+        def news(one: News) -> None:
+            self._news(one)
+            if not kept.settled.is_set():
+                hear(one)
+
+        kept = self._begin(name, ranks, news)
+        try:
+            await kept.settled.wait()
+        except asyncio.CancelledError:
+            await self.end(name)
+            raise
+        if kept.gone.is_set():
+            failure = None if kept.task.cancelled() else kept.task.result()
+            raise failure or StartError(f"{name}: it was ended before it was ready")
+
+    async def end(self, name: str) -> None:
+        """Ends a group for good, whatever it is at; harmless if there is none.
+
+        Its workers are asked to leave, and killed with all their children after a while. Goes on to
+        its end if it is cancelled meanwhile.
+        """
+        if (kept := self._kept.get(name)) is not None:
+            kept.task.cancel()
+            self._settle(name)
+            await to_the_end(kept.gone.wait())
+
+    def replace(self, name: str, reason: str) -> None:
+        """Kills the workers of a group, if it has any, unless they are loading; others then start.
+
+        For workers that run and are of no use. ``reason`` takes the place of their last words.
+        """
+        if (kept := self._kept.get(name)) is not None:
+            kept.keeper.replace(reason)
+
+    def _begin(
+        self, name: str, ranks: Sequence[WorkerSpec], news: Hear, *, must_start: bool = False
+    ) -> _Kept:
+        """Starts the task that keeps a group. Raises ``StartError`` if all are being ended."""
+        settled = asyncio.Event()
+
+        def ready() -> None:
+            settled.set()
+            self._settle(name)
+
+        keeper = Keeper(ranks, news, ready, self._pauses_s, self._leave_s)
+        keeping = _keep(keeper, must_start=must_start)
+        try:
+            task = self._tasks.create_task(keeping, name=f"workers of {name}")
+        except RuntimeError as over:
+            keeping.close()
+            raise StartError(f"{name}: all workers are being ended") from over
+        kept = self._kept[name] = _Kept(keeper, task, settled)
+        task.add_done_callback(lambda _: self._forget(name))
+        return kept
+
+    def _forget(self, name: str) -> None:
+        """A group's task is done: nothing is left of it."""
+        kept = self._kept.pop(name)
+        kept.gone.set()
+        kept.settled.set()
+
+    def _settle(self, name: str) -> None:
+        """A group to begin with need no longer be waited for: it is ready, or has been ended."""
+        self._awaited.discard(name)
+        if not self._awaited:
             self._all_ready.set()
 
 
-class _Group:
-    """The lives of one group, one after the other. ``ready`` is called when all ranks are."""
-
-    def __init__(
-        self,
-        workers: Sequence[WorkerSpec],
-        news: Callable[[News], None],
-        ready: Callable[[], None],
-        pauses_s: Sequence[float],
-        leave_s: float,
-    ) -> None:
-        self._workers = tuple(workers)
-        self._news = news
-        self._ready = ready
-        self._pauses_s = pauses_s
-        self._leave_s = leave_s
-        self._ranks: list[_Rank] = []
-        self._processes: list[WorkerProcess] = []
-        self.was_ready = False
-
-    def replace(self, reason: str) -> None:
-        """Kills the present life, if all of it is ready."""
-        if self._processes and all(rank.ready for rank in self._ranks):
-            for rank, process in zip(self._ranks, self._processes, strict=True):
-                rank.error = reason
-                process.kill()
-
-    async def keep(self) -> None:
-        """Lives again and again until cancelled. Raises ``StartError`` if it cannot start."""
-        deaths = 0
-        while True:
-            end = await self._live()
-            deaths = 1 if end.proven else deaths + 1
-            if not self.was_ready and not (end.address_taken and deaths < STARTS_MAX):
-                raise StartError(f"{end.worker}: {end.reason}")
-            pause = self._pauses_s[min(deaths, len(self._pauses_s)) - 1]
-            self._news(Died(end.worker, end.reason, deaths, pause, len(self._workers)))
-            await asyncio.sleep(pause)
-
-    async def _live(self) -> _End:
-        """One life: starts all ranks, waits until one ends, and ends the others."""
-        ranks = self._ranks = [_Rank(worker) for worker in self._workers]
-        processes: list[WorkerProcess] = []
-        self._processes = processes
-        began, grace_s = monotonic(), self._leave_s
-        try:
-            rendezvous = ("--rendezvous", free_address()) if len(ranks) > 1 else ()
-            for rank in ranks:  # each is kept as soon as it is there, so that it is ended
-                process = await self._start(rank, rendezvous, ranks, began)
-                processes.append(process)
-            place, code = await _first_end(processes)
-            grace_s = min(ORPHAN_RANK_S, grace_s)
-        except OSError as error:
-            worker = ranks[len(processes)].worker
-            return _End(worker.name, f"cannot run {worker.command[0]}: {error}")
-        finally:
-            await asyncio.gather(*(process.end(grace_s) for process in processes))
-        lasted = monotonic() - began
-        return _End(
-            ranks[place].worker.name,
-            ranks[place].reason(code),
-            proven=all(rank.ready for rank in ranks) and lasted >= HEALTHY_S,
-            address_taken=bool(rendezvous) and any(map(_found_address_taken, ranks)),
-        )
-
-    async def _start(
-        self, rank: _Rank, rendezvous: Sequence[str], ranks: Sequence[_Rank], began: float
-    ) -> WorkerProcess:
-        """Starts a process on a socket path that nobody holds. Raises ``OSError``."""
-        worker = rank.worker
-        worker.socket.unlink(missing_ok=True)
-        env = None if worker.env is None else os.environ | dict(worker.env)
-
-        def hear(line: str) -> None:
-            self._hear(rank, line, ranks, began)
-
-        return await WorkerProcess.start((*worker.command, *rendezvous), env, hear)
-
-    def _hear(self, rank: _Rank, line: str, ranks: Sequence[_Rank], began: float) -> None:
-        """Acts on one line of a worker: a report as a JSON object, or anything else."""
-        name, report = rank.worker.name, _report(line)
-        match report.get("event"):
-            case "loading":
-                self._news(Loading(name, _fraction(report.get("fraction"))))
-            case "ready":
-                rank.ready = True
-                self._news(Ready(name, monotonic() - began, self.was_ready))
-                if all(one.ready for one in ranks):
-                    self.was_ready = True
-                    self._ready()
-            case "warning":
-                self._news(Said(name, str(report.get("message", line))))
-            case "listening":
-                pass  # the router dials until it answers
-            case "error":
-                rank.error = str(report.get("message", line))
-            case _ if line:
-                rank.tail.append(line)
-                self._news(Said(name, line))
-
-
-def free_address() -> str:
-    """HOST:PORT on this machine where nobody listens.
-
-    Another program may take the port before rank 0 listens there, as with every port that is chosen
-    for somebody else. The group then ends and is started again, with another one.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
-
-
-async def _first_end(processes: Sequence[WorkerProcess]) -> tuple[int, int]:
-    """Waits for the first process to end; returns its place and its exit status."""
-    waits = [asyncio.create_task(process.ended()) for process in processes]
+async def _keep(keeper: Keeper, *, must_start: bool) -> StartError | None:
+    """Keeps a group until cancelled; raises, or returns, why it cannot start."""
     try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        place = next(place for place, wait in enumerate(waits) if wait.done())
-        return place, waits[place].result()
-    finally:
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
-
-
-def _found_address_taken(rank: _Rank) -> bool:
-    return any(ADDRESS_TAKEN.search(line) for line in (rank.error, *rank.tail))
-
-
-def _fraction(value: object) -> float:
-    """A fraction as a worker reports it; 0 for anything else."""
-    return float(value) if isinstance(value, int | float) else 0.0
-
-
-def _report(line: str) -> dict[str, object]:
-    """The JSON object on a line, or an empty one."""
-    if not line.startswith("{"):
-        return {}
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        await keeper.keep()
+    except StartError as error:
+        if must_start:
+            raise
+        return error
+    return None

@@ -11,8 +11,8 @@ import pytest
 
 from deploy.console import Console, Urls
 from deploy.groups import LocalGroup
+from deploy.keeper import Died, Loading, Ready, Said
 from deploy.models import Model
-from deploy.supervisor import Died, Loading, Ready, Said
 from deploy.workers import WorkerOptions
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.supervisor import Died, Loading, News, Ready, Said, StartError, Supervisor, WorkerSpec
+from deploy.keeper import Died, Loading, News, Ready, Said, StartError, WorkerSpec
+from deploy.supervisor import Supervisor
 
 DEADLINE_S = 20.0
 TELL = """
@@ -78,7 +79,7 @@ SAY_PID = "print('pid', os.getpid(), file=sys.stderr, flush=True)\n"
 async def test_it_relays_progress_and_ends_the_worker_on_the_way_out(tmp_path: Path) -> None:
     heard = Heard()
     code = SAY_PID + "tell('listening')\ntell('loading', fraction=0.5)\n" + READY
-    supervisor = Supervisor([[spec(tmp_path, code)]], heard)
+    supervisor = Supervisor({"a": [spec(tmp_path, code)]}, heard)
     async with running(supervisor):
         async with asyncio.timeout(DEADLINE_S):
             await supervisor.all_ready()
@@ -94,7 +95,7 @@ async def test_all_ready_means_every_worker(tmp_path: Path) -> None:
     heard = Heard()
     late = "tell('loading', fraction=0.1)\nsys.stdin.read()"
     workers = [spec(tmp_path, READY), spec(tmp_path, late, "worker 1")]
-    supervisor = Supervisor([[worker] for worker in workers], heard)
+    supervisor = Supervisor({worker.name: [worker] for worker in workers}, heard)
     async with running(supervisor):
         await heard.wait(lambda news: isinstance(news, Ready))
         await heard.wait(lambda news: isinstance(news, Loading))
@@ -106,7 +107,7 @@ async def test_all_ready_means_every_worker(tmp_path: Path) -> None:
 
 async def test_a_killed_worker_is_started_again(tmp_path: Path) -> None:
     heard = Heard()
-    supervisor = Supervisor([[spec(tmp_path, SAY_PID + READY)]], heard)
+    supervisor = Supervisor({"a": [spec(tmp_path, SAY_PID + READY)]}, heard)
     async with running(supervisor):
         await heard.wait(lambda news: isinstance(news, Ready))
         os.kill(pid_of(heard.all[0]), signal.SIGKILL)
@@ -120,14 +121,14 @@ async def test_a_killed_worker_is_started_again(tmp_path: Path) -> None:
 async def test_a_worker_of_no_use_is_replaced_but_not_while_it_loads(tmp_path: Path) -> None:
     heard = Heard()
     code = SAY_PID + "tell('loading', fraction=0.1)\n" + READY
-    supervisor = Supervisor([[spec(tmp_path, code)]], heard)
-    supervisor.replace(0, "before there is one")
+    supervisor = Supervisor({"a": [spec(tmp_path, code)]}, heard)
+    supervisor.replace("a", "before there is one")
     async with running(supervisor):
         await heard.wait(lambda news: isinstance(news, Loading))
-        supervisor.replace(0, "it loads")
+        supervisor.replace("a", "it loads")
         await heard.wait(lambda news: isinstance(news, Ready))
         os.kill(pid_of(heard.all[0]), signal.SIGSTOP)  # such a one leaves by nothing but SIGKILL
-        supervisor.replace(0, "it hung")
+        supervisor.replace("a", "it hung")
         await heard.wait(lambda news: isinstance(news, Ready), 2)
         died = [news for news in heard.all if isinstance(news, Died)]
         assert [one.reason for one in died] == ["it hung"]
@@ -142,7 +143,7 @@ async def test_a_stale_socket_is_taken_away_before_each_start(tmp_path: Path) ->
                             "sys.stdin.read()")  # fmt: skip
     worker.socket.touch()
     heard = Heard()
-    async with running(Supervisor([[worker]], heard)):
+    async with running(Supervisor({"a": [worker]}, heard)):
         await heard.wait(lambda news: isinstance(news, Ready))
 
 
@@ -158,7 +159,9 @@ async def test_a_stale_socket_is_taken_away_before_each_start(tmp_path: Path) ->
 async def test_a_worker_that_never_gets_ready_ends_it_with_one_line(
     tmp_path: Path, code: str, line: str
 ) -> None:
-    supervisor = Supervisor([[spec(tmp_path, code)], [spec(tmp_path, READY, "worker 1")]], Heard())
+    supervisor = Supervisor(
+        {"a": [spec(tmp_path, code)], "b": [spec(tmp_path, READY, "worker 1")]}, Heard()
+    )
     async with asyncio.timeout(DEADLINE_S):
         with pytest.raises(StartError, match=f"^worker 0: {line}$"):
             await supervisor.run()
@@ -167,13 +170,13 @@ async def test_a_worker_that_never_gets_ready_ends_it_with_one_line(
 async def test_an_interpreter_that_does_not_exist_is_named(tmp_path: Path) -> None:
     worker = WorkerSpec("worker 0", ("/no/such/python",), tmp_path / "socket")
     with pytest.raises(StartError, match="worker 0: cannot run /no/such/python"):
-        await Supervisor([[worker]], Heard()).run()
+        await Supervisor({"a": [worker]}, Heard()).run()
 
 
 async def test_pauses_between_deaths_grow_and_are_bounded(tmp_path: Path) -> None:
     heard = Heard()
     worker = spec(tmp_path, "tell('ready')\nsys.exit(3)")
-    async with running(Supervisor([[worker]], heard, pauses_s=(0.0, 0.001, 0.002))):
+    async with running(Supervisor({"a": [worker]}, heard, pauses_s=(0.0, 0.001, 0.002))):
         deaths = await heard.wait(lambda news: isinstance(news, Died), count=4)
     told = [(news.deaths, news.pause_s) for news in deaths if isinstance(news, Died)]
     assert told[:4] == [(1, 0.0), (2, 0.001), (3, 0.002), (4, 0.002)]
@@ -182,7 +185,7 @@ async def test_pauses_between_deaths_grow_and_are_bounded(tmp_path: Path) -> Non
 async def test_a_worker_that_does_not_leave_is_killed(tmp_path: Path) -> None:
     heard = Heard()
     code = SAY_PID + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntell('ready')\ntime.sleep(600)"
-    async with running(Supervisor([[spec(tmp_path, code)]], heard, leave_s=0.1)):
+    async with running(Supervisor({"a": [spec(tmp_path, code)]}, heard, leave_s=0.1)):
         await heard.wait(lambda news: isinstance(news, Ready))
         pid = pid_of(heard.all[0])
     assert not alive(pid)
@@ -191,7 +194,7 @@ async def test_a_worker_that_does_not_leave_is_killed(tmp_path: Path) -> None:
 async def test_ctrl_c_in_the_terminal_does_not_reach_the_worker(tmp_path: Path) -> None:
     heard = Heard()
     code = "print('pid', os.getpgid(0), file=sys.stderr, flush=True)\n" + READY
-    async with running(Supervisor([[spec(tmp_path, code)]], heard)):
+    async with running(Supervisor({"a": [spec(tmp_path, code)]}, heard)):
         await heard.wait(lambda news: isinstance(news, Ready))
         assert pid_of(heard.all[0]) != os.getpgid(0)
 
@@ -203,7 +206,7 @@ async def test_lines_of_any_length_and_content_do_no_harm(tmp_path: Path) -> Non
         "os.write(2, b'\\xff{\\n')\n"
         "os.write(2, b'{1\\n[]\\n')\n" + READY
     )
-    async with running(Supervisor([[spec(tmp_path, code)]], heard)):
+    async with running(Supervisor({"a": [spec(tmp_path, code)]}, heard)):
         await heard.wait(lambda news: isinstance(news, Ready))
     said = "".join(news.line for news in heard.all if isinstance(news, Said))
     assert said.count("x") == 300_000

@@ -11,18 +11,10 @@ from time import monotonic
 import pytest
 
 from deploy.groups import LocalGroup
-from deploy.local import worker_specs
+from deploy.keeper import Died, News, Ready, Said, StartError, WorkerSpec, free_address
 from deploy.models import Model
-from deploy.supervisor import (
-    Died,
-    News,
-    Ready,
-    Said,
-    StartError,
-    Supervisor,
-    WorkerSpec,
-    free_address,
-)
+from deploy.ranks import first_ranks
+from deploy.supervisor import Supervisor
 from deploy.workers import WorkerOptions
 from tests.system.server import alive as runs
 from tests.system.test_supervisor import (
@@ -73,7 +65,7 @@ async def test_when_a_rank_is_killed_all_end_and_come_back_elsewhere(
 ) -> None:
     heard = Heard()
     code = SAY_PID + SAY_ARGV + READY
-    async with running(Supervisor([ranks(tmp_path, code, code)], heard)):
+    async with running(Supervisor({"a": ranks(tmp_path, code, code)}, heard)):
         await heard.wait(is_ready, 2)
         pids = pids_of(heard)
         os.kill(pids[f"worker {killed}"], signal.SIGKILL)
@@ -92,7 +84,7 @@ async def test_when_a_rank_is_killed_all_end_and_come_back_elsewhere(
 async def test_a_rank_that_is_stuck_is_killed_soon(tmp_path: Path) -> None:
     heard = Heard()
     async with running(
-        Supervisor([ranks(tmp_path, SAY_PID + READY, SAY_PID + STUCK)], heard, leave_s=60.0)
+        Supervisor({"a": ranks(tmp_path, SAY_PID + READY, SAY_PID + STUCK)}, heard, leave_s=60.0)
     ):
         await heard.wait(is_ready, 2)
         pids = pids_of(heard)
@@ -108,10 +100,10 @@ async def test_a_rank_that_is_stuck_is_killed_soon(tmp_path: Path) -> None:
 async def test_another_group_goes_on(tmp_path: Path) -> None:
     heard = Heard()
     code = SAY_PID + READY
-    groups = [
-        [spec(tmp_path, code, "a 0"), spec(tmp_path, code, "a 1")],
-        [spec(tmp_path, code, "b")],
-    ]
+    groups = {
+        "a": [spec(tmp_path, code, "a 0"), spec(tmp_path, code, "a 1")],
+        "b": [spec(tmp_path, code, "b")],
+    }
     supervisor = Supervisor(groups, heard)
     async with running(supervisor):
         async with asyncio.timeout(DEADLINE_S):
@@ -127,7 +119,7 @@ async def test_a_group_is_ready_when_its_last_rank_is(tmp_path: Path) -> None:
     heard = Heard()
     gate = tmp_path / "gate"
     late = f"while not os.path.exists({str(gate)!r}): time.sleep(0.01)\n" + READY
-    supervisor = Supervisor([ranks(tmp_path, READY, late)], heard)
+    supervisor = Supervisor({"a": ranks(tmp_path, READY, late)}, heard)
     async with running(supervisor):
         await heard.wait(is_ready)
         waiting = asyncio.create_task(supervisor.all_ready())
@@ -144,7 +136,7 @@ async def test_a_rank_that_cannot_start_ends_it_with_one_line_and_no_process(
 ) -> None:
     heard = Heard()
     failing = "tell('error', message='3 heads do not divide by 2')\nsys.exit(1)"
-    supervisor = Supervisor([ranks(tmp_path, SAY_PID + READY, failing)], heard)
+    supervisor = Supervisor({"a": ranks(tmp_path, SAY_PID + READY, failing)}, heard)
     async with asyncio.timeout(DEADLINE_S):
         with pytest.raises(StartError, match=r"^worker 1: 3 heads do not divide by 2$"):
             await supervisor.run()
@@ -158,7 +150,7 @@ async def test_a_rendezvous_that_was_taken_meanwhile_is_chosen_anew(tmp_path: Pa
         f"open({str(tmp_path / 'been')!r}, 'w').close()\n" + SAY_ARGV + "if first:\n"
         "    print('bind: Address already in use', file=sys.stderr)\n    sys.exit(1)\n"
     )
-    supervisor = Supervisor([ranks(tmp_path, taken + READY, READY)], heard, pauses_s=(0.0,))
+    supervisor = Supervisor({"a": ranks(tmp_path, taken + READY, READY)}, heard, pauses_s=(0.0,))
     async with running(supervisor), asyncio.timeout(DEADLINE_S):
         await supervisor.all_ready()
     assert len(set(argvs(heard, "worker 0"))) == 2
@@ -168,7 +160,7 @@ async def test_a_rendezvous_that_was_taken_meanwhile_is_chosen_anew(tmp_path: Pa
 async def test_a_rendezvous_that_is_always_taken_is_one_line(tmp_path: Path) -> None:
     heard = Heard()
     taken = SAY_ARGV + "tell('error', message='EADDRINUSE')\nsys.exit(1)"
-    supervisor = Supervisor([ranks(tmp_path, taken, READY)], heard, pauses_s=(0.0,))
+    supervisor = Supervisor({"a": ranks(tmp_path, taken, READY)}, heard, pauses_s=(0.0,))
     async with asyncio.timeout(DEADLINE_S):
         with pytest.raises(StartError, match=r"^worker 0: EADDRINUSE$"):
             await supervisor.run()
@@ -182,7 +174,7 @@ async def test_one_rank_alone_needs_no_rendezvous_and_its_taken_port_is_an_error
     taken = SAY_ARGV + "tell('error', message='Address already in use')\nsys.exit(1)"
     async with asyncio.timeout(DEADLINE_S):
         with pytest.raises(StartError):
-            await Supervisor([ranks(tmp_path, taken)], heard).run()
+            await Supervisor({"a": ranks(tmp_path, taken)}, heard).run()
     assert argvs(heard, "worker 0") == ["argv"]
 
 
@@ -194,7 +186,7 @@ async def test_what_a_worker_has_started_ends_with_it(tmp_path: Path) -> None:
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "print('pid', child.pid, file=sys.stderr, flush=True)\n" + SAY_PID + READY
     )
-    async with running(Supervisor([ranks(tmp_path, code)], heard)):
+    async with running(Supervisor({"a": ranks(tmp_path, code)}, heard)):
         await heard.wait(is_ready)
         child, worker = (pid_of(news) for news in heard.all if is_pid(news))
         os.kill(worker, signal.SIGKILL)
@@ -207,22 +199,22 @@ async def test_what_a_worker_has_started_ends_with_it(tmp_path: Path) -> None:
 async def test_a_report_that_makes_no_sense_does_no_harm(tmp_path: Path) -> None:
     heard = Heard()
     code = "tell('loading', fraction='half')\ntell('loading')\n" + READY
-    async with running(Supervisor([ranks(tmp_path, code)], heard)):
+    async with running(Supervisor({"a": ranks(tmp_path, code)}, heard)):
         await heard.wait(is_ready)
 
 
 def test_each_rank_is_told_its_place(tmp_path: Path) -> None:
     model = Model(tmp_path / "m", "m")
     options = WorkerOptions("torch", world=2, device="cuda:2,cuda:5", adapters=("a=/b",))
-    specs = worker_specs([LocalGroup("torch", model, options)], tmp_path)
-    assert [one.name for one in specs[0]] == ["worker 0", "worker 1"]
-    for rank, one in enumerate(specs[0]):
+    specs = first_ranks([LocalGroup("torch", model, options)], tmp_path)["torch"]
+    assert [one.name for one in specs] == ["worker 0", "worker 1"]
+    for rank, one in enumerate(specs):
         line = " ".join(one.command)
         assert f"--rank {rank} --world 2" in line
         assert f"--device cuda:{(2, 5)[rank]}" in line
         assert "--adapter a=/b" in line
         assert one.env == {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    assert len({one.socket for one in specs[0]}) == 2
+    assert len({one.socket for one in specs}) == 2
 
 
 def test_of_several_groups_each_worker_is_named_with_its_group(tmp_path: Path) -> None:
@@ -231,7 +223,7 @@ def test_of_several_groups_each_worker_is_named_with_its_group(tmp_path: Path) -
         LocalGroup("torch", model, WorkerOptions("torch")),
         LocalGroup("cpu", model, WorkerOptions("llamacpp", device="x", interpreter=sys.executable)),
     ]
-    (torch,), (cpu,) = worker_specs(groups, tmp_path)
+    (torch,), (cpu,) = first_ranks(groups, tmp_path).values()
     assert (torch.name, cpu.name) == ("torch worker 0", "cpu worker 0")
     assert torch.socket != cpu.socket
     assert "--device x" in " ".join(cpu.command)

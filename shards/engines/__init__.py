@@ -29,6 +29,14 @@ _INSTALL = {
 NAMES = tuple(sorted(_MODULES))
 
 
+def lacking(name: str, package: str) -> str:
+    """That an engine's package is not installed, and what to do, in one line."""
+    return (
+        f"engine {name} needs the package {package}, which is not installed; "
+        f"try: {_INSTALL[name]}"
+    )
+
+
 def load(name: str, options: EngineOptions, progress: Progress) -> Engine:
     """Makes the engine of that name, loaded. Raises ``ModelError`` with one line if it cannot."""
     if name not in _MODULES:
@@ -36,10 +44,7 @@ def load(name: str, options: EngineOptions, progress: Progress) -> Engine:
     try:
         module = import_module(_MODULES[name])
     except ModuleNotFoundError as missing:
-        raise ModelError(
-            f"engine {name} needs the package {missing.name}, which is not installed;"
-            f" try: {_INSTALL[name]}"
-        ) from missing
+        raise ModelError(lacking(name, str(missing.name))) from missing
     names = [adapter for adapter, _ in options.adapters]
     twice = [adapter for adapter in names if names.count(adapter) > 1]
     if twice:

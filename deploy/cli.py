@@ -10,6 +10,8 @@ import click
 from deploy.engines_command import engines
 from deploy.gateway_command import gateway
 from deploy.groups import local_groups, one_group
+from deploy.groups_command import groups as groups_command
+from deploy.groups_command import switch
 from deploy.model_options import model_options, serve_options
 from deploy.options import (
     FAILURES,
@@ -156,6 +158,8 @@ def worker(listen: str, rank: int, world: int, rendezvous: str, **options: Any) 
 
 cli.add_command(engines)
 cli.add_command(gateway)
+cli.add_command(groups_command)
+cli.add_command(switch)
 cli.add_command(tune)
 
 

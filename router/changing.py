@@ -69,8 +69,11 @@ class Workers(Protocol):
 
     ends_them: bool
 
-    async def check(self, text: str) -> None:
-        """Looks at the description of a group as far as that is cheap. Raises ``ChangeError``."""
+    async def check(self, text: str, tell: Tell) -> None:
+        """Looks at the description of a group, and fetches what it needs, before anything changes.
+
+        Raises ``ChangeError``.
+        """
 
     async def start(self, text: str, tell: Tell) -> GroupSpec:
         """Starts the workers of a new group, which ``AddGroupRequest.group`` describes.
@@ -110,7 +113,7 @@ class Changes:
         _check_limit(limit_s)
 
         async def work(change: Change) -> None:
-            await self._workers.check(text)
+            await self._workers.check(text, tell)
             await self._bring_up(change, text, limit_s, tell)
 
         await self._make(f"adding {_shown(text)}", work)
@@ -140,7 +143,7 @@ class Changes:
         _check_limit(limit_s)
 
         async def work(change: Change) -> None:
-            await self._workers.check(text)
+            await self._workers.check(text, tell)
             if stop_first:
                 await self._stop_and_switch(change, text, limit_s, tell)
             else:

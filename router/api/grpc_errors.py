@@ -1,7 +1,7 @@
 """Errors on gRPC: a status code, a text, and ``google.rpc.Status`` details for programs."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -31,7 +31,12 @@ def status_of(error: RequestError) -> status_pb2.Status:
     if error.wire.retry_after_s is not None:
         delay = Duration(seconds=error.wire.retry_after_s)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=_code(error).value[0], message=text)
+    return rich_status(_code(error), text, details)
+
+
+def rich_status(code: grpc.StatusCode, text: str, details: Iterable[Message]) -> status_pb2.Status:
+    """Returns a status with details for programs."""
+    status = status_pb2.Status(code=code.value[0], message=text[:TEXT_MAX])
     for detail in details:
         packed = AnyMessage()
         packed.Pack(detail)
@@ -77,7 +82,13 @@ def known_fault(error: Exception) -> RequestError:
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
     """Ends the call with the status of an error."""
     fault = known_fault(error)
-    status = status_of(fault)
+    await abort_with(context, _code(fault), status_of(fault))
+
+
+async def abort_with(
+    context: grpc.aio.ServicerContext[Any, Any], code: grpc.StatusCode, status: status_pb2.Status
+) -> NoReturn:
+    """Ends the call with a status."""
     trailers = ((DETAILS_KEY, status.SerializeToString()),)
-    await context.abort(_code(fault), status.message, trailers)
+    await context.abort(code, status.message, trailers)
     raise AssertionError("abort raises")

@@ -3,6 +3,8 @@
 import os
 import socket
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -26,18 +28,37 @@ def check_folder(folder: Path) -> None:
         raise OSError(f"the folder {folder} is open to others; chmod 700 {folder} closes it")
 
 
-def make_room(path: Path) -> None:
-    """Makes the folder of a socket, and removes a socket where nobody listens any more.
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """A folder for a socket, where none is left of a server that has ended.
 
-    Raises ``OSError`` with one line.
+    Removes the folder at the end if it was made here and is empty. Raises ``OSError`` with one
+    line.
     """
+    made = _make(path.parent)
     try:
-        path.parent.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        check_folder(path.parent)
+        _clear(path)
+        yield
+    finally:
+        if made:
+            with suppress(OSError):  # the socket of another server is there
+                path.parent.rmdir()
+
+
+def _make(folder: Path) -> bool:
+    """Makes a folder unless there is something of that name."""
+    try:
+        folder.mkdir(FOLDER_MODE, parents=True)
     except FileExistsError:
-        pass  # no folder, as will be said
+        return False
     except OSError as error:
-        raise OSError(f"cannot make the folder {path.parent}: {error.strerror}") from error
-    check_folder(path.parent)
+        raise OSError(f"cannot make the folder {folder}: {error.strerror}") from error
+    return True
+
+
+def _clear(path: Path) -> None:
+    """Removes a socket where nobody listens any more."""
     if not os.path.lexists(path):
         return
     if not stat.S_ISSOCK(path.lstat().st_mode):

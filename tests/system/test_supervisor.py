@@ -199,6 +199,18 @@ async def test_ctrl_c_in_the_terminal_does_not_reach_the_worker(tmp_path: Path) 
         assert pid_of(heard.all[0]) != os.getpgid(0)
 
 
+async def test_what_a_worker_says_for_a_person_is_passed_on(tmp_path: Path) -> None:
+    heard = Heard()
+    code = (
+        "tell('warning', message='few pages')\n"
+        "tell('leaving', message='waiting for the router', limit_s=3)\n" + READY
+    )
+    async with running(Supervisor({"a": [spec(tmp_path, code)]}, heard)):
+        await heard.wait(lambda news: isinstance(news, Ready))
+    said = [news for news in heard.all if isinstance(news, Said)]
+    assert said == [Said("worker 0", "few pages"), Said("worker 0", "waiting for the router")]
+
+
 async def test_lines_of_any_length_and_content_do_no_harm(tmp_path: Path) -> None:
     heard = Heard()
     code = (

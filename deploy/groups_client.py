@@ -24,6 +24,7 @@ TICK_S = 0.25
 # How often one hears how far it is, when that alone has changed.
 LOADING_LINE_S = 5.0
 ANSWER_S = 10.0
+INTERRUPTED = 130
 STATES = {
     pb.GROUP_STATE_DOWN: "down",
     pb.GROUP_STATE_UP: "up",
@@ -91,7 +92,7 @@ def change(port: int, call: Call, interrupted: str) -> str:
             stream.cancel()
             shown.close()
             click.echo(f"interrupted: {interrupted}", err=True)
-            raise
+            raise click.exceptions.Exit(INTERRUPTED) from None
     return last
 
 

@@ -93,6 +93,12 @@ def start_gateway(
     return _start(command, errors, python, {})
 
 
+def start_router(arguments: tuple[str, ...], errors: IO[str]) -> subprocess.Popen[str]:
+    """Starts ``roundhouse router`` with these arguments."""
+    ports = ("--hostname", "127.0.0.1", "--port", "0", "--grpc-port", "0")
+    return _start(("router", "--json-output", *ports, *arguments), errors, sys.executable, {})
+
+
 def _start(
     command: tuple[str, ...], errors: IO[str], python: str, env: Mapping[str, str]
 ) -> subprocess.Popen[str]:

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Coroutine, Iterable
-from itertools import count
+from contextlib import AbstractAsyncContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from router.core.state import CoreConfig
 from router.driver import Driver, monotonic_ms
 from router.faces import Faces, Signals, settle_memory, unless
 from router.fleet import Fleet
-from router.group import Group
+from router.groups import Groups
 from router.logs import configure
 from router.metrics import Metrics
 from router.service import Service
@@ -70,23 +70,17 @@ class Router:
         self.gateways = Gateways(self.driver, self.fleet, settings)
         self.metrics.watch(core.snapshot, self.fleet.groups_up, self.fleet.engines)
         self.metrics.registry.register(self.gateways)
-        epochs = count(1)
-        self._groups = [
-            Group(
-                spec,
-                inbox=self.driver,
-                fleet=self.fleet,
-                metrics=self.metrics,
-                epochs=lambda: next(epochs),
-                slots=settings.plans_in_flight_max + 2,
-                silent=silent,
-            )
-            for spec in specs
-        ]
-        for group in self._groups:
-            self.driver.attach(group.spec.name, group)
+        self.groups = Groups(
+            specs,
+            driver=self.driver,
+            fleet=self.fleet,
+            metrics=self.metrics,
+            settings=settings,
+            snapshot=core.snapshot,
+            own=self.own,
+            silent=silent,
+        )
         self._tasks = asyncio.TaskGroup()
-        self._group_tasks: list[asyncio.Task[None]] = []
 
     def own(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Starts a task whose failure ends the router."""
@@ -96,9 +90,7 @@ class Router:
         """Starts the driver and begins to connect the groups."""
         await self._tasks.__aenter__()
         self.own(self.driver.run(), "driver")
-        self._group_tasks = [
-            self.own(group.run(), f"group {group.spec.name}") for group in self._groups
-        ]
+        self.groups.start()
         return self
 
     async def __aexit__(
@@ -109,12 +101,15 @@ class Router:
     ) -> None:
         """Closes what is open, ends all tasks and waits for them."""
         self.driver.stop()
-        for task in self._group_tasks:
-            task.cancel()
+        self.groups.cancel()
         try:
             await self._tasks.__aexit__(kind, error, trace)
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the first; it has cancelled the others
+
+
+MakeChanges = Callable[[Router, int], AbstractAsyncContextManager[None]]
+"""Who may change the groups of a router, which serves REST on this port."""
 
 
 async def serve(
@@ -124,6 +119,7 @@ async def serve(
     *,
     open_when_ready: bool = False,
     silent: Callable[[str], None] = lambda _: None,
+    changes: MakeChanges = lambda _, __: nullcontext(),
 ) -> None:
     """Serves REST and gRPC until SIGTERM or SIGINT has been obeyed.
 
@@ -133,8 +129,9 @@ async def serve(
     The first signal stops the intake and lets running answers end, for at most
     ``graceful_termination_timeout_s``; a second one closes them at once. ``on_ready`` gets the
     ports of REST and gRPC once both listen and a first group is up, ``silent`` the name of a group
-    whose workers hang. Raises ``OSError`` if a port cannot be had, ``ConfigError`` if the groups
-    cannot work.
+    whose workers hang. ``changes`` is entered with the router and the port of REST before that, and
+    left when the intake stops: meanwhile it may add and remove groups. Raises ``OSError`` if a port
+    cannot be had, ``ConfigError`` if the groups cannot work.
     """
     configure(settings)
     with Signals() as signals:
@@ -148,8 +145,9 @@ async def serve(
             try:
                 if await unless(signals.first, router.fleet.wait_ready()):
                     settle_memory()
-                    on_ready(faces.port, faces.grpc_port)
-                    await signals.first.wait()
+                    async with changes(router, faces.port):
+                        on_ready(faces.port, faces.grpc_port)
+                        await signals.first.wait()
                 log.info("shutting down; %d requests are open", router.driver.open_requests)
                 faces.stop_intake()
                 limit_s = settings.graceful_termination_timeout_s

@@ -19,7 +19,7 @@ from typing import Protocol, assert_never
 
 from router import journal
 from router.channel import Channel
-from router.core.effects import Abandon, Close, Deliver, Effect, RunPlan
+from router.core.effects import Abandon, Close, Deliver, Effect, Left, RunPlan
 from router.core.events import Ended, Event, Reason, Submitted, Ticked
 from router.core.snapshot import Snapshot
 from router.errors import Fault, RequestError
@@ -54,13 +54,16 @@ class Scheduler(Protocol):
 
 
 class Workers(Protocol):
-    """One group, as far as effects reach it. Neither method waits."""
+    """One group, as far as effects reach it. No method waits."""
 
     def write(self, plan: RunPlan) -> None:
         """Sends a plan to every rank; ignores one of a former epoch."""
 
     def abandon(self, effect: Abandon) -> None:
         """Ends the streams of this epoch and starts a new one."""
+
+    def left(self, effect: Left) -> None:
+        """Ends the streams of this epoch, in which nothing runs any more."""
 
 
 def monotonic_ms() -> int:
@@ -133,6 +136,10 @@ class Driver:
         """Makes a group known, before its first ``GroupUp``."""
         assert name not in self._groups
         self._groups[name] = workers
+
+    def detach(self, name: str) -> None:
+        """Forgets a group, behind its last ``GroupDown``."""
+        del self._groups[name]
 
     def life(self, request: int) -> Lifetime | None:
         """What metrics know of an open request."""
@@ -285,7 +292,11 @@ class Driver:
             case RunPlan():
                 pass
             case Abandon():
-                self._groups[effect.group].abandon(effect)
+                if (workers := self._groups.get(effect.group)) is not None:
+                    workers.abandon(effect)
+            case Left():
+                if (workers := self._groups.get(effect.group)) is not None:
+                    workers.left(effect)
             case _:
                 assert_never(effect)
 

@@ -1,13 +1,15 @@
 """One group: joins its ranks into one thing that the core can send plans to.
 
     down ──every rank described──► agreed ──streams open──► up (a new epoch) ──any fault──► down
-      ▲                                                                                      │
-      └────────────────────────────── pause, longer each time ◄──────────────────────────────┘
+      ▲                                                      │                               ▲ │
+      │                                                      └──leaves──► nothing runs there ┘ │
+      └────────────────────────────── pause, longer each time ◄────────────────────────────────┘
 
 A life begins with ``GroupUp`` and ends with ``GroupDown``, both with its epoch. Within it every
 rank gets the same bytes, and an outcome counts once every rank has answered that plan with the same
 digest. One rank's fault ends the life of all: ranks that differ cannot be told from ranks that are
-wrong. The group tries again for as long as the router runs.
+wrong. The group tries again for as long as the router runs, unless it is retired. It leaves when it
+is retired, or when a worker says that it has been told to leave.
 """
 
 import asyncio
@@ -20,9 +22,10 @@ from time import monotonic
 from typing import Protocol, TypeVar
 
 from router.config import GroupSpec
-from router.core.effects import Abandon, RunPlan
-from router.core.events import Event, GroupDown, GroupUp, StepDone
-from router.fleet import Fleet, GroupCard, MismatchError, card_of
+from router.core.effects import Abandon, Left, RunPlan
+from router.core.events import Event, GroupDown, GroupLeaving, GroupUp, StepDone
+from router.described import card_of
+from router.fleet import Fleet, GroupCard, MismatchError
 from router.link import Backoff, Link, LinkDownError, SilentError, UnreachableError, encode
 from router.metrics import Metrics
 from router.text.tokenizer import Tokenizer
@@ -47,6 +50,10 @@ class AbandonedError(LinkDownError):
     """The core has given up a life of the group."""
 
 
+class LeftError(Exception):
+    """Nothing runs any more in a group that was to leave."""
+
+
 class Inbox(Protocol):
     """Where a group's news goes: the driver."""
 
@@ -55,7 +62,7 @@ class Inbox(Protocol):
 
 
 class Group:
-    """Owner of one group's links. ``run`` is its task; ``write`` and ``abandon`` never wait.
+    """Owner of one group's links. ``run`` is its task; no other method but ``wait_up`` waits.
 
     ``epochs`` gives a number that no life of any group has had. ``slots`` is how many plans the
     core may have in flight. ``silent`` is called with the group's name when its workers hang: they
@@ -85,6 +92,37 @@ class Group:
         self._silent = silent
         self._silences: int | None = None
         self._told = deque[str](maxlen=CAUSES_KEPT)
+        self._retired = False
+        self._settled = asyncio.Event()
+        self._refusal = ""
+
+    @property
+    def leaving(self) -> bool:
+        """Whether its present life gets no more requests."""
+        return self._life is not None and self._life.leaving
+
+    async def wait_up(self) -> None:
+        """Waits until it serves. Raises ``MismatchError`` if it cannot beside the others."""
+        await self._settled.wait()
+        if self._refusal:
+            raise MismatchError(self._refusal)
+
+    def retire(self, *, at_once: bool = False) -> bool:
+        """Lets ``run`` end with the present life, which gets no more requests, if there is one.
+
+        Returns whether there is. ``at_once``: what runs there has to go now, even if no other group
+        can take it.
+        """
+        self._retired = True
+        if self._life is None:
+            return False
+        self._leave(at_once)
+        return True
+
+    def left(self, effect: Left) -> None:
+        """Ends the present life, if it is the one that is meant: nothing runs there any more."""
+        if self._life is not None and effect.epoch == self._life.epoch:
+            self._life.end(LeftError())
 
     def write(self, plan: RunPlan) -> None:
         """Sends a plan to every rank, if it is for the present life."""
@@ -95,18 +133,22 @@ class Group:
     def abandon(self, effect: Abandon) -> None:
         """Ends the present life, if it is the one that is meant."""
         if self._life is not None and effect.epoch == self._life.epoch:
-            self._life.abandon(effect.detail)
+            self._life.end(AbandonedError(effect.detail))
 
     async def run(self) -> None:
-        """Lives again and again, until cancelled."""
-        while True:
+        """Lives again and again, until cancelled or retired."""
+        while not self._retired:
             try:
                 await self._attempt()
+            except LeftError:
+                log.info("group %s has left", self.spec.name)
             except (LinkDownError, MismatchError) as failure:
                 self._tell(failure)
                 self._listen_for(failure)
+                self._refuse(failure)
             self._fleet.turns.over(self.spec.name)
-            await asyncio.sleep(self._backoff.pause_s())
+            if not self._retired:
+                await asyncio.sleep(self._backoff.pause_s())
 
     def _tell(self, failure: Exception) -> None:
         """Logs why the group is down, each cause once until it is up again.
@@ -118,6 +160,22 @@ class Group:
         if not known:
             log.warning("group %s is down: %s", self.spec.name, cause)
             self._told.append(cause)
+
+    def _refuse(self, failure: Exception) -> None:
+        """Lets those who wait for it know that it cannot serve beside the others."""
+        if isinstance(failure, MismatchError):
+            self._refusal = str(failure)
+            self._settled.set()
+
+    def _leave(self, at_once: bool = False) -> None:
+        """Its present life gets no more requests, and ends when the last has left."""
+        life = self._life
+        assert life is not None, "only a group that is up can leave"
+        if not life.leaving:
+            log.info("group %s takes no more requests", self.spec.name)
+        life.leaving = True
+        self._fleet.leaving(self.spec.name)
+        self._inbox.post(GroupLeaving(self.spec.name, life.epoch, at_once))
 
     def _listen_for(self, failure: Exception) -> None:
         """Notices when workers that were given up do not answer any more, though they are there.
@@ -166,7 +224,7 @@ class Group:
 
     async def _live(self, card: GroupCard, tokenizer: Tokenizer, links: list[Link]) -> None:
         name, epoch = card.name, self._epochs()
-        life = self._life = Life(name, epoch, links, self._stepped)
+        life = self._life = Life(name, epoch, links, self._stepped, self._leave)
         began_s = monotonic()
         self._fleet.up(card, tokenizer, links[0].embed, partial(_prepare, links))
         self._inbox.post(
@@ -176,6 +234,8 @@ class Group:
         for warning in card.warnings:
             log.warning("group %s: %s", name, warning)
         self._told.clear()
+        self._refusal = ""
+        self._settled.set()
         try:
             await life.run()
         finally:
@@ -195,6 +255,7 @@ class Life:
     """The streams of one epoch. ``stepped`` gets each finished step and the engine's seconds.
 
     ``links`` are in order of rank. ``steps`` counts the plans that every rank has answered.
+    ``told_to_leave`` is called when a worker says so.
     """
 
     def __init__(
@@ -203,15 +264,18 @@ class Life:
         epoch: int,
         links: Sequence[Link],
         stepped: Callable[[StepDone, float], None],
+        told_to_leave: Callable[[], None],
     ) -> None:
         self.name = name
         self.epoch = epoch
         self.steps = 0
+        self.leaving = False
         self._links = links
         self._stepped = stepped
+        self._told_to_leave = told_to_leave
         self._sent = 0
         self._answers: list[deque[Outcome]] = [deque() for _ in links]
-        self._abandoned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def write(self, plan: RunPlan) -> None:
         """Sends a plan to every rank."""
@@ -220,14 +284,14 @@ class Life:
         for link in self._links:
             link.write(wire)
 
-    def abandon(self, detail: str) -> None:
-        """Ends this life, with a line that says why."""
-        if not self._abandoned.done():
-            self._abandoned.set_exception(AbandonedError(detail))
+    def end(self, why: AbandonedError | LeftError) -> None:
+        """Ends this life."""
+        if not self._ended.done():
+            self._ended.set_exception(why)
 
     async def run(self) -> None:
         """Passes on what comes from the open streams, until the first fault."""
-        work: list[asyncio.Future[None]] = [self._abandoned]
+        work: list[asyncio.Future[None]] = [self._ended]
         for rank, link in enumerate(self._links):
             work.append(asyncio.create_task(link.write_plans()))
             work.append(asyncio.create_task(link.read_outcomes(partial(self._answered, rank))))
@@ -235,6 +299,9 @@ class Life:
 
     def _answered(self, rank: int, outcome: Outcome) -> None:
         """A rank has answered a plan; a step is done when the last of them has."""
+        if outcome.leaving:
+            self._told_to_leave()
+            return
         answers = self._answers
         due = self.steps + len(answers[rank]) + 1
         if outcome.epoch != self.epoch or outcome.plan_id != due or due > self._sent:

@@ -265,6 +265,7 @@ def _of_snapshot(core: Snapshot) -> Iterable[Metric]:
     for name, text, value in (
         ("roundhouse_preemptions", "Running sequences put back for want of memory", core.preempted),
         ("roundhouse_resumptions", "Sequences started anew after a loss", core.resumed),
+        ("roundhouse_moves", "Running sequences moved out of groups that leave", core.moved),
         ("roundhouse_prefix_hit_tokens", "Tokens not computed: shared", core.prefix_hit_tokens),
         ("roundhouse_admitted_tokens", "Tokens of admitted sequences", core.admitted_tokens),
     ):

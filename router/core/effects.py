@@ -66,4 +66,12 @@ class Abandon:
     detail: str
 
 
-Effect = RunPlan | Deliver | Close | Abandon
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A group that was to go has nothing left to do: end its streams."""
+
+    group: str
+    epoch: int
+
+
+Effect = RunPlan | Deliver | Close | Abandon | Left

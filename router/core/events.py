@@ -69,6 +69,18 @@ class GroupDown:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupLeaving:
+    """A group is to go: it gets no more requests, and what runs there moves on.
+
+    What no other group can take ends there; with ``at_once`` all of it waits in line instead.
+    """
+
+    group: str
+    epoch: int
+    at_once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Submitted:
     """A sequence to produce. ``request`` is unique for ever.
 
@@ -123,4 +135,4 @@ class Ticked:
     """Time has passed; ``wake_at`` was reached."""
 
 
-Event = GroupUp | GroupDown | Submitted | Ended | StepDone | Ticked
+Event = GroupUp | GroupDown | GroupLeaving | Submitted | Ended | StepDone | Ticked

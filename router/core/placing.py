@@ -57,10 +57,19 @@ def shareable(group: Group, sequence: Sequence, config: CoreConfig) -> tuple[int
     return (0, None) if length < config.share_tokens_min else (length, holder)
 
 
+def has_room(group: Group, sequence: Sequence, config: CoreConfig) -> bool:
+    """Whether the sequence would be placed if it were tried now."""
+    if not group.running:
+        return True
+    share_len, donor = shareable(group, sequence, config)
+    pages = group.ledger.pages(_reserve(sequence, config))
+    return _can_make_room(group, pages - share_len, keep=donor)
+
+
 def place(group: Group, sequence: Sequence, config: CoreConfig) -> bool:
     """Reserves memory for the sequence, evicting donors as needed. False: it has to wait."""
     share_len, donor = shareable(group, sequence, config)
-    reserve = min(sequence.end, len(sequence.tokens) + config.reserve_tokens)
+    reserve = _reserve(sequence, config)
     pages = group.ledger.pages(reserve)
     if not _make_room(group, pages - share_len, keep=donor):
         if group.running:
@@ -79,18 +88,28 @@ def place(group: Group, sequence: Sequence, config: CoreConfig) -> bool:
     return True
 
 
+def _reserve(sequence: Sequence, config: CoreConfig) -> int:
+    """Tokens for which a sequence that is placed reserves memory."""
+    return min(sequence.end, len(sequence.tokens) + config.reserve_tokens)
+
+
+def _can_make_room(group: Group, tokens: int, keep: int | None) -> bool:
+    """Whether tokens and one place would be free if all donors went but the one to ``keep``."""
+    if tokens > group.ledger.free and not _donors_hold(group, tokens - group.ledger.free, keep):
+        return False
+    full = group.resident >= group.up.limits.sequences_max
+    return not full or any(donor.id != keep for donor in _evictable(group))
+
+
 def _make_room(group: Group, tokens: int, keep: int | None) -> bool:
     """Evicts donors, the least recently used first, until tokens and one place are free.
 
     Touches nothing if all of them together would not do.
     """
-    if tokens > group.ledger.free and not _donors_hold(group, tokens - group.ledger.free, keep):
+    if not _can_make_room(group, tokens, keep):
         return False
     while tokens > group.ledger.free or group.resident >= group.up.limits.sequences_max:
-        donor = next((donor for donor in _evictable(group) if donor.id != keep), None)
-        if donor is None:
-            return False
-        remove(group, donor)
+        remove(group, next(donor for donor in _evictable(group) if donor.id != keep))
     return True
 
 

@@ -18,12 +18,14 @@ from router.core.events import (
     Ended,
     Event,
     GroupDown,
+    GroupLeaving,
     GroupUp,
     Reason,
     StepDone,
     Submitted,
     Ticked,
 )
+from router.core.leaving import bound, move, running, tell_left
 from router.core.ledger import Ledger
 from router.core.placing import (
     fits_ever,
@@ -50,6 +52,7 @@ class Counters:
     resumed: int = 0
     prefix_hit_tokens: int = 0
     admitted_tokens: int = 0
+    moved: int = 0
 
 
 class Core:
@@ -74,23 +77,30 @@ class Core:
             case Ended():
                 return self._ended(event)
             case GroupUp():
-                return self._group_up(event)
+                self._group_up(event)
             case GroupDown():
                 return self._group_down(event.group, event.epoch)
+            case GroupLeaving():
+                return self._group_leaving(event)
             case Ticked():
-                return []
+                pass
             case _:
                 assert_never(event)
+        return []
 
     def plan(self, now_ms: int) -> list[Effect]:
         """Decides all that can be decided now. Called again at once, it returns nothing."""
         effects = self._expire(now_ms)
         while True:
+            for group in self._groups.values():
+                self._move_on(group)
             for line in self._lines.values():
                 effects += self._place_from(line)
             plans = [plan for group in self._groups.values() for plan in self._step(group, now_ms)]
             if not plans:
-                return effects
+                return effects + [
+                    left for group in self._groups.values() for left in tell_left(group)
+                ]
             effects += plans
 
     def wake_at(self) -> int | None:
@@ -194,7 +204,7 @@ class Core:
 
     # --- groups
 
-    def _group_up(self, event: GroupUp) -> list[Effect]:
+    def _group_up(self, event: GroupUp) -> None:
         assert event.group not in self._groups, "a group came up twice"
         limits, config = event.limits, self.config
         kv_tokens = min(limits.kv_tokens, config.kv_tokens_max or limits.kv_tokens)
@@ -203,7 +213,6 @@ class Core:
         batch = min(limits.sequences_max, step_tokens, config.sequences_max or step_tokens)
         ledger = Ledger(kv_tokens, limits.page_tokens)
         self._groups[event.group] = Group(event, ledger, PrefixTree(), batch, step_tokens)
-        return []
 
     def _group_down(self, name: str, epoch: int) -> list[Effect]:
         group = self._groups.get(name)
@@ -231,13 +240,52 @@ class Core:
         self.counters.resumed += 1
         return None
 
+    def _group_leaving(self, event: GroupLeaving) -> list[Effect]:
+        group = self._groups.get(event.group)
+        if group is None or group.up.epoch != event.epoch:
+            return []
+        group.leaving = True
+        return self._turn_out(group) if event.at_once else []
+
+    def _turn_out(self, group: Group) -> list[Effect]:
+        """Sends all that runs in a group back into line."""
+        effects: list[Effect] = []
+        for sequence in running(group):
+            if sequence.group is not group:
+                continue  # it was to share what another held, and is in line already
+            if bound(sequence, self.config):
+                lost = "the worker was taken away in the middle of the answer"
+                effects.append(self._close(sequence, Reason.WORKER_LOST, lost))
+            else:
+                self.counters.moved += sequence.admitted
+                self._wait_again([*remove(group, sequence), sequence])
+        return effects
+
+    def _move_on(self, group: Group) -> None:
+        """Moves what runs in a group that is leaving to others, as far as they have room."""
+        for sequence in running(group) if group.leaving else ():
+            if sequence.group is group and not bound(sequence, self.config):
+                admitted = sequence.admitted
+                displaced = move(sequence, self._able(sequence), self.config)
+                if displaced is not None:
+                    self.counters.moved += admitted
+                    self._wait_again(displaced)
+
     def _abandon(self, group: Group, detail: str) -> list[Effect]:
         """Gives up a group that cannot be trusted, before its links notice anything."""
         name, epoch = group.up.group, group.up.epoch
         return [Abandon(name, epoch, detail), *self._group_down(name, epoch)]
 
     def _serving(self, model: str) -> list[Group]:
-        return [group for group in self._groups.values() if group.up.model == model]
+        """The groups in which a sequence of the model may be placed."""
+        return [
+            group
+            for group in self._groups.values()
+            if group.up.model == model and not group.leaving
+        ]
+
+    def _able(self, sequence: Sequence) -> list[Group]:
+        return [group for group in self._serving(sequence.facts.model) if _able(group, sequence)]
 
     # --- steps
 
@@ -313,8 +361,7 @@ class Core:
             if refusal is not None:
                 effects.append(self._close(head, refusal.reason, refusal.detail))
                 continue
-            able = [group for group in self._serving(head.facts.model) if _able(group, head)]
-            groups = ranked(able, head, self.config)
+            groups = ranked(self._able(head), head, self.config)
             if not any(place(group, head, self.config) for group in groups):
                 break
             line.remove(head.id)

@@ -13,6 +13,7 @@ class Counts(Protocol):
     resumed: int
     prefix_hit_tokens: int
     admitted_tokens: int
+    moved: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Snapshot:
     resumed: int
     prefix_hit_tokens: int
     admitted_tokens: int
+    moved: int = 0
 
 
 def take_snapshot(waiting: int, groups: list[Group], counts: Counts) -> Snapshot:
@@ -58,6 +60,7 @@ def take_snapshot(waiting: int, groups: list[Group], counts: Counts) -> Snapshot
         counts.resumed,
         counts.prefix_hit_tokens,
         counts.admitted_tokens,
+        counts.moved,
     )
 
 

@@ -109,7 +109,8 @@ class Group:
     ``filling`` and ``decoding`` hold the placed sequences, in order of placement, before and after
     the plan that draws their first token of this life. ``donors`` hold finished ones, the one used
     least recently first. ``drops`` wait for the next plan. ``answered_ms`` is when the latest
-    outcome came: only then does the group begin with the plan after it.
+    outcome came: only then does the group begin with the plan after it. While ``leaving`` it gets
+    no more requests; ``left`` says that its last one is known to be gone.
     """
 
     up: GroupUp
@@ -124,6 +125,8 @@ class Group:
     in_flight: deque[InFlight] = field(default_factory=deque)
     plans: int = 0
     answered_ms: int = 0
+    leaving: bool = False
+    left: bool = False
 
     @property
     def running(self) -> int:

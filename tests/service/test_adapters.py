@@ -11,7 +11,8 @@ import pytest
 
 from router.config import GroupSpec, Settings
 from router.core.effects import Admit
-from router.fleet import Fleet, MismatchError, card_of
+from router.described import card_of
+from router.fleet import Fleet, MismatchError
 from router.link import encode
 from router.text.tokenizer import Tokenizer
 from router.v1 import router_pb2 as pb

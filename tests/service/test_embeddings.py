@@ -16,8 +16,9 @@ import pytest
 from router.app import Router
 from router.ask import EmbedAsk
 from router.config import GroupSpec, Settings
+from router.described import card_of
 from router.errors import Fault, RequestError
-from router.fleet import Fleet, card_of
+from router.fleet import Fleet
 from router.text.tokenizer import Tokenizer
 from router.v1 import router_pb2 as pb
 from router.v1.router_pb2_grpc import InferenceStub
@@ -282,7 +283,7 @@ async def test_a_worker_that_dies_is_replaced_by_another(tmp_path: Path) -> None
 async def test_a_group_that_is_given_up_is_not_taken_for_a_client_that_leaves(
     house: House,
 ) -> None:
-    engine, (group,) = house.bench.engines["w"], house.router._groups
+    engine, (group,) = house.bench.engines["w"], house.router.groups._groups.values()
     house.bench.gates["w"].clear()
     held = asyncio.create_task(embed(house, [1]))
     await until(lambda: engine.begun == 1)

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from router.config import GroupSpec, Settings
+from router.described import card_of
 from router.errors import Fault, RequestError
-from router.fleet import Fleet, GroupCard, MismatchError, card_of
+from router.fleet import Fleet, GroupCard, MismatchError
 from router.text.tokenizer import Tokenizer
 from shards.engines.scripted_text import Script
 from shards.v1 import shard_pb2

@@ -85,6 +85,7 @@ class GroupBook:
     plan: RunPlan | None = None
     budget_left: int = 0
     idle_plans: dict[int, int] = field(default_factory=dict)
+    leaving: bool = False
 
     def due_ms(self, config: CoreConfig) -> int | None:
         """When the answer to the oldest plan in flight is due, if there is one."""
@@ -139,6 +140,7 @@ class Books:
         self.groups: dict[str, GroupBook] = {}
         self.due: dict[int, Reason] = {}
         self.waits: dict[int, int] = {}
+        self.moved = 0
         self.now = 0
 
     # --- requests
@@ -194,8 +196,10 @@ class Books:
         ensure(close.detail, "a refusal without a word of why")
 
     def serving(self, model: int) -> list[GroupBook]:
-        """The live groups that serve a model."""
-        return [group for group in self.groups.values() if group.model == model]
+        """The live groups in which a request of a model may be placed."""
+        return [
+            group for group in self.groups.values() if group.model == model and not group.leaving
+        ]
 
     def resident(self, group: GroupBook, plan_id: int) -> dict[int, Request]:
         """The open requests that were resident in a group when it got this plan."""
@@ -222,6 +226,16 @@ class Books:
                 self.due[request.id] = Reason.WORKER_LOST
             else:
                 self.seen["resume" if request.tokens else "retry"] += 1
+
+    def moved_on(self, request: Request, elsewhere: bool) -> None:
+        """It has left the group where it was resident, for another one or for the line."""
+        group = request.home
+        ensure(group is not None and group.leaving, f"{request.id} moves out of a group that stays")
+        ensure(not request.tokens or self.config.resume_streams, f"{request.id} may not move")
+        self.seen["moved" if elsewhere else "turned out"] += 1
+        self.seen["moved in mid-answer"] += bool(request.tokens)
+        self.moved += 1
+        request.home = None
 
     def settle(self) -> None:
         """The end of a call: all that was due has come."""

@@ -46,20 +46,21 @@ def check_plan(books: Books, group: GroupBook, plan: RunPlan) -> None:
     group.plan, group.budget_left = plan, group.step_tokens - sum(plan.work_tokens)
     ensure(group.budget_left >= 0, "more work than the step budget")
     fillers = {admit.sequence: len(admit.tokens) - admit.share_len for admit in plan.admits}
-    running = list(fillers)
+    running, failed = list(fillers), set[int]()
     for number, resident in group.worker.residents.items():
         request = books.requests[number]
         if number in plan.drops or not request.open:
             continue
         running.append(number)
         if resident.failed:
+            failed.add(number)  # the core has not heard of it, and goes on with it
             continue
         if resident.drawn == 0:
             fillers[number] = len(resident.tokens) - resident.computed
         elif len(resident.tokens) < request.end:
             ensure(work.get(number) == 1, f"{number} is not decoded in this step")
     ensure(len(running) <= group.batch, "more sequences run than the batch may have")
-    ensure(not fillers or fillers.keys() & work.keys(), "nobody's prompt makes progress")
+    ensure(not fillers or (fillers.keys() | failed) & work.keys(), "nobody's prompt makes progress")
     for number, pending in fillers.items():
         full = work.get(number) == pending or group.budget_left == 0
         ensure(full, f"{number} is not filled although the step has room")
@@ -81,7 +82,9 @@ def count_shares(books: Books, plan: RunPlan) -> None:
 
 def _check_victims(books: Books, plan: RunPlan, running: list[int]) -> None:
     """Whoever is preempted is last in line of those that run."""
-    victims = [books.requests[number] for number in plan.drops if books.requests[number].open]
+    home = books.groups[plan.group]
+    gone = (books.requests[number] for number in plan.drops)
+    victims = [request for request in gone if request.open and request.home is home]
     keys = [books.requests[number].key for number in running]
     for victim in victims:
         books.seen["preemption"] += 1
@@ -312,11 +315,16 @@ def _shared_now(books: Books, group: Group, donor: int, before: Turn) -> bool:
 
 
 def _check_line(books: Books, core: Core, before: Turn, waiting: list[Request]) -> None:
-    """Nobody was placed ahead of one who stood before it in the same line."""
+    """Nobody was placed ahead of one who stood before it in the same line.
+
+    Those who move stand in no line.
+    """
     placed = [
         books.requests[number]
         for number, sequence in core._live.items()
-        if sequence.group is not None and before.places.get(number) is not sequence.group
+        if sequence.group is not None
+        and (former := before.places.get(number)) is not sequence.group
+        and not (former is not None and former.leaving)
     ]
     for model in range(2):
         left = [r.key for r in waiting if r.model == model and before.places[r.id] is None]
@@ -336,10 +344,10 @@ def _check_heads(books: Books, core: Core, waiting: list[Request]) -> None:
         able = [book for book in books.serving(model) if book.able(head)]
         ensure(able or not books.serving(model), f"{head.id} waits for what cannot be")
         for book in able:
-            ensure(not _has_room(books, book, core._groups[book.name], head), f"{head.id} had room")
+            ensure(not has_room(books, book, core._groups[book.name], head), f"{head.id} had room")
 
 
-def _has_room(books: Books, book: GroupBook, group: Group, head: Request) -> bool:
+def has_room(books: Books, book: GroupBook, group: Group, head: Request) -> bool:
     """Whether the request fits beside what runs, even if the largest donor has to be kept."""
     if not group.running:
         return True
@@ -376,3 +384,15 @@ def _check_wake(books: Books, core: Core) -> None:
         wake == min(due, default=None), f"wake_at is {wake}, but {min(due, default=None)} is due"
     )
     ensure(wake is None or wake > books.now, "wake_at is past")
+
+
+def check_end(books: Books, core: Core) -> None:
+    """Everything has ended, and nothing is held but what donors keep for the next request."""
+    ensure(not books.open, f"these wait for ever: {list(books.open)}")
+    shot = core.snapshot()
+    ensure(shot.waiting == shot.running == 0, "something is left after the end")
+    for group in shot.groups:
+        ensure(group.kv_used == 0, f"{group.name} holds memory for nobody")
+        ensure(group.plans_in_flight == 0, f"{group.name} has a plan in flight at the end")
+        donors = books.groups[group.name].worker.residents
+        ensure(len(donors) == group.donors, f"{group.name} forgot a resident sequence")

@@ -17,6 +17,8 @@ REQUIRED = (
     *("adapter", "strange adapter", "share with an adapter", "adapter elsewhere"),
     *("prompt scored", "share from a scored prompt"),
     *(f"untrue: {kind}" for kind in ("gap", "overlong", "unscored")),
+    *("moved", "moved in mid-answer", "turned out", "ends where it is", "left"),
+    *("leaving again", "old leaving"),
     *("token thrown away", "priority", "two models", "needs", "resized", "follow-up"),
 )
 

@@ -6,8 +6,9 @@ changes nothing anybody could see is no mutant: then the code that it touches is
 """
 
 from tests.sim.mutants_adapters import ADAPTERS
+from tests.sim.mutants_leaving import LEAVING
 from tests.sim.mutants_lives import LIVES
 from tests.sim.mutants_memory import MEMORY
 from tests.sim.mutants_scores import SCORES
 
-MUTANTS = [*MEMORY, *LIVES, *ADAPTERS, *SCORES]
+MUTANTS = [*MEMORY, *LIVES, *ADAPTERS, *SCORES, *LEAVING]

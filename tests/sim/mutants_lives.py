@@ -132,8 +132,8 @@ SCHEDULER = [
     ),
     Mutant(
         "scheduler.py",
-        "if group is None or group.up.epoch != event.epoch:",
-        "if group is None:",
+        "event.epoch:\n            return []\n        fault",
+        "event.epoch and False:\n            return []\n        fault",
         "outcomes of a former epoch are believed",
     ),
     Mutant(

@@ -140,7 +140,7 @@ PLACING = [
     ),
     Mutant(
         "placing.py",
-        "reserve = min(sequence.end, len(sequence.tokens) + config.reserve_tokens)",
+        "return min(sequence.end, len(sequence.tokens) + config.reserve_tokens)",
         "reserve = min(sequence.end, sequence.prompt_len + config.reserve_tokens)",
         "what was generated before a loss has no memory",
     ),
@@ -275,7 +275,7 @@ PLACING = [
 EXTENDING = [
     Mutant(
         "placing.py",
-        "reserve = min(sequence.end, len(sequence.tokens) + config.reserve_tokens)",
+        "return min(sequence.end, len(sequence.tokens) + config.reserve_tokens)",
         "reserve = len(sequence.tokens) + config.reserve_tokens",
         "memory is reserved that the answer can never need",
     ),

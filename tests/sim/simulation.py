@@ -12,11 +12,21 @@ from dataclasses import replace
 from random import Random
 from zlib import crc32
 
-from router.core.effects import Abandon, Close, Deliver, Effect, RunPlan
-from router.core.events import Ended, Event, GroupDown, GroupUp, Reason, StepDone, Submitted, Ticked
+from router.core.effects import Abandon, Close, Deliver, Effect, Left, RunPlan
+from router.core.events import (
+    Ended,
+    Event,
+    GroupDown,
+    GroupUp,
+    Reason,
+    StepDone,
+    Submitted,
+    Ticked,
+)
 from router.core.scheduler import Core
 from tests.sim.books import Books, GroupBook, Request, group_book
-from tests.sim.checks import Turn, check_kept, check_plan, check_turn, count_shares
+from tests.sim.checks import Turn, check_end, check_kept, check_plan, check_turn, count_shares
+from tests.sim.leaving import Leaving, check_leaving, note_moves
 from tests.sim.untrue import untrue
 from tests.sim.worker import ensure
 from tests.sim.world import (
@@ -43,6 +53,7 @@ class Simulation:
     def __init__(self, seed: int, core_type: type[Core] = Core, keep: int | None = 50) -> None:
         self.rng = Random(seed)
         self.world: World = draw_world(self.rng)
+        self.leaving = Leaving(self, Random(f"leaving {seed}"))
         # Numbers of their own: worlds in which nobody asks for an adapter do not depend on them.
         self.adapter_rng = Random(f"adapters {seed}")
         add_adapters(self.adapter_rng, self.world)
@@ -76,29 +87,30 @@ class Simulation:
             self._turn()
             turns += 1
             ensure(turns < TURNS_MAX, "the world does not come to an end")
-        self._check_end()
+        check_end(self.books, self.core)
 
     # --- the clock
 
-    def _at(self, delay_ms: int, handler: Callable[..., None], *arguments: object) -> None:
+    def at(self, delay_ms: int, handler: Callable[..., None], *arguments: object) -> None:
         self._tie += 1
         heapq.heappush(self._heap, (self.books.now + delay_ms, self._tie, handler, arguments))
 
     def _schedule(self) -> None:
         rng, world = self.rng, self.world
         for spec in world.groups:
-            self._at(0 if rng.random() < 0.6 else rng.randrange(60), self._up, spec)
+            self.at(0 if rng.random() < 0.6 else rng.randrange(60), self._up, spec)
             while rng.random() < world.faults.crash_per_group / 4:
-                self._at(rng.randrange(world.spread_ms + 300), self._crash, spec)
+                self.at(rng.randrange(world.spread_ms + 300), self._crash, spec)
+        self.leaving.schedule()
         for _ in range(world.requests):
             burst = rng.random() < 0.3
-            self._at(0 if burst else rng.randrange(world.spread_ms), self._submit, None)
-        self._at(world.spread_ms + 400, self._stop_faults)
+            self.at(0 if burst else rng.randrange(world.spread_ms), self._submit, None)
+        self.at(world.spread_ms + 400, self._stop_faults)
 
     def _stop_faults(self) -> None:
         self.faults_on = False
 
-    def _happens(self, rate: float) -> bool:
+    def happens(self, rate: float) -> bool:
         return rate > 0 and self.faults_on and self.rng.random() < rate
 
     def _turn(self) -> None:
@@ -118,17 +130,19 @@ class Simulation:
         }
         effects = core.plan(now)
         ensure(core.plan(now) == [], "plan, called again at once, returns something")
-        self._perform(effects, late, turn=True)
+        note_moves(books, core, effects, core.counters.preempted > before.preempted)
+        self.perform(effects, late, turn=True)
+        check_leaving(books, core, before, effects)
         check_turn(books, core, before)
         wake = core.wake_at()
         if wake is not None and (self._timer is None or self._timer <= now or wake < self._timer):
             self._timer = wake
-            self._at(wake - now + self.rng.choice((0, 0, 0, 3)), self._tick)
+            self.at(wake - now + self.rng.choice((0, 0, 0, 3)), self._tick)
 
     def _tick(self) -> None:
-        ensure(self._observe(Ticked()) == [], "a tick has effects")
+        ensure(self.observe(Ticked()) == [], "a tick has effects")
 
-    def _observe(self, event: Event) -> list[Effect]:
+    def observe(self, event: Event) -> list[Effect]:
         """Lets the core observe an event, which is all that happens in between two checks."""
         self.events += 1
         self.trace.append((self.books.now, event))
@@ -140,7 +154,7 @@ class Simulation:
 
     # --- what the core asks for
 
-    def _perform(
+    def perform(
         self, effects: list[Effect], doubted: Collection[str] = (), turn: bool = False
     ) -> None:
         """Performs effects; exactly the ``doubted`` groups may, and must, be abandoned."""
@@ -159,6 +173,8 @@ class Simulation:
                     ensure(effect.group in doubted, f"{effect.group} is abandoned: {effect.detail}")
                     doubted.discard(effect.group)
                     self._abandoned(effect)
+                case Left():
+                    self.leaving.left(effect)
         ensure(not doubted, f"these should have been abandoned: {doubted}")
         self.books.settle()
 
@@ -171,12 +187,13 @@ class Simulation:
         check_plan(self.books, group, plan)
         count_shares(self.books, plan)
         heirs = group.worker.heirs
-        drawn = group.worker.apply(plan, lambda: self._happens(self.world.faults.failure_per_token))
+        drawn = group.worker.apply(plan, lambda: self.happens(self.world.faults.failure_per_token))
         self.seen["heir"] += group.worker.heirs - heirs
         self.seen["failure"] += len(drawn.failures)
         self.seen["failure by share"] += any("share" in why for _, why in drawn.failures)
         for number in plan.drops:
-            self.books.requests[number].home = None
+            if self.books.requests[number].home is group:  # it may have moved on
+                self.books.requests[number].home = None
         for admit in plan.admits:
             request = self.books.requests[admit.sequence]
             full = (*request.facts.prompt, *request.tokens)
@@ -226,16 +243,16 @@ class Simulation:
                 drawn = ("logprob", number, position)
                 ensure(effect.logprobs[index] == drawn, "a logprob of another token")
             if len(request.tokens) == request.stop_after:
-                self._at(self.rng.randrange(8), self._end, request, Reason.STOP_STRING)
+                self.at(self.rng.randrange(8), self._end, request, Reason.STOP_STRING)
 
     def _closed(self, close: Close) -> None:
         self._note(close.request, close.reason.value)
         request = self.books.closed(close)
-        if self._happens(0.05):
-            self._at(self.rng.randrange(5), self._end, request, Reason.CANCELLED)
+        if self.happens(0.05):
+            self.at(self.rng.randrange(5), self._end, request, Reason.CANCELLED)
         more = request.tokens and self.submitted < 2 * self.world.requests
         if more and self.rng.random() < self.world.follow_up:
-            self._at(self.rng.randrange(30), self._submit, request)
+            self.at(self.rng.randrange(30), self._submit, request)
 
     def _abandoned(self, abandon: Abandon) -> None:
         self._note(abandon.group, abandon.epoch)
@@ -244,14 +261,15 @@ class Simulation:
         ensure(abandon.detail, "a group is abandoned without a word of why")
         self.books.lost(group)
         if self.rng.random() < 0.5:
-            self._at(self.rng.randrange(60), self._down_late, group.name, abandon.epoch)
-        self._restart(group.name)
+            self.at(self.rng.randrange(60), self._down_late, group.name, abandon.epoch)
+            self.leaving.told_late(group.name, abandon.epoch)
+        self.restart(group.name)
 
-    def _restart(self, name: str) -> None:
+    def restart(self, name: str) -> None:
         self._wedged.discard(name)
         self._busy_until[name] = 0
         spec = next(spec for spec in self.world.groups if spec.name == name)
-        self._at(self.rng.randrange(self.world.down_ms_max), self._up, spec)
+        self.at(self.rng.randrange(self.world.down_ms_max), self._up, spec)
 
     # --- what happens to groups
 
@@ -265,7 +283,7 @@ class Simulation:
         self.books.groups[spec.name] = book
         model = f"m{spec.model}"
         up = GroupUp(spec.name, epoch, model, "scripted", spec.limits, spec.features, spec.adapters)
-        ensure(self._observe(up) == [], "news of a group has effects")
+        ensure(self.observe(up) == [], "news of a group has effects")
 
     def _crash(self, spec: GroupSpec) -> None:
         group = self.books.groups.get(spec.name)
@@ -273,16 +291,16 @@ class Simulation:
             return
         self.seen["crash"] += 1
         self.books.lost(group)
-        self._perform(self._observe(GroupDown(spec.name, group.worker.epoch)))
-        self._restart(spec.name)
+        self.perform(self.observe(GroupDown(spec.name, group.worker.epoch)))
+        self.restart(spec.name)
 
     def _down_late(self, name: str, epoch: int) -> None:
         self.seen["old news"] += name in self.books.groups
-        ensure(self._observe(GroupDown(name, epoch)) == [], "an old GroupDown has effects")
+        ensure(self.observe(GroupDown(name, epoch)) == [], "an old GroupDown has effects")
 
     def _answer(self, group: GroupBook, outcome: StepDone) -> None:
         """Sends the outcome on its way, unless the worker is stuck."""
-        if self._happens(self.world.faults.wedge_per_step):
+        if self.happens(self.world.faults.wedge_per_step):
             self.seen["wedged"] += group.name not in self._wedged
             self._wedged.add(group.name)
         if group.name in self._wedged:
@@ -291,28 +309,28 @@ class Simulation:
         done = max(self.books.now, self._busy_until[group.name])
         done += self.rng.randint(1, spec.step_ms_max)
         self._busy_until[group.name] = done
-        self._at(done - self.books.now, self._outcome, group, outcome)
-        if self._happens(self.world.faults.stale_per_step):
-            self._at(done - self.books.now + self.rng.randrange(200), self._stale, outcome)
+        self.at(done - self.books.now, self._outcome, group, outcome)
+        if self.happens(self.world.faults.stale_per_step):
+            self.at(done - self.books.now + self.rng.randrange(200), self._stale, outcome)
 
     def _stale(self, outcome: StepDone) -> None:
         """The outcome comes once more, if by now it is one of a former epoch."""
         group = self.books.groups.get(outcome.group)
         if group is None or group.worker.epoch != outcome.epoch:
             self.seen["stale outcome"] += 1
-            ensure(self._observe(outcome) == [], "a stale outcome has effects")
+            ensure(self.observe(outcome) == [], "a stale outcome has effects")
 
     def _outcome(self, group: GroupBook, outcome: StepDone) -> None:
         if self.books.groups.get(group.name) is not group:
             self._stale(outcome)
             return
         present = self.books.resident(group, outcome.plan_id)
-        if self._happens(self.world.faults.untrue_per_step):
+        if self.happens(self.world.faults.untrue_per_step):
             last = self._last.get(group.name)
             last = last if last is not None and last.epoch == outcome.epoch else None
             kind, wrong = untrue(self.rng, outcome, last, present)
             self.seen[f"untrue: {kind}"] += 1
-            self._perform(self._observe(wrong), {group.name})
+            self.perform(self.observe(wrong), {group.name})
             return
         group.in_flight.popleft()
         group.answered_ms = self.books.now
@@ -322,7 +340,7 @@ class Simulation:
         for number, _ in outcome.failures:
             if number in present:
                 self.books.due[number] = Reason.ENGINE_FAILED
-        effects = self._observe(outcome)
+        effects = self.observe(outcome)
         delivered = [
             pair
             for effect in effects
@@ -331,7 +349,7 @@ class Simulation:
         ]
         ensure(delivered == expected, f"delivered {delivered} instead of {expected}")
         self.seen["token thrown away"] += len(outcome.sequences) - len(expected)
-        self._perform(effects)
+        self.perform(effects)
 
     # --- what clients do
 
@@ -341,9 +359,9 @@ class Simulation:
         request = self.books.submitted(facts, model)
         groups = self.books.serving(model)
         hopeless = bool(groups) and not any(group.able(request) for group in groups)
-        effects = self._observe(facts)
+        effects = self.observe(facts)
         ensure(len(effects) == (full or hopeless), f"{facts.request} is taken or refused wrongly")
-        self._perform(effects)
+        self.perform(effects)
         self._plan_ends(request)
         self.seen["priority"] += facts.priority > 0
         self.seen["two models"] += model > 0
@@ -370,26 +388,13 @@ class Simulation:
 
     def _plan_ends(self, request: Request) -> None:
         faults = self.world.faults
-        if self._happens(faults.cancel_per_request):
+        if self.happens(faults.cancel_per_request):
             delay = self.rng.choice((0, 3, 20, 100, 300))
-            self._at(self.rng.randint(0, delay), self._end, request, Reason.CANCELLED)
-        if self._happens(faults.stop_string_per_request):
+            self.at(self.rng.randint(0, delay), self._end, request, Reason.CANCELLED)
+        if self.happens(faults.stop_string_per_request):
             request.stop_after = self.rng.randint(1, 6)
 
     def _end(self, request: Request, reason: Reason) -> None:
         if request.open:
             self.books.due[request.id] = reason
-        self._perform(self._observe(Ended(request.id, reason)))
-
-    # --- the end of the world
-
-    def _check_end(self) -> None:
-        """Everything has ended, and nothing is held but what donors keep for the next request."""
-        ensure(not self.books.open, f"these wait for ever: {list(self.books.open)}")
-        shot = self.core.snapshot()
-        ensure(shot.waiting == shot.running == 0, "something is left after the end")
-        for group in shot.groups:
-            ensure(group.kv_used == 0, f"{group.name} holds memory for nobody")
-            ensure(group.plans_in_flight == 0, f"{group.name} has a plan in flight at the end")
-            donors = self.books.groups[group.name].worker.residents
-            ensure(len(donors) == group.donors, f"{group.name} forgot a resident sequence")
+        self.perform(self.observe(Ended(request.id, reason)))

@@ -1,0 +1,186 @@
+"""The groups that the router is connected to: they come, and go, while it runs.
+
+    add ──► connecting, again and again ──► up, down, up ... ──remove──► leaving ──► forgotten
+
+Removing drains: what runs in the group moves to others as they have room (``router.core.leaving``).
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Literal
+
+from router.config import GroupSpec, Settings, check_groups
+from router.core.snapshot import GroupSnapshot, Snapshot
+from router.driver import Driver
+from router.fleet import Fleet, GroupCard, MismatchError
+from router.group import Group
+from router.metrics import Metrics
+
+Own = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
+"""Starts a task whose failure ends the router."""
+
+
+class RefusedError(Exception):
+    """A group cannot serve beside the others; the text is one line that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One group. ``card`` is what it last said of itself, if it has ever come up.
+
+    ``running`` counts sequences; the others are tokens: of its whole KV cache, held or reserved by
+    what runs, and kept to be shared.
+    """
+
+    spec: GroupSpec
+    card: GroupCard | None
+    state: Literal["down", "up", "leaving"]
+    running: int
+    kv_tokens: int
+    kv_used: int
+    kv_cached: int
+
+
+class Groups:
+    """Owner of the groups and their tasks. ``snapshot`` gives the numbers of the core.
+
+    ``silent`` is called with the name of a group whose workers hang.
+    """
+
+    def __init__(
+        self,
+        specs: Iterable[GroupSpec],
+        *,
+        driver: Driver,
+        fleet: Fleet,
+        metrics: Metrics,
+        settings: Settings,
+        snapshot: Callable[[], Snapshot],
+        own: Own,
+        silent: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._driver = driver
+        self._fleet = fleet
+        self._metrics = metrics
+        self._slots = settings.plans_in_flight_max + 2
+        self._snapshot = snapshot
+        self._own = own
+        self._silent = silent
+        self._epochs = count(1)
+        self._groups: dict[str, Group] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        for spec in specs:
+            self._attach(spec)
+
+    # --- for the router
+
+    def start(self) -> None:
+        """Begins to connect those that were there from the beginning."""
+        for name in self._groups:
+            self._start(name)
+
+    def cancel(self) -> None:
+        """Ends all connections; whoever owns the tasks waits for them."""
+        for task in self._tasks.values():
+            task.cancel()
+
+    # --- for whoever changes them
+
+    def add(self, spec: GroupSpec) -> None:
+        """Begins to connect a further group.
+
+        Raises ``ConfigError`` if its name or one of its addresses is taken or malformed.
+        """
+        check_groups([*(group.spec for group in self._groups.values()), spec])
+        self._fleet.add(spec)
+        self._attach(spec)
+        self._start(spec.name)
+
+    async def wait_up(self, name: str) -> None:
+        """Waits until a group serves. The caller sets the deadline.
+
+        Raises ``RefusedError`` if it cannot serve beside the others, or has been removed.
+        """
+        group = self._groups.get(name)
+        if group is None:
+            raise RefusedError(f"group {name} has been removed")
+        try:
+            await group.wait_up()
+        except MismatchError as error:
+            raise RefusedError(str(error)) from None
+
+    async def remove(self, name: str, limit_s: float, *, at_once: bool = False) -> None:
+        """Takes a group away: it gets no more requests, and goes when the last has left it.
+
+        Those that no other group can take may go on there for ``limit_s`` seconds; what is left
+        starts again elsewhere, as after a loss. ``at_once``: all of it waits for a place elsewhere
+        instead. Cancelled, the group goes on leaving. Raises ``KeyError`` if there is none.
+        """
+        task = self._tasks[name]
+        await self.retire(name, limit_s, at_once=at_once)
+        if self._tasks.get(name) is task:  # another call may have been as fast
+            del self._groups[name], self._tasks[name]
+            self._driver.detach(name)
+            self._fleet.forget(name)
+
+    async def retire(self, name: str, limit_s: float, *, at_once: bool = False) -> None:
+        """Ends a group as ``remove`` does, and goes on to know it, as one that is down.
+
+        So requests for its model are taken, and wait.
+        """
+        group, task = self._groups[name], self._tasks[name]
+        if group.retire(at_once=at_once):
+            await asyncio.wait((task,), timeout=limit_s)
+        task.cancel()
+        await asyncio.wait((task,))
+
+    # --- for whoever wants to know
+
+    def names(self) -> tuple[str, ...]:
+        """Those that are there, whatever their state."""
+        return tuple(self._groups)
+
+    def sole(self, name: str) -> str | None:
+        """The model that only this group serves now, if there is one."""
+        serving = {
+            one.spec.name: one.card.model
+            for one in self.states()
+            if one.state == "up" and one.card is not None
+        }
+        model = serving.pop(name, None)
+        return None if model in serving.values() else model
+
+    def states(self) -> list[State]:
+        """How each of them is."""
+        shots = {shot.name: shot for shot in self._snapshot().groups}
+        return [
+            self._state(spec, card, shots.get(spec.name)) for spec, card in self._fleet.groups()
+        ]
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place in any of them."""
+        return self._snapshot().waiting
+
+    def _state(self, spec: GroupSpec, card: GroupCard | None, shot: GroupSnapshot | None) -> State:
+        if shot is None or card is None:
+            return State(spec, card, "down", 0, 0, 0, 0)
+        word: Literal["up", "leaving"] = "leaving" if self._groups[spec.name].leaving else "up"
+        return State(spec, card, word, shot.running, shot.kv_total, shot.kv_used, shot.kv_donors)
+
+    def _attach(self, spec: GroupSpec) -> None:
+        group = self._groups[spec.name] = Group(
+            spec,
+            inbox=self._driver,
+            fleet=self._fleet,
+            metrics=self._metrics,
+            epochs=lambda: next(self._epochs),
+            slots=self._slots,
+            silent=self._silent,
+        )
+        self._driver.attach(spec.name, group)
+
+    def _start(self, name: str) -> None:
+        self._tasks[name] = self._own(self._groups[name].run(), f"group {name}")

@@ -146,14 +146,14 @@ PLACING = [
     ),
     Mutant(
         "placing.py",
-        "_make_room(group, pages - share_len, keep=donor)",
-        "_make_room(group, pages - share_len, keep=None)",
+        "if not _make_room(group, pages - share_len, keep=donor)",
+        "if not _make_room(group, pages - share_len, keep=None)",
         "the donor that is to be shared is evicted for it",
     ),
     Mutant(
         "placing.py",
-        "_make_room(group, pages - share_len, keep=donor)",
-        "_make_room(group, pages, keep=donor)",
+        "if not _make_room(group, pages - share_len, keep=donor)",
+        "if not _make_room(group, pages, keep=donor)",
         "room is made for what is shared",
     ),
     Mutant(

@@ -21,14 +21,14 @@ from deploy.keeper import Loading, News, Ready, StartError
 from deploy.options import UserError
 from deploy.ranks import group_spec, worker_specs
 from deploy.supervisor import Supervisor
-from router.changing import ChangeError, Problem, Tell
+from router.change import ChangeError, Problem, Tell
 from router.config import GroupSpec
 
 T = TypeVar("T")
 
 
 class LocalWorkers:
-    """The workers of groups on this machine: ``router.changing.Workers``.
+    """The workers of groups on this machine: ``router.change.Workers``.
 
     ``groups`` are those that the supervisor has had from the beginning, on sockets in ``folder``
     whose places are their own; ``further`` makes others of texts.

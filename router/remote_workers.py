@@ -1,11 +1,11 @@
-"""Workers that run elsewhere, as ``router.changing`` wants to have them: they are there, or not."""
+"""Workers that run elsewhere, as ``router.change`` wants to have them: they are there, or not."""
 
 import asyncio
 from itertools import count
 from random import Random
 from time import monotonic
 
-from router.changing import ChangeError, Problem, Tell
+from router.change import ChangeError, Problem, Tell
 from router.config import ConfigError, GroupSpec, check_groups
 from router.link import Backoff, Link, LinkDownError, SilentError, UnreachableError
 from router.together import all_of
@@ -20,7 +20,7 @@ def remote_group(number: int, text: str) -> GroupSpec:
 
 
 class RemoteWorkers:
-    """``router.changing.Workers`` of a router that began with ``groups`` of them.
+    """``router.change.Workers`` of a router that began with ``groups`` of them.
 
     A group has a name that no other has had. Nobody but who has started the workers can end them.
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from router import remote_workers
-from router.changing import ChangeError, Problem
+from router.change import ChangeError, Problem
 from router.config import GroupSpec
 from router.remote_workers import RemoteWorkers
 from tests.service.fakes import bench_in, until

@@ -23,7 +23,7 @@ from deploy.live import LocalWorkers
 from deploy.local import socket_folder
 from deploy.ranks import first_ranks
 from deploy.supervisor import Supervisor
-from router.changing import ChangeError, Problem, Workers
+from router.change import ChangeError, Problem, Workers
 from router.config import GroupSpec
 from shards.v1 import shard_pb2 as pb
 from shards.v1.shard_pb2_grpc import ShardStub

@@ -25,7 +25,7 @@ from deploy.options import (
 from deploy.running import run, run_command
 from deploy.tune_command import tune
 from deploy.workers import worker_command
-from router.config import ConfigError, GroupSpec, Settings, check_groups
+from router.config import ConfigError, Settings, check_groups
 from shards.config import GRACEFUL_TERMINATION_TIMEOUT_S, SECONDS_MAX
 
 # gRPC prepares for forks that go on in Python; ours only start other programs. To be said before
@@ -83,10 +83,12 @@ def serve(**options: Any) -> None:
     groups = local_groups(options)
     from deploy import local  # loads the router, which the other commands do not need
     from deploy.console import Console
+    from deploy.further import FurtherGroups
 
     console = Console(as_json=settings.json_output)
     console.serving(groups)
-    run(local.serve(settings, groups, console))
+    further = FurtherGroups(click.get_current_context(), groups[0].model.model_id)
+    run(local.serve(settings, groups, further, console))
 
 
 @cli.command(cls=SectionedCommand)
@@ -104,11 +106,10 @@ def router(workers: tuple[str, ...], **options: Any) -> None:
       roundhouse router --worker gpu1:50061,gpu2:50061               two ranks of one replica
     """
     settings = settings_of(options)
+    from router.remote_workers import remote_group
+
     try:
-        groups = check_groups(
-            GroupSpec(f"group-{number}", None, tuple(filter(None, ranks.split(","))))
-            for number, ranks in enumerate(workers)
-        )
+        groups = check_groups(remote_group(*numbered) for numbered in enumerate(workers))
     except ConfigError as error:
         raise UserError(str(error)) from error
     from deploy import local

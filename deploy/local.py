@@ -5,21 +5,26 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from deploy.console import Console, Urls
+from deploy.control import SOCKET_PATH_MAX, control_socket
+from deploy.further import FurtherGroups
 from deploy.groups import LocalGroup
+from deploy.live import LocalWorkers
 from deploy.ranks import first_ranks, group_spec
 from deploy.supervisor import Supervisor
 from router import app
+from router.api.groups_face import offered
+from router.change import Workers
+from router.changing import Changes
 from router.config import GroupSpec, Settings
+from router.remote_workers import RemoteWorkers
 
 OnReady = Callable[[int, int], None]
 """Called with the ports of REST and gRPC."""
-
-# A unix socket's path may have 104 bytes on macOS and 108 on Linux.
-SOCKET_PATH_MAX = 100
 
 
 def socket_folder() -> Path:
@@ -50,9 +55,12 @@ def check_ports(settings: Settings) -> None:
             ) from error
 
 
-async def serve(settings: Settings, groups: Sequence[LocalGroup], console: Console) -> None:
+async def serve(
+    settings: Settings, groups: Sequence[LocalGroup], further: FurtherGroups, console: Console
+) -> None:
     """Serves one model, by all groups, until SIGTERM or SIGINT has been obeyed.
 
+    ``further`` makes those that are asked for meanwhile.
     The router begins when the workers have loaded: its ports are closed until it reaches one.
     Raises ``StartError`` if a worker cannot start, ``OSError`` if a port cannot be had,
     ``CancelledError`` on a signal while loading.
@@ -60,11 +68,12 @@ async def serve(settings: Settings, groups: Sequence[LocalGroup], console: Conso
     check_ports(settings)
     folder = socket_folder()
     try:
-        workers = first_ranks(groups, folder)
-        specs = [group_spec(group, workers[group.name]) for group in groups]
-        supervisor = Supervisor(workers, console.tell)
+        ranks = first_ranks(groups, folder)
+        specs = [group_spec(group, ranks[group.name]) for group in groups]
+        supervisor = Supervisor(ranks, console.tell)
+        workers = LocalWorkers(supervisor, groups, further, folder, console)
         on_ready = _announcer(settings, groups[0].model.model_id, console)
-        await _together(settings, specs, supervisor, on_ready)
+        await _together(settings, specs, supervisor, on_ready, controlled(workers))
     finally:
         console.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -73,7 +82,23 @@ async def serve(settings: Settings, groups: Sequence[LocalGroup], console: Conso
 async def route(settings: Settings, groups: tuple[GroupSpec, ...], console: Console) -> None:
     """Serves the models of workers elsewhere until SIGTERM or SIGINT has been obeyed."""
     check_ports(settings)
-    await app.serve(settings, groups, _announcer(settings, "", console))
+    workers = RemoteWorkers(len(groups))
+    await app.serve(
+        settings, groups, _announcer(settings, "", console), changes=controlled(workers)
+    )
+
+
+def controlled(workers: Workers) -> app.MakeChanges:
+    """Lets whoever runs the server change its groups, whose workers are to be had from these."""
+
+    @asynccontextmanager
+    async def change(router: app.Router, port: int) -> AsyncIterator[None]:
+        limit_s = router.settings.graceful_termination_timeout_s
+        changes = Changes(router.groups, workers, router.own, limit_s)
+        async with offered(changes, lambda: control_socket(port)):
+            yield
+
+    return change
 
 
 def _announcer(settings: Settings, model_id: str, console: Console) -> OnReady:
@@ -84,7 +109,11 @@ def _announcer(settings: Settings, model_id: str, console: Console) -> OnReady:
 
 
 async def _together(
-    settings: Settings, groups: Sequence[GroupSpec], supervisor: Supervisor, on_ready: OnReady
+    settings: Settings,
+    groups: Sequence[GroupSpec],
+    supervisor: Supervisor,
+    on_ready: OnReady,
+    changes: app.MakeChanges,
 ) -> None:
     """Runs the router beside the supervisor; either one's failure ends both."""
 
@@ -100,7 +129,9 @@ async def _together(
             # The router's own handlers take over when it begins.
             loop.add_signal_handler(signal.SIGTERM, this.cancel)
             await supervisor.all_ready()
-            await app.serve(settings, groups, on_ready, open_when_ready=True, silent=silent)
+            await app.serve(
+                settings, groups, on_ready, open_when_ready=True, silent=silent, changes=changes
+            )
             keeper.cancel()
     except ExceptionGroup as failures:
         # One failure cancels the other task, so there is one to tell of.

@@ -165,9 +165,12 @@ class Groups:
         return self._snapshot().waiting
 
     def _state(self, spec: GroupSpec, card: GroupCard | None, shot: GroupSnapshot | None) -> State:
-        if shot is None or card is None:
+        """The core hears of a group in its next turn: until then nothing runs there."""
+        if card is None or not card.ready:
             return State(spec, card, "down", 0, 0, 0, 0)
         word: Literal["up", "leaving"] = "leaving" if self._groups[spec.name].leaving else "up"
+        if shot is None:
+            return State(spec, card, word, 0, card.limits.kv_tokens, 0, 0)
         return State(spec, card, word, shot.running, shot.kv_total, shot.kv_used, shot.kv_donors)
 
     def _attach(self, spec: GroupSpec) -> None:

@@ -217,6 +217,6 @@ async def leave(change: Coroutine[Any, Any, None], rig: Rig, line: str) -> None:
         await caller
 
 
-async def over(rig: Rig) -> None:
+async def over(changes: Changes) -> None:
     """Waits until no change is under way."""
-    await until(lambda: rig.changes._line.now is None)
+    await until(lambda: changes._line.now is None)

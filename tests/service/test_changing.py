@@ -104,7 +104,7 @@ async def test_when_the_caller_leaves_a_group_that_does_not_serve_goes(
         gate = rig.workers.loading if held == "loading" else rig.groups.connecting
         gate.clear()
         await leave(rig.changes.add("new", 0, rig.tell), rig, line)
-        await over(rig)
+        await over(rig.changes)
         assert rig.groups.names() == ("old",)
         assert rig.serving == (["old"], ["old"])
         assert "adding new: given up, as whoever asked for it has left" in caplog.messages
@@ -122,7 +122,7 @@ async def test_a_caller_who_leaves_while_a_failed_group_goes_holds_up_nothing() 
         caller.cancel()
         await asyncio.wait([caller])
         rig.workers.ending.set()
-        await over(rig)
+        await over(rig.changes)
         assert rig.groups.names() == ("old",)
         assert rig.serving == (["old"], ["old"])
 
@@ -186,7 +186,7 @@ async def test_a_group_goes_on_leaving_when_the_caller_leaves() -> None:
         line = await rig.refused(IMPOSSIBLE, rig.changes.add("new", 0, rig.tell))
         assert line == "another change is under way: removing a; try again when it is done"
         rig.groups.emptied.set()
-        await over(rig)
+        await over(rig.changes)
         assert rig.serving == (["b"], ["b"])
 
 
@@ -246,7 +246,7 @@ async def test_a_caller_who_leaves_before_the_new_group_serves_changes_nothing()
     async with rig_of("a") as rig:
         rig.groups.connecting.clear()
         await leave(rig.changes.switch("new", False, 0, rig.tell), rig, "new: its workers")
-        await over(rig)
+        await over(rig.changes)
         assert rig.serving == (["a"], ["a"])
 
 
@@ -255,7 +255,7 @@ async def test_a_caller_who_leaves_afterwards_changes_nothing_either() -> None:
         rig.groups.emptied.clear()
         await leave(rig.changes.switch("new", False, 0, rig.tell), rig, "a takes no more")
         rig.groups.emptied.set()
-        await over(rig)
+        await over(rig.changes)
         assert rig.serving == (["new"], ["new"])
 
 

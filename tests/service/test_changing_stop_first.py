@@ -123,7 +123,7 @@ async def test_a_caller_who_leaves_before_the_new_group_serves_gets_the_former_o
         rig.groups.connecting.clear()
         await leave(rig.changes.switch("new", True, 0, rig.tell), rig, "new: its workers")
         rig.groups.connecting.set()
-        await over(rig)
+        await over(rig.changes)
         assert rig.serving == (["a", "b"], ["a", "b"])
 
 
@@ -133,6 +133,6 @@ async def test_a_caller_who_leaves_while_the_former_ones_end_gets_them_back() ->
         await leave(rig.changes.switch("new", True, 0, rig.tell), rig, "ending a, b")
         assert rig.changes._line.now == "switching to new"
         rig.workers.ending.set()
-        await over(rig)
+        await over(rig.changes)
         assert rig.serving == (["a", "b"], ["a", "b"])
         assert "new" not in rig.workers.began

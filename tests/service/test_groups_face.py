@@ -153,7 +153,7 @@ async def test_a_group_whose_caller_leaves_before_it_serves_goes(tmp_path: Path)
                 assert progress.loaded == 1
                 break
         call.cancel()
-        await over(rig)
+        await over(rig.changes)
         assert rig.serving == (["a"], ["a"])
 
 
@@ -167,7 +167,7 @@ async def test_a_removal_goes_on_when_its_caller_leaves(tmp_path: Path) -> None:
         error = await failure(stub.AddGroup(pb.AddGroupRequest(group="new")))
         assert "another change is under way: removing a" in str(error.details())
         rig.groups.emptied.set()
-        await over(rig)
+        await over(rig.changes)
         assert rig.serving == (["b"], ["b"])
 
 
@@ -192,7 +192,7 @@ async def test_a_reader_who_stands_still_holds_up_no_change(
         rig.workers.chatter = [f"{number} {'x' * 2_000_000}" for number in range(50)]
         call = stub.AddGroup(pb.AddGroupRequest(group="new"))
         await until(lambda: rig.workers.began)
-        await over(rig)
+        await over(rig.changes)
         assert rig.serving == (["a", "new"], ["a", "new"])
         assert 0 < len(await lines_of(call)) < len(rig.workers.chatter)
 

@@ -221,7 +221,7 @@ async def test_an_interrupted_removal_goes_on_and_says_so() -> None:
         )
         assert (status, errors) == (130, "interrupted: a goes on leaving\n")
         rig.groups.emptied.set()
-        await over(rig)
+        await over(rig.changes)
         assert rig.serving == (["b"], ["b"])
 
 
@@ -234,7 +234,7 @@ async def test_an_interrupted_switch_leaves_everything_as_it_was() -> None:
         assert status == 130
         assert errors.startswith("interrupted: if the new group serves already")
         rig.groups.connecting.set()
-        await over(rig)
+        await over(rig.changes)
         assert rig.serving == (["a"], ["a"])
 
 

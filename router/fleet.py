@@ -95,6 +95,7 @@ class Fleet:
         self._settings = settings
         self._specs = list(specs)
         self._cards: dict[str, GroupCard] = {}
+        self._engines: dict[str, str] = {}
         self._claims: dict[str, GroupCard] = {}
         # Claims whose tokenizer has been agreed on, and what any two tokenizers differ in.
         self._agreed: dict[str, GroupCard] = {}
@@ -174,9 +175,9 @@ class Fleet:
             for spec in self._specs
         }
 
-    def engines(self) -> dict[str, str]:
+    def engines(self) -> Mapping[str, str]:
         """For each group that has ever come up, the name of its engine."""
-        return {name: card.engine for name, card in self._cards.items()}
+        return self._engines
 
     async def wait_ready(self) -> None:
         """Waits until a first group has come up. The caller sets the deadline."""
@@ -294,6 +295,7 @@ class Fleet:
             self._prepare_calls[card.name] = prepare
         self._tokenizers[card.tokenizer_sha256] = tokenizer
         self._cards[card.name] = card
+        self._engines[card.name] = card.engine
         self._rebuild()
         self._ready.set()
 

@@ -147,6 +147,7 @@ class Gateway(Collector):
 
     async def _adopt(self, link: RouterLink, fleet: pb.Fleet) -> None:
         """Makes the fleet what the router says that it is."""
+        self._list(specs_from_wire(fleet))
         for group in fleet.groups:
             if not group.HasField("card"):
                 continue
@@ -158,6 +159,16 @@ class Gateway(Collector):
                 self.fleet.down(card.name)
         if any(self.fleet.groups_up().values()):
             self.ready.set()
+
+    def _list(self, specs: tuple[GroupSpec, ...]) -> None:
+        """Gets to know the groups that have come, and forgets those that have gone."""
+        known = {spec for spec, _ in self.fleet.groups()}
+        for spec in known - set(specs):
+            self.fleet.forget(spec.name)
+        for spec in specs:
+            if spec not in known:
+                self.fleet.add(spec)
+        self._specs = specs
 
     async def _tokenizer(self, link: RouterLink, sha256: str) -> Tokenizer:
         known = self._tokenizers.get(sha256)

@@ -124,6 +124,7 @@ class Groups:
             del self._groups[name], self._tasks[name]
             self._driver.detach(name)
             self._fleet.forget(name)
+            self._metrics.batches.forget(name)
 
     async def retire(self, name: str, limit_s: float, *, at_once: bool = False) -> None:
         """Ends a group as ``remove`` does, and goes on to know it, as one that is down.

@@ -169,7 +169,9 @@ class Metrics(Collector):
 
     def continued(self, before: str, after: str) -> None:
         """A sequence whose tokens were delivered in part goes on in another group."""
-        self._continued[before, after] = self._continued.get((before, after), 0) + 1
+        engines = self._engines()
+        pair = engines.get(before, before), engines.get(after, after)
+        self._continued[pair] = self._continued.get(pair, 0) + 1
 
     def ended(self, life: Lifetime, reason: Reason, now_ms: int) -> None:
         """A request that the core knew has ended."""
@@ -229,17 +231,12 @@ class Metrics(Collector):
 
     def _of_continued(self) -> Metric:
         """Continuations by kind of engine."""
-        engines = self._engines()
-        kinds: dict[tuple[str, str], int] = {}
-        for (before, after), number in self._continued.items():
-            pair = engines.get(before, before), engines.get(after, after)
-            kinds[pair] = kinds.get(pair, 0) + number
         family = CounterMetricFamily(
             "roundhouse_continuations",
             "Answers that went on in another group after a part was delivered",
             labels=["from_engine", "to_engine"],
         )
-        for labels, number in kinds.items():
+        for labels, number in self._continued.items():
             family.add_metric(list(labels), number)
         return family
 

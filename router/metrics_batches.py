@@ -109,6 +109,11 @@ class Batches:
             histogram = self._steps[group] = Histogram("", "", SECONDS)
         histogram.observe(engine_s)
 
+    def forget(self, group: str) -> None:
+        """A group is gone for good, and so are its series, as those of a server that has ended."""
+        self._steps.pop(group, None)
+        self.models.forget(group)
+
     def collect(self) -> Iterator[Metric]:
         """Yields every metric family of this module."""
         for name, text, counts in (

@@ -85,3 +85,7 @@ class Models:
     def stepped(self, group: str, sequences: int, engine_s: float) -> None:
         """A group computed a step of so many sequences."""
         self._steps.setdefault(group, {}).setdefault(sequences, Sum()).add(engine_s)
+
+    def forget(self, group: str) -> None:
+        """A group is gone for good."""
+        self._steps.pop(group, None)

@@ -243,6 +243,22 @@ async def test_a_gateway_follows_the_fleet(tmp_path: Path) -> None:
         assert (await client.post("/generate", json=body)).status_code == 200
 
 
+async def test_a_gateway_follows_groups_that_come_and_go(tmp_path: Path) -> None:
+    """A stream of its client goes on while the group that it began in is removed."""
+    async with house_in(tmp_path) as house, before(house) as (gateway, client):
+        groups, (first,) = house.router.groups, house.router.groups.names()
+        body = {"inputs": "x", "parameters": {"max_new_tokens": 400}}
+        whole = (await client.post("/generate", json=body)).json()
+        stream = asyncio.create_task(client.post("/generate", json=body))
+        await until(lambda: groups.states()[0].running)
+        groups.add(GroupSpec("new", None, (await house.bench.start("new"),)))
+        await groups.wait_up("new")
+        await groups.remove(first, PATIENCE_S)
+        await until(lambda: gateway.fleet.groups_up() == {"new": True})
+        assert (await stream).json() == whole
+        assert (await client.post("/generate", json=body)).json() == whole
+
+
 async def test_keys_of_clients_and_of_the_router(tmp_path: Path) -> None:
     async with house_in(tmp_path, api_key="inner") as house:
         with pytest.raises(ConfigError, match="--router-api-key"):

@@ -38,8 +38,9 @@ Call: TypeAlias = "Callable[[GroupsStub], Iterator[pb.Progress]]"
 def server_on(port: int) -> Iterator[GroupsStub]:
     """The server on this port of REST. Raises ``UserError`` for whatever it answers but success."""
     nobody = (
-        f"there is no server on port {port} that could be asked: say which by --port, or, if it "
-        f"has another {FOLDER}, or another folder for temporary files, set {FOLDER} for both"
+        f"there is no server on port {port} that could be asked, or it is not ready yet: say which "
+        f"by --port; if it has another {FOLDER}, or another folder for temporary files, set "
+        f"{FOLDER} for both"
     )
     try:
         path = find_socket(port)

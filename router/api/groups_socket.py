@@ -24,7 +24,7 @@ def check_folder(folder: Path) -> None:
         raise OSError(f"{folder} is not a folder")
     if found.st_uid != os.geteuid():
         raise OSError(f"the folder {folder} belongs to another user")
-    if stat.S_IMODE(found.st_mode) & ~FOLDER_MODE:
+    if found.st_mode & 0o077:
         raise OSError(f"the folder {folder} is open to others; chmod 700 {folder} closes it")
 
 

@@ -141,6 +141,7 @@ class Keeper:
         self._leave_s = leave_s
         self._ranks: list[_Rank] = []
         self._processes: list[WorkerProcess] = []
+        self._ending = False
         self.was_ready = False
 
     def replace(self, reason: str) -> None:
@@ -177,7 +178,7 @@ class Keeper:
         ranks = self._ranks = [_Rank(worker) for worker in self._workers]
         processes: list[WorkerProcess] = []
         self._processes = processes
-        began, grace_s = monotonic(), self._leave_s
+        self._ending, began, grace_s = False, monotonic(), self._leave_s
         try:
             rendezvous = ("--rendezvous", free_address()) if len(ranks) > 1 else ()
             for rank in ranks:  # each is kept as soon as it is there, so that it is ended
@@ -189,6 +190,7 @@ class Keeper:
             worker = ranks[len(processes)].worker
             return _End(worker.name, f"cannot run {worker.command[0]}: {error}")
         finally:
+            self._ending = True
             await to_the_end(asyncio.gather(*(process.end(grace_s) for process in processes)))
         lasted = monotonic() - began
         return _End(
@@ -223,6 +225,8 @@ class Keeper:
                 if all(one.ready for one in ranks):
                     self.was_ready = True
                     self._ready()
+            case "leaving" if self._ending:
+                pass  # it was asked here, and what it says is for those who did not
             case "warning" | "leaving":
                 self._news(Said(name, str(report.get("message", line))))
             case "listening":

@@ -244,8 +244,8 @@ async def test_what_is_not_here_is_one_line_before_any_worker_starts(
         "llamacpp,model=/no/such.gguf": "model file /no/such.gguf does not exist",
         "auto,model=/no/such.gguf": "model file /no/such.gguf does not exist",
         "scripted,adapter=a=./no": "adapter a: ./no does not exist",
-        f"torch,model={tmp_path}": f"folder {tmp_path} holds neither config.json with *.safetens",
-        "trtllm": "engine trtllm needs the package tensorrt_llm, which is not installed; try: ",
+        f"llamacpp,model={tmp_path}": f"folder {tmp_path} holds no GGUF file",
+        "trtllm,model=a/b": "engine trtllm needs the package tensorrt_llm, which is not inst",
     }
     async with live("--engine", "scripted") as rig:
         for text, line in missing.items():
@@ -256,6 +256,8 @@ async def test_what_is_not_here_is_one_line_before_any_worker_starts(
             assert str(await rig.refused(text)) == str(caught.value)
         assert len(rig.running()) == 1
         assert not any("starting" in line for line in rig.lines)
+        given = await rig.refused("trtllm,worker-python=/no/such/python")  # it knows for itself
+        assert "cannot run /no/such/python" in str(given)
 
 
 async def test_a_worker_that_cannot_start_says_so_and_nothing_is_left() -> None:

@@ -203,10 +203,12 @@ async def test_what_a_worker_says_for_a_person_is_passed_on(tmp_path: Path) -> N
     heard = Heard()
     code = (
         "tell('warning', message='few pages')\n"
+        "def leave(*_): tell('leaving', message='again')\nsignal.signal(signal.SIGTERM, leave)\n"
         "tell('leaving', message='waiting for the router', limit_s=3)\n" + READY
     )
     async with running(Supervisor({"a": [spec(tmp_path, code)]}, heard)):
         await heard.wait(lambda news: isinstance(news, Ready))
+    # What it says when it is asked to leave here is nothing that a person has to know.
     said = [news for news in heard.all if isinstance(news, Said)]
     assert said == [Said("worker 0", "few pages"), Said("worker 0", "waiting for the router")]
 

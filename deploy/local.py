@@ -60,8 +60,8 @@ async def serve(
 ) -> None:
     """Serves one model, by all groups, until SIGTERM or SIGINT has been obeyed.
 
-    ``further`` makes those that are asked for meanwhile.
     The router begins when the workers have loaded: its ports are closed until it reaches one.
+    ``further`` makes the groups that are asked for from then on.
     Raises ``StartError`` if a worker cannot start, ``OSError`` if a port cannot be had,
     ``CancelledError`` on a signal while loading.
     """

@@ -63,13 +63,34 @@ def streamed(server: Server, body: dict[str, Any], heard: Callable[[], object]) 
     return tokens
 
 
-class Streams:
-    """Streams that run at once. ``bodies`` are what each asks for."""
+def completed(server: Server, body: dict[str, Any], heard: Callable[[], object]) -> list[int]:
+    """As ``streamed``, for ``/v1/completions``, which tells how many tokens there were."""
+    asked = body | {"stream": True, "stream_options": {"include_usage": True}}
+    tokens: list[int] = []
+    with server.client.stream("POST", "/v1/completions", json=asked) as answer:
+        assert answer.status_code == 200
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                if event["usage"]:
+                    tokens.append(event["usage"]["completion_tokens"])
+                heard()
+    return tokens
 
-    def __init__(self, server: Server, bodies: list[dict[str, Any]], pool: ThreadPoolExecutor):
+
+Read = Callable[[Server, dict[str, Any], Callable[[], object]], list[int]]
+
+
+class Streams:
+    """Streams that run at once. ``bodies`` are what each asks for, ``read`` follows one."""
+
+    def __init__(
+        self, server: Server, bodies: list[dict[str, Any]], pool: ThreadPoolExecutor, read: Read
+    ):
         self.begun = [threading.Event() for _ in bodies]
         self.answers: list[Future[list[int]]] = [
-            pool.submit(streamed, server, body, begun.set)
+            pool.submit(read, server, body, begun.set)
             for body, begun in zip(bodies, self.begun, strict=True)
         ]
         for begun in self.begun:
@@ -85,15 +106,17 @@ class Streams:
 
 
 @contextmanager
-def streaming(server: Server, bodies: list[dict[str, Any]]) -> Iterator[Streams]:
+def streaming(
+    server: Server, bodies: list[dict[str, Any]], read: Read = streamed
+) -> Iterator[Streams]:
     """Streams that have all begun."""
     with ThreadPoolExecutor(len(bodies)) as pool:
-        yield Streams(server, bodies, pool)
+        yield Streams(server, bodies, pool, read)
 
 
 def counting(tokens: int = TOKENS) -> list[dict[str, Any]]:
     """One question for each stream, no two of which begin alike."""
-    parameters = {"max_new_tokens": tokens, "details": True, "ignore_eos": True}
+    parameters = {"max_new_tokens": tokens, "details": True}
     return [{"inputs": f"{n} is where to begin", "parameters": parameters} for n in range(STREAMS)]
 
 
@@ -161,15 +184,16 @@ def test_a_real_model_goes_on_in_another_worker(tmp_path: Path) -> None:
     model = embedded()
     assert model is not None
     question = {
-        "inputs": "Once upon a time",
-        "parameters": {"max_new_tokens": 160, "details": True, "ignore_eos": True},
+        "prompt": "Once upon a time",
+        "max_tokens": 160,
+        "temperature": 0,
+        "ignore_eos": True,
     }
     with serving(tmp_path, "--group", "llamacpp,name=first,threads=1") as server:
-        with streaming(server, [question]) as streams:
+        with streaming(server, [question], completed) as streams:
             done = change(server, "switch", "llamacpp,name=second,threads=2,kv-tokens=2048")
             assert done.returncode == 0, done.stderr
-            (tokens,) = streams.tokens()
-        assert len(tokens) == 160
+            assert streams.tokens() == [[160]]
         assert names(server) == ["second"]
 
 

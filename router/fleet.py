@@ -205,8 +205,8 @@ class Fleet:
     # --- for whoever adds and removes groups
 
     def add(self, spec: GroupSpec) -> None:
-        """A further group, behind the others."""
-        self._specs.append(spec)
+        """A further group, behind the others; what is known of a former one of its name stays."""
+        self._specs = [*(one for one in self._specs if one.name != spec.name), spec]
         self.turns.add(spec)
 
     def forget(self, name: str) -> None:

@@ -38,23 +38,23 @@ class Steps:
     ) -> State:
         """Starts a group and waits until it serves. Failed or taken back, it leaves nothing.
 
-        From then on the change goes on, whoever leaves. ``former`` have stood down, so that it may
-        have the name of one of them, which is forgotten then.
+        From then on the change goes on, whoever leaves. ``former`` have stood down: it may take the
+        name of one of them, and leaves that behind as it was.
         """
         spec: GroupSpec | None = None
         joined = False
         try:
             async with asyncio.timeout(limit_s or None) as limit:
                 spec = await self._workers.start(text, tell)
-                await self._join(spec, former)
+                self._join(spec)
                 joined = True
                 await self._wait_up(spec, tell)
         except BaseException as failure:
             change.hold()
-            if joined and spec is not None:
-                await self.forget(spec.name)
-            if spec is not None:
-                await self._workers.end(spec.name)
+            if spec is not None and spec.name in former:
+                await self.stand_down(spec.name)
+            elif spec is not None:
+                await (self.take_away if joined else self._workers.end)(spec.name)
             if isinstance(failure, TimeoutError) and limit.expired():
                 late = f"{shown(text)} did not serve within {limit_s:g} s"
                 raise ChangeError(Problem.IMPOSSIBLE, late) from None
@@ -88,7 +88,7 @@ class Steps:
             async with asyncio.timeout(COME_BACK_S):
                 await self.stand_down(name)  # if a failure has come between
                 spec = await self._workers.start_again(name, tell)
-                await self._join(spec, (name,))
+                self._join(spec)
                 await self._wait_up(spec, tell)
         except TimeoutError:
             why = f"it took more than {COME_BACK_S:g} s"
@@ -117,10 +117,8 @@ class Steps:
         """How a group is, if it is there."""
         return next((one for one in self._groups.states() if one.spec.name == name), None)
 
-    async def _join(self, spec: GroupSpec, former: Collection[str]) -> None:
-        """Lets the router connect to a group; one of the former that has its name is forgotten."""
-        if spec.name in former:
-            await self.forget(spec.name)
+    def _join(self, spec: GroupSpec) -> None:
+        """Lets the router connect to a group."""
         try:
             self._groups.add(spec)
         except ConfigError as error:

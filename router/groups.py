@@ -89,11 +89,18 @@ class Groups:
     # --- for whoever changes them
 
     def add(self, spec: GroupSpec) -> None:
-        """Begins to connect a further group.
+        """Begins to connect a further group, or one in the place of a retired one of its name.
 
         Raises ``ConfigError`` if its name or one of its addresses is taken or malformed.
         """
-        check_groups([*(group.spec for group in self._groups.values()), spec])
+        former = self._tasks.get(spec.name)
+        retired = former is not None and former.done()
+        others = (
+            one.spec for name, one in self._groups.items() if name != spec.name or not retired
+        )
+        check_groups([*others, spec])
+        if retired:
+            self._driver.detach(spec.name)
         self._fleet.add(spec)
         self._attach(spec)
         self._start(spec.name)
@@ -129,7 +136,7 @@ class Groups:
     async def retire(self, name: str, limit_s: float, *, at_once: bool = False) -> None:
         """Ends a group as ``remove`` does, and goes on to know it, as one that is down.
 
-        So requests for its model are taken, and wait.
+        So requests for its model are taken, and wait. ``add`` may put another in its place.
         """
         group, task = self._groups[name], self._tasks[name]
         if group.retire(at_once=at_once):

@@ -24,6 +24,8 @@ class Turns:
 
     def add(self, spec: GroupSpec) -> None:
         """A group whose turn comes behind that of the others."""
+        if spec.name in self._over:
+            self.remove(spec.name)
         self._specs.append(spec)
         self._over[spec.name] = asyncio.Event()
 

@@ -41,6 +41,7 @@ class Entry:
     state: str = "down"
     card: GroupCard | None = None
     running: int = 0
+    retired: bool = False
 
 
 class FakeGroups:
@@ -66,7 +67,7 @@ class FakeGroups:
         entry.card, entry.state = card_of(name, self.models[name]), "up"
 
     def add(self, spec: GroupSpec) -> None:
-        if spec.name in self.entries:
+        if spec.name in self.entries and not self.entries[spec.name].retired:
             raise ConfigError([f"two groups are called {spec.name}"])
         self.entries[spec.name] = Entry(spec)
 
@@ -94,6 +95,7 @@ class FakeGroups:
                 await self.emptied.wait()
         await asyncio.sleep(0)
         entry.state = "down"
+        entry.retired = True
 
     def states(self) -> list[State]:
         return [

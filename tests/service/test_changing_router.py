@@ -132,10 +132,14 @@ async def test_streams_go_on_in_the_former_group_if_the_new_one_cannot_serve(
 
 
 async def test_a_group_of_the_same_name_takes_the_place(tmp_path: Path) -> None:
+    """The model is known all the time, so that no request is refused meanwhile."""
     async with rig_in(tmp_path) as rig:
-        channel = submit(rig.router, 200)
+        channel, fleet, known = submit(rig.router, 200), rig.router.fleet, list[bool]()
         tokens = (await channel.get()).tokens
-        await rig.changes.switch("g0", True, 0, rig.tell)
+        with fleet.watched(lambda: known.append(bool(fleet.models()))):
+            await rig.changes.switch("g0", True, 0, rig.tell)
+        assert known
+        assert all(known)
         assert rig.up() == ["g0"]
         rest, _ = await answer(channel)
         assert [*tokens, *rest] == follow(rig.bench, "g0", 200)

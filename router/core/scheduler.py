@@ -41,6 +41,7 @@ from router.core.prefix import PrefixTree
 from router.core.scoring import doubt, news
 from router.core.snapshot import Snapshot, take_snapshot
 from router.core.state import CoreConfig, Group, Sequence
+from router.core.stranded import Stranded
 from router.core.waiting import WaitingLine
 
 
@@ -65,6 +66,7 @@ class Core:
         self._lines: dict[str, WaitingLine] = {}
         self._groups: dict[str, Group] = {}
         self._deadlines: list[tuple[int, int]] = []
+        self._stranded = Stranded(config.resume_timeout_ms)
         self._arrivals = 0
 
     def observe(self, now_ms: int, event: Event) -> list[Effect]:
@@ -98,6 +100,7 @@ class Core:
                 effects += self._place_from(line)
             plans = [plan for group in self._groups.values() for plan in self._step(group, now_ms)]
             if not plans:
+                effects += self._give_up(now_ms)
                 return effects + [
                     left for group in self._groups.values() for left in tell_left(group)
                 ]
@@ -106,7 +109,7 @@ class Core:
     def wake_at(self) -> int | None:
         """The instant at which ``plan`` has to be called even if nothing happens, or None."""
         answers = [group.answer_due_ms(self.config) for group in self._groups.values()]
-        due = [at for at in answers if at is not None]
+        due = [at for at in (*answers, self._stranded.due_ms()) if at is not None]
         while self._deadlines and self._deadlines[0][1] not in self._live:
             heapq.heappop(self._deadlines)
         if self._deadlines:
@@ -201,6 +204,13 @@ class Core:
                 detail = f"no answer to a plan within {self.config.step_deadline_ms} ms"
                 effects += self._abandon(group, detail)
         return effects
+
+    def _give_up(self, now_ms: int) -> list[Close]:
+        """Ends answers that have begun and had no group to go on in for too long."""
+        served = {group.up.model for group in self._groups.values() if not group.leaving}
+        lines = [line for model, line in self._lines.items() if model not in served]
+        over = self._stranded.give_up(now_ms, lines)
+        return [self._close(one, Reason.WORKER_LOST, self._stranded.detail) for one in over]
 
     # --- groups
 

@@ -18,7 +18,8 @@ class CoreConfig:
     ``requests_max`` bounds waiting and running requests together. ``reserve_tokens`` is how far
     ahead of its tokens a running sequence reserves memory. ``share_tokens_min`` is the shortest
     prefix worth sharing. ``head_start_ms`` is how much earlier a request of the next more urgent
-    priority counts as having arrived, so that no priority starves.
+    priority counts as having arrived, so that no priority starves. ``resume_timeout_ms`` is for how
+    long an answer that has begun waits while no group is up in which it could go on.
     """
 
     requests_max: int = 128
@@ -28,7 +29,8 @@ class CoreConfig:
     plans_in_flight_max: int = 2
     step_deadline_ms: int = 60_000
     attempts_max: int = 3
-    resume_streams: bool = False
+    resume_streams: bool = True
+    resume_timeout_ms: int = 300_000
     reserve_tokens: int = 256
     share_tokens_min: int = 16
     head_start_ms: int = 10_000

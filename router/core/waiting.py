@@ -45,6 +45,10 @@ class WaitingLine:
             heapq.heappop(self._heap)
         return None
 
+    def begun(self) -> list[Sequence]:
+        """Those who came back with a part of their answer."""
+        return [sequence for sequence in self._members.values() if sequence.produced]
+
     def _tidy(self) -> None:
         """Drops the traces of removed members once they outnumber the members."""
         if len(self._heap) > 2 * len(self._members) + 16:

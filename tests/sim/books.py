@@ -140,6 +140,7 @@ class Books:
         self.groups: dict[str, GroupBook] = {}
         self.due: dict[int, Reason] = {}
         self.waits: dict[int, int] = {}
+        self.stranded: dict[int, int] = {}
         self.moved = 0
         self.now = 0
 
@@ -236,6 +237,20 @@ class Books:
         self.seen["moved in mid-answer"] += bool(request.tokens)
         self.moved += 1
         request.home = None
+
+    def expect(self) -> None:
+        """The beginning of a turn: whose time is over has to end in it."""
+        for request in self.open.values():
+            deadline = request.facts.deadline_ms
+            if deadline is not None and deadline <= self.now:
+                self.due[request.id] = Reason.DEADLINE
+        for number, since in self.stranded.items():
+            open_still = self.open.get(number)
+            if open_still is None or self.serving(open_still.model):
+                continue
+            if since + self.config.resume_timeout_ms <= self.now:
+                self.seen["given up"] += number not in self.due
+                self.due.setdefault(number, Reason.WORKER_LOST)
 
     def settle(self) -> None:
         """The end of a call: all that was due has come."""

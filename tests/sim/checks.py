@@ -379,6 +379,7 @@ def _check_wake(books: Books, core: Core) -> None:
     """The timer is set to the first thing that is due, which is not yet past."""
     due = [r.facts.deadline_ms for r in books.open.values() if r.facts.deadline_ms is not None]
     due += [at for group in books.groups.values() if (at := group.due_ms(books.config)) is not None]
+    due += [since + books.config.resume_timeout_ms for since in books.stranded.values()]
     wake = core.wake_at()
     ensure(
         wake == min(due, default=None), f"wake_at is {wake}, but {min(due, default=None)} is due"

@@ -19,6 +19,7 @@ REQUIRED = (
     *(f"untrue: {kind}" for kind in ("gap", "overlong", "unscored")),
     *("moved", "moved in mid-answer", "turned out", "ends where it is", "left"),
     *("leaving again", "old leaving"),
+    *("stranded", "given up"),
     *("token thrown away", "priority", "two models", "needs", "resized", "follow-up"),
 )
 

@@ -10,5 +10,6 @@ from tests.sim.mutants_leaving import LEAVING
 from tests.sim.mutants_lives import LIVES
 from tests.sim.mutants_memory import MEMORY
 from tests.sim.mutants_scores import SCORES
+from tests.sim.mutants_stranded import STRANDED
 
-MUTANTS = [*MEMORY, *LIVES, *ADAPTERS, *SCORES, *LEAVING]
+MUTANTS = [*MEMORY, *LIVES, *ADAPTERS, *SCORES, *LEAVING, *STRANDED]

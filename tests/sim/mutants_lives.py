@@ -78,8 +78,8 @@ SCHEDULER = [
     ),
     Mutant(
         "scheduler.py",
-        "due = [at for at in answers if at is not None]",
-        "due = list[int]()",
+        "for at in (*answers, self._stranded.due_ms())",
+        "for at in (self._stranded.due_ms(),)",
         "the timer forgets the step deadline",
     ),
     Mutant(
@@ -234,14 +234,14 @@ SCHEDULER = [
     ),
     Mutant(
         "scheduler.py",
-        "able = [group for group in self._serving(head.facts.model) if _able(group, head)]",
-        "able = self._serving(head.facts.model)",
+        "self._serving(sequence.facts.model) if _able(group, sequence)]",
+        "self._serving(sequence.facts.model)]",
         "a request is placed where it cannot run",
     ),
     Mutant(
         "scheduler.py",
-        "for group in self._groups.values() if group.up.model == model]",
-        "for group in self._groups.values()]",
+        "if group.up.model == model and not group.leaving",
+        "if not group.leaving",
         "a request is placed with another model",
     ),
     Mutant(
@@ -279,7 +279,7 @@ ROUNDS = [
     ),
     Mutant(
         "scheduler.py",
-        "            if not plans:\n                return effects\n            effects += plans\n",
+        "            effects += plans\n",
         "            return effects + plans\n",
         "what one round of plans makes possible is left for later",
     ),

@@ -182,8 +182,8 @@ PLACING = [
     ),
     Mutant(
         "placing.py",
-        "donor = next((donor for donor in _evictable(group) if donor.id != keep), None)",
-        "donor = next((d for d in [*_evictable(group)][::-1] if d.id != keep), None)",
+        "next(donor for donor in _evictable(group) if donor.id != keep)",
+        "next(donor for donor in [*_evictable(group)][::-1] if donor.id != keep)",
         "the donor used last is evicted first",
     ),
     Mutant(

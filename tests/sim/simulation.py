@@ -27,6 +27,7 @@ from router.core.scheduler import Core
 from tests.sim.books import Books, GroupBook, Request, group_book
 from tests.sim.checks import Turn, check_end, check_kept, check_plan, check_turn, count_shares
 from tests.sim.leaving import Leaving, check_leaving, note_moves
+from tests.sim.stranded import add_patience, note_stranded
 from tests.sim.untrue import untrue
 from tests.sim.worker import ensure
 from tests.sim.world import (
@@ -59,6 +60,7 @@ class Simulation:
         add_adapters(self.adapter_rng, self.world)
         self.scores_rng = Random(f"scores {seed}")
         add_scores(self.scores_rng, self.world)
+        add_patience(Random(f"patience {seed}"), self.world)
         self.core = core_type(self.world.config)
         self.seen: Counter[str] = Counter()
         self.books = Books(self.world.config, self.seen)
@@ -117,10 +119,7 @@ class Simulation:
         """Plans once, performs, and checks everything."""
         books, core, now = self.books, self.core, self.books.now
         before = Turn(core)
-        for request in books.open.values():
-            deadline = request.facts.deadline_ms
-            if deadline is not None and deadline <= now:
-                books.due[request.id] = Reason.DEADLINE
+        books.expect()
         for group in books.groups.values():
             group.plan = None
         late = {
@@ -133,6 +132,7 @@ class Simulation:
         note_moves(books, core, effects, core.counters.preempted > before.preempted)
         self.perform(effects, late, turn=True)
         check_leaving(books, core, before, effects)
+        note_stranded(books, core)
         check_turn(books, core, before)
         wake = core.wake_at()
         if wake is not None and (self._timer is None or self._timer <= now or wake < self._timer):

@@ -16,7 +16,7 @@ from tests.sim.worker import Violation
 WORLDS = 200
 # What rarer mutants need is left to `make sim`, which gives each as many worlds as it takes.
 MUTANT_WORLDS = 60
-RARE = 12
+RARE = 18
 
 
 @pytest.mark.parametrize("start", range(0, WORLDS, 50))

@@ -111,7 +111,14 @@ KNOBS = (
         FAILURES,
         "resume-streams",
         "",
-        "Continue an answer that the client has seen a part of when its worker is lost.",
+        "Continue an answer that the client has seen a part of when its worker is lost, or end it.",
+    ),
+    Knob(
+        FAILURES,
+        "resume-timeout",
+        "SECONDS",
+        "How long such an answer waits for a worker while there is none.",
+        field="resume_timeout_s",
     ),
     Knob(
         FAILURES,
@@ -202,7 +209,7 @@ def _knob_option(knob: Knob) -> Callable[[Decorated], Decorated]:
     shape: dict[str, Any] = {"default": default, "show_default": default is not None}
     match default:
         case bool():
-            shape |= {"is_flag": True, "show_default": False}
+            shape |= {"is_flag": True, "show_default": default}
         case tuple():
             shape |= {"multiple": True, "default": None, "show_default": "any"}
         case str():
@@ -213,7 +220,7 @@ def _knob_option(knob: Knob) -> Callable[[Decorated], Decorated]:
             shape |= {"type": _number}
     return option(
         knob.section,
-        f"--{knob.name}",
+        f"--{knob.name}/--no-{knob.name}" if default is True else f"--{knob.name}",
         knob.setting,
         metavar=knob.metavar or None,
         help=knob.help,

@@ -51,6 +51,7 @@ async def serving(config: Path, log: Path) -> AsyncIterator[Served]:
     """
     command = [sys.executable, "-P", "-m", "deploy.attached", "serve", "--config", str(config)]
     command += ["--hostname", "127.0.0.1", "--port", "0", "--grpc-port", "0", "--json-output"]
+    command += ["--no-resume-streams"]  # the loss of a worker is to fail a trial, not to slow it
     began = time.monotonic()
     with log.open("wb") as sink:
         process = await asyncio.create_subprocess_exec(

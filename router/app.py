@@ -40,6 +40,7 @@ def core_config(settings: Settings) -> CoreConfig:
         step_deadline_ms=math.ceil(settings.step_deadline_s * 1000),
         attempts_max=settings.attempts_max,
         resume_streams=settings.resume_streams,
+        resume_timeout_ms=math.ceil(settings.resume_timeout_s * 1000),
     )
 
 

@@ -82,7 +82,9 @@ class Settings:
     # Times that a request may be started, the first included, when its workers are lost.
     attempts_max: int = 3
     # Continue an answer of which the client has seen a part when its worker is lost.
-    resume_streams: bool = False
+    resume_streams: bool = True
+    # Seconds for which such an answer waits while no group that serves its model is up.
+    resume_timeout_s: float = 300.0
     # Seconds that running answers may take to end after a first SIGTERM or SIGINT.
     graceful_termination_timeout_s: float = 90.0
 
@@ -140,6 +142,7 @@ _RANGES = {
     "step_deadline_s": _Range("seconds", 0.001, 86_400, whole=False),
     "request_deadline_s": _Range("seconds", 0.001, 31_536_000, whole=False, optional=True),
     "attempts_max": _Range("attempts", 1, 1000),
+    "resume_timeout_s": _Range("seconds", 0, 86_400, whole=False),
     "graceful_termination_timeout_s": _Range("seconds", 0, 86_400, whole=False),
     "port": _Range("TCP port", 0, 65_535),
     "grpc_port": _Range("TCP port", 0, 65_535),

@@ -25,6 +25,7 @@ def test_the_defaults_are_those_of_tgi() -> None:
     assert (settings.waiting_served_ratio, settings.max_waiting_tokens) == (0.3, 20)
     assert (settings.max_client_batch_size, settings.payload_limit) == (4, 2_000_000)
     assert settings.graceful_termination_timeout_s == 90
+    assert (settings.resume_streams, settings.resume_timeout_s) == (True, 300)
     assert (settings.watermark_gamma, settings.watermark_delta) == (0.5, 2.0)
 
 
@@ -55,6 +56,7 @@ def test_all_faults_are_told_together_by_name_and_unit() -> None:
         {"host": ""},
         {"api_key": ""},
         {"resume_streams": 1},
+        {"resume_timeout_s": -1},
         {"watermark_gamma": 0},
         {"watermark_gamma": 1.0},
         {"watermark_delta": -1},

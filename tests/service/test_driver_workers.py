@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from router.channel import Channel
 from router.config import ConfigError, GroupSpec, Settings
 from router.core.effects import Close
 from router.core.events import Reason, Submitted
+from router.core.state import CoreConfig
 from router.errors import Fault, RequestError
 from shards.v1 import shard_pb2
 from tests.service.fakes import PATIENCE_S, Bench, bench_in, until
@@ -86,7 +88,7 @@ async def test_a_killed_worker_ends_its_answers_and_serves_again_when_it_returns
     bench: Bench,
 ) -> None:
     address = await bench.start("a", step_ms="1")
-    async with routing((address,)) as router:
+    async with routing((address,), resume_streams=False) as router:
         channel = submit(router, 500)
         assert (await channel.get()).tokens
         await bench.kill("a")
@@ -98,16 +100,35 @@ async def test_a_killed_worker_ends_its_answers_and_serves_again_when_it_returns
         assert (tokens, close.reason) == (follow(bench, "a", 8), Reason.LENGTH)
 
 
-async def test_an_answer_goes_on_elsewhere_if_it_may(bench: Bench) -> None:
-    address = await bench.start("a")
-    async with routing((address,), resume_streams=True) as router:
-        channel = submit(router, 50)
-        bench.gates["a"].clear()
-        await until(lambda: bench.engines["a"].begun)
+async def test_an_answer_goes_on_when_its_worker_comes_back(bench: Bench) -> None:
+    address = await bench.start("a", step_ms="1")
+    async with routing((address,)) as router:
+        channel = submit(router, 200)
+        first = (await channel.get()).tokens
+        assert first
         await bench.kill("a")
         await bench.start("a")
-        tokens, close = await answer(channel)
-        assert (tokens, close.reason) == (follow(bench, "a", 50), Reason.LENGTH)
+        rest, close = await answer(channel)
+        assert close.reason is Reason.LENGTH
+        assert [*first, *rest] == follow(bench, "a", 200)
+        assert router.driver._core.snapshot().resumed == 1
+
+
+async def test_an_answer_whose_worker_stays_away_ends_in_time(bench: Bench) -> None:
+    address = await bench.start("a", step_ms="1")
+    async with routing((address,), resume_timeout_s=0.2) as router:
+        channel = submit(router, 500)
+        assert (await channel.get()).tokens
+        await bench.kill("a")
+        lost = monotonic()
+        _, close = await answer(channel)
+        assert close.reason is Reason.WORKER_LOST
+        assert close.detail == "the worker was lost, and none came up to go on within 200 ms"
+        assert monotonic() - lost >= 0.2
+        later = submit(router)  # one that has not begun waits on
+        await bench.start("a")
+        tokens, close = await answer(later)
+        assert (tokens, close.reason) == (follow(bench, "a", 8), Reason.LENGTH)
 
 
 async def test_a_wedged_worker_is_given_up_and_used_again_once_it_moves(
@@ -237,9 +258,12 @@ def test_settings_reach_the_core_in_its_units() -> None:
             plans_in_flight_max=3,
             step_deadline_s=0.0015,
             attempts_max=4,
-            resume_streams=True,
+            resume_streams=False,
+            resume_timeout_s=0.0005,
         )
     )
     assert (config.requests_max, config.step_tokens_max, config.kv_tokens_max) == (5, 6, 7)
     assert (config.sequences_max, config.plans_in_flight_max) == (8, 3)
-    assert (config.step_deadline_ms, config.attempts_max, config.resume_streams) == (2, 4, True)
+    assert (config.step_deadline_ms, config.attempts_max) == (2, 4)
+    assert (config.resume_streams, config.resume_timeout_ms) == (False, 1)
+    assert core_config(Settings()) == CoreConfig()

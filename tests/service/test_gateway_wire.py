@@ -28,7 +28,10 @@ OF_A_PROCESS = {
     "graceful_termination_timeout_s",
 }
 """What a gateway has settings of its own for."""
-OF_THE_ROUTER = {"plans_in_flight_max", "step_deadline_s", "attempts_max", "resume_streams"}
+OF_THE_ROUTER = {
+    *("plans_in_flight_max", "step_deadline_s", "attempts_max"),
+    *("resume_streams", "resume_timeout_s"),
+}
 """What concerns requests only behind the driver."""
 
 CARD = GroupCard(

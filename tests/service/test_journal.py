@@ -79,7 +79,7 @@ async def test_a_refusal_is_one_line_without_the_words_of_the_client(
 async def test_a_lost_worker_is_a_warning_for_each_stream_that_it_had(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with house_in(tmp_path) as house:
+    async with house_in(tmp_path, resume_streams=False) as house:
         body = {"inputs": SECRET, "parameters": {"max_new_tokens": 5000}}
         async with house.client.stream("POST", "/generate_stream", json=body) as answer:
             events = answer.aiter_lines()

@@ -165,7 +165,7 @@ async def test_an_answer_that_goes_on_in_another_group(tmp_path: Path) -> None:
     async with asyncio.timeout(PATIENCE_S), bench_in(tmp_path) as bench:
         addresses = {name: await bench.start(name, step_ms="5") for name in ("a", "b")}
         groups = [GroupSpec(name, None, (address,)) for name, address in addresses.items()]
-        async with Router(Settings(resume_streams=True), groups) as router:
+        async with Router(Settings(), groups) as router:
             await until(lambda: all(router.fleet.groups_up().values()))
             ask = Ask("one two", Params(max_tokens=30, temperature=0.0))
             async with await router.service.generate(ask) as answer:

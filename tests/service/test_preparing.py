@@ -345,7 +345,7 @@ async def test_an_answer_goes_on_exactly_where_it_was_on_another_worker(bench: B
     """The constraint travels with the tokens, and is compiled where they go."""
     constraint = Constraint(ConstraintKind.REGEX, "([a-z]{3} ){12}[0-9]", "grammar")
     addresses = [(await bench.start(name, step_ms="5"),) for name in "ab"]
-    async with router_of(*addresses, resume_streams=True) as router:
+    async with router_of(*addresses) as router:
         unbroken, _ = await answer(router, ask_of(constraint))
         generation = await router.service.generate(ask_of(constraint))
         async with generation:

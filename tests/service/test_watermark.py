@@ -32,7 +32,7 @@ TOKENS = 24
 @pytest.fixture(params=[ROUTER, GATEWAY])
 async def house(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[House]:
     through = str(request.param)
-    async with house_in(tmp_path, through=through, resume_streams=True, **SETTINGS) as house:
+    async with house_in(tmp_path, through=through, **SETTINGS) as house:
         yield house
 
 

@@ -50,6 +50,24 @@ def test_without_options_every_setting_has_its_own_default(monkeypatch: pytest.M
     assert settings_from(given) == Settings()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "variable", "resumes"),
+    [
+        ((), "", True),
+        (("--no-resume-streams",), "", False),
+        ((), "false", False),
+        (("--resume-streams",), "false", True),
+        (("--no-resume-streams",), "true", False),
+    ],
+)
+def test_a_setting_that_is_on_can_be_turned_off(
+    arguments: tuple[str, ...], variable: str, resumes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESUME_STREAMS", variable)
+    given = cli.commands["serve"].make_context("serve", list(arguments)).params
+    assert settings_from(given).resume_streams is resumes
+
+
 def test_the_command_knows_the_engines_names_without_importing_any() -> None:
     """Nor what takes long to import: help and mistakes are answered at once."""
     code = "import sys, deploy.cli; print(*sys.modules)"

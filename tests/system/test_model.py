@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -117,21 +118,47 @@ def test_huggingface_client_chat(server: Server) -> None:
     assert "Paris" in str(answer.choices[0].message.content)
 
 
-def test_a_long_answer_breaks_off_when_the_worker_is_killed_and_the_next_one_is_whole(
-    server: Server,
-) -> None:
-    body = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 2000}}
+def story(**parameters: object) -> dict[str, object]:
+    """A body that asks for a long text."""
+    return {"inputs": "Once upon a time", "parameters": {"details": True, **parameters}}
+
+
+def broken(server: Server, body: dict[str, object]) -> list[dict[str, Any]]:
+    """The events of a stream whose worker is killed when it has begun."""
     pid = server.worker_pid()
     with server.client.stream("POST", "/generate_stream", json=body) as response:
         stream = events(response)
-        assert "token" in next(stream)
+        seen = [next(stream)]
+        assert "token" in seen[0]
         os.kill(pid, signal.SIGKILL)
-        last = list(stream)[-1]
-    assert last["error_type"] == "generation"
-    assert "worker" in str(last["error"])
-    answer = server.client.post("/v1/chat/completions", json=CHAT).json()
-    assert "Paris" in answer["choices"][0]["message"]["content"]
+        seen += stream
     eventually(lambda: not alive(pid))
+    return seen
+
+
+def test_a_long_answer_goes_on_when_the_worker_is_killed(tmp_path: Path) -> None:
+    """Exactly where it was, in the mode in which logits do not depend on how they are computed."""
+    greedy = story(max_new_tokens=80)
+    seeded = story(max_new_tokens=80, do_sample=True, temperature=0.8, top_p=0.9, seed=5)
+    with serving(tmp_path, "--engine-option", "exact=1") as server:
+        for body in (greedy, seeded):
+            unbroken = server.client.post("/generate", json=body).json()
+            seen = broken(server, body)
+            tokens = [token["id"] for token in unbroken["details"]["tokens"]]
+            assert len(tokens) == 80
+            assert [event["token"]["id"] for event in seen] == tokens
+            assert seen[-1]["generated_text"] == unbroken["generated_text"]
+
+
+def test_a_long_answer_breaks_off_if_that_is_wanted_and_the_next_one_is_whole(
+    tmp_path: Path,
+) -> None:
+    with serving(tmp_path, "--no-resume-streams") as server:
+        last = broken(server, story(max_new_tokens=2000))[-1]
+        assert last["error_type"] == "generation"
+        assert "worker" in str(last["error"])
+        answer = server.client.post("/v1/chat/completions", json=CHAT).json()
+        assert "Paris" in answer["choices"][0]["message"]["content"]
 
 
 def test_a_ready_server_is_told_by_the_command(tmp_path: Path) -> None:

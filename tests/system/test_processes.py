@@ -4,7 +4,6 @@ import asyncio
 import sys
 from pathlib import Path
 
-import grpc
 import grpc.aio
 import pytest
 
@@ -13,6 +12,12 @@ from shards.v1 import shard_pb2 as pb
 from shards.v1 import shard_pb2_grpc
 
 DEADLINE_S = 20.0
+
+
+async def read_on(stream: grpc.aio.StreamStreamCall[pb.Plan, pb.Outcome]) -> None:
+    """Reads to the stream's end."""
+    while await stream.read() is not grpc.aio.EOF:
+        pass
 
 
 async def test_one_that_is_ended_does_not_wait_for_its_router(tmp_path: Path) -> None:
@@ -37,8 +42,7 @@ async def test_one_that_is_ended_does_not_wait_for_its_router(tmp_path: Path) ->
                 assert (await stream.read()).plan_id == 1
                 await process.end(2 * DEADLINE_S)
                 with pytest.raises(grpc.aio.AioRpcError, match="the worker is stopping"):
-                    while await stream.read() is not grpc.aio.EOF:
-                        pass
+                    await read_on(stream)
         finally:
             process.kill()
         assert await process.ended() == 0, said

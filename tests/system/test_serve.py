@@ -43,6 +43,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that ends the streams of a worker that is lost."""
+    with serving(tmp_path_factory.mktemp("strict"), *SCRIPTED, "--no-resume-streams") as server:
+        yield server
+
+
 def data(line: str) -> Any:
     return json.loads(line.removeprefix("data:"))
 
@@ -82,26 +89,72 @@ def test_the_ready_text_has_a_line_to_copy_that_works(tmp_path: Path) -> None:
     assert "worker 0: loaded in" in (tmp_path / "stderr").read_text()
 
 
-def test_a_killed_worker_ends_the_stream_with_an_error_and_comes_back(server: Server) -> None:
-    with server.client.stream("POST", "/generate_stream", json=ENDLESS) as response:
+@pytest.mark.parametrize("drawn", [{}, {"do_sample": True, "seed": 7, "temperature": 0.9}], ids=len)
+def test_a_stream_goes_on_where_it_was_when_its_worker_is_killed(
+    server: Server, drawn: dict[str, Any]
+) -> None:
+    body = {"inputs": "Count", "parameters": {"max_new_tokens": 200, "details": True, **drawn}}
+    unbroken = server.client.post("/generate", json=body).json()
+    with server.client.stream("POST", "/generate_stream", json=body) as response:
+        lines = (line for line in response.iter_lines() if line)
+        events = [data(next(lines))]
+        os.kill(server.worker_pid(), signal.SIGKILL)
+        events += map(data, lines)
+    tokens = [event["token"]["id"] for event in events]
+    assert tokens == [token["id"] for token in unbroken["details"]["tokens"]]
+    assert events[-1]["generated_text"] == unbroken["generated_text"]
+
+
+def test_a_grpc_stream_goes_on_where_it_was_when_its_worker_is_killed(server: Server) -> None:
+    parameters = Parameters(max_tokens=200, temperature=0)
+    request = GenerateRequest(text="Count", parameters=parameters)
+    with grpc.insecure_channel(server.grpc) as channel:
+        stub = InferenceStub(channel)
+        unbroken = "".join(part.text for part in stub.Generate(request, timeout=REQUEST_S))
+        stream = stub.Generate(request, timeout=REQUEST_S)
+        text = next(stream).text
+        os.kill(server.worker_pid(), signal.SIGKILL)
+        assert text + "".join(part.text for part in stream) == unbroken
+
+
+def test_a_worker_that_stays_away_ends_the_stream_in_time(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    options = ("--worker-python", str(python), "--resume-timeout", "0.5")
+    with serving(tmp_path, *SCRIPTED, *options) as server:
+        with server.client.stream("POST", "/generate_stream", json=ENDLESS) as response:
+            lines = (line for line in response.iter_lines() if line)
+            assert "token" in data(next(lines))
+            python.rename(tmp_path / "away")  # so that no other worker can be started
+            os.kill(server.worker_pid(), signal.SIGKILL)
+            last = data(list(lines)[-1])
+        assert last["error_type"] == "generation"
+        assert "none came up to go on within 500 ms" in last["error"]
+        (tmp_path / "away").rename(python)
+        assert answers(server)
+
+
+def test_a_killed_worker_ends_the_stream_with_an_error_if_that_is_wanted(strict: Server) -> None:
+    with strict.client.stream("POST", "/generate_stream", json=ENDLESS) as response:
         lines = (line for line in response.iter_lines() if line)
         assert "token" in data(next(lines))
-        os.kill(server.worker_pid(), signal.SIGKILL)
+        os.kill(strict.worker_pid(), signal.SIGKILL)
         last = data(list(lines)[-1])
     assert last["error_type"] == "generation"
-    assert answers(server)
+    assert answers(strict)
 
 
-def test_a_killed_worker_ends_a_grpc_stream_with_unavailable(server: Server) -> None:
+def test_a_killed_worker_then_ends_a_grpc_stream_with_unavailable(strict: Server) -> None:
     request = GenerateRequest(text="Count", parameters=Parameters(max_tokens=3000))
-    with grpc.insecure_channel(server.grpc) as channel:
+    with grpc.insecure_channel(strict.grpc) as channel:
         stream = InferenceStub(channel).Generate(request, timeout=REQUEST_S)
         next(stream)
-        os.kill(server.worker_pid(), signal.SIGKILL)
+        os.kill(strict.worker_pid(), signal.SIGKILL)
         with pytest.raises(grpc.RpcError) as caught:
             list(stream)
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-    assert answers(server)
+    assert answers(strict)
 
 
 def test_a_request_that_had_not_started_survives_the_worker(server: Server) -> None:
@@ -110,8 +163,7 @@ def test_a_request_that_had_not_started_survives_the_worker(server: Server) -> N
 
 
 def test_a_worker_that_hangs_is_replaced_and_its_streams_go_on(tmp_path: Path) -> None:
-    options = ("--step-deadline", "0.5", "--resume-streams")
-    with serving(tmp_path, *SCRIPTED, *options) as server:
+    with serving(tmp_path, *SCRIPTED, "--step-deadline", "0.5") as server:
         hung, body = server.worker_pid(), ENDLESS | {"parameters": {"max_new_tokens": 300}}
         with server.client.stream("POST", "/generate_stream", json=body) as response:
             lines = (line for line in response.iter_lines() if line)

@@ -7,7 +7,7 @@ request has, how long each is, how many requests are open, and how long each may
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import isfinite
 
 from router.ask import EmbedAsk, Embedded
@@ -15,7 +15,7 @@ from router.config import Settings
 from router.driver import Driver
 from router.errors import Fault, RequestError
 from router.fleet import EmbedCall, Fleet, ModelCard
-from router.link import LinkDownError
+from router.link import LinkDownError, UnreachableError
 from router.validation import check_vocabulary, invalid
 
 INPUTS_MAX = 256
@@ -73,18 +73,29 @@ class Embedder:
     async def _vectors(
         self, card: ModelCard, inputs: Sequence[Sequence[int]]
     ) -> list[Sequence[float]]:
-        """Asks the groups that are up, the one with fewest requests first, until one answers."""
-        cause = ""
-        calls = self._fleet.embed_calls(card.id)
-        for name in sorted(calls, key=lambda name: self._at[name]):
+        """Asks the groups that are up, the one with fewest requests first, until one answers.
+
+        One that takes the place of a lost group may have come up while that was asked.
+        """
+        asked, cause = set[str](), ""
+        while calls := self._calls_beside(card, asked):
+            name = min(calls, key=lambda name: self._at[name])
+            asked.add(name)
             try:
                 return await self._call(name, calls[name], inputs)
+            except UnreachableError:
+                continue  # it has gone before it heard of this
             except LinkDownError as error:
                 cause = str(error)
         if cause:
             raise RequestError(Fault.WORKER_LOST, f"the worker was lost: {cause}")
         text = f"no worker that embeds for the model {card.id} is up; try again in a few seconds"
         raise RequestError(Fault.UNAVAILABLE, text)
+
+    def _calls_beside(self, card: ModelCard, asked: Collection[str]) -> dict[str, EmbedCall]:
+        """The groups that are up now and have not been asked, and how each is."""
+        calls = self._fleet.embed_calls(card.id)
+        return {name: call for name, call in calls.items() if name not in asked}
 
     async def _call(
         self, name: str, call: EmbedCall, inputs: Sequence[Sequence[int]]

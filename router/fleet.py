@@ -208,12 +208,14 @@ class Fleet:
         """A further group, behind the others; what is known of a former one of its name stays."""
         self._specs = [*(one for one in self._specs if one.name != spec.name), spec]
         self.turns.add(spec)
+        self._rebuild()
 
     def forget(self, name: str) -> None:
         """A group is gone for good, and its model too, if no other group has had it."""
         self._specs = [spec for spec in self._specs if spec.name != name]
         self.turns.remove(name)
         self._cards.pop(name, None)
+        self.leaving(name)
         self._rebuild()
 
     # --- for groups

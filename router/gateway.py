@@ -8,7 +8,7 @@ there (``router/remote.py``). It attaches again and again, for as long as it run
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from functools import partial
 from random import Random
 from time import monotonic
@@ -146,13 +146,18 @@ class Gateway(Collector):
             self._serve(settings, specs)
 
     async def _adopt(self, link: RouterLink, fleet: pb.Fleet) -> None:
-        """Makes the fleet what the router says that it is."""
-        self._list(specs_from_wire(fleet))
-        for group in fleet.groups:
-            if not group.HasField("card"):
-                continue
-            card = card_from_wire(group.name, group.card, self._withheld)
-            tokenizer = await self._tokenizer(link, card.tokenizer_sha256)
+        """Makes the fleet what the router says that it is, all at once.
+
+        What that takes is fetched before: a model whose groups have all changed stays known.
+        """
+        cards = [
+            card_from_wire(group.name, group.card, self._withheld)
+            for group in fleet.groups
+            if group.HasField("card")
+        ]
+        tokenizers = [await self._tokenizer(link, card.tokenizer_sha256) for card in cards]
+        self._list(specs_from_wire(fleet), {card.name for card in cards})
+        for card, tokenizer in zip(cards, tokenizers, strict=True):
             embed, prepare = partial(link.embed, card.name), partial(link.prepare, card.name)
             self.fleet.up(card, tokenizer, embed, prepare)
             if not card.ready or self._closing:
@@ -160,14 +165,16 @@ class Gateway(Collector):
         if any(self.fleet.groups_up().values()):
             self.ready.set()
 
-    def _list(self, specs: tuple[GroupSpec, ...]) -> None:
-        """Gets to know the groups that have come, and forgets those that have gone."""
-        known = {spec for spec, _ in self.fleet.groups()}
-        for spec in known - set(specs):
-            self.fleet.forget(spec.name)
+    def _list(self, specs: tuple[GroupSpec, ...], carded: Collection[str]) -> None:
+        """Puts the groups in the router's order, and forgets what those without a card once said.
+
+        A group without one may have the name of another that has gone.
+        """
+        for spec, _ in self.fleet.groups():
+            if spec not in specs or spec.name not in carded:
+                self.fleet.forget(spec.name)
         for spec in specs:
-            if spec not in known:
-                self.fleet.add(spec)
+            self.fleet.add(spec)
         self._specs = specs
 
     async def _tokenizer(self, link: RouterLink, sha256: str) -> Tokenizer:

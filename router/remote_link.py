@@ -21,6 +21,7 @@ from router.link import (
     TOKENIZER_BYTES_MAX,
     TOKENIZER_DEADLINE_S,
     LinkDownError,
+    UnreachableError,
     cause_of,
 )
 from router.remote import Uplink
@@ -152,7 +153,8 @@ class RouterLink:
     async def embed(self, group: str, inputs: Sequence[Sequence[int]]) -> list[Sequence[float]]:
         """Has inputs embedded by one group. Cancelled, it cancels that.
 
-        Raises ``RequestError`` for what is refused, ``LinkDownError`` if router or group are lost.
+        Raises ``RequestError`` for what is refused, ``LinkDownError`` if router or group are lost,
+        and of that ``UnreachableError`` if the group gets no more requests, or never did.
         """
         wanted = EmbedRequest(inputs=[EmbedInput(tokens=tokens) for tokens in inputs])
         request = pb.GroupEmbedRequest(group=group, request=wanted)
@@ -178,6 +180,8 @@ class RouterLink:
             answer: T = await ask(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             fault = _CALL_FAULTS.get(error.code())
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                raise UnreachableError(f"router {self.address}: {cause_of(error)}") from None
             if fault is None:
                 self._raise_down(error)
             raise RequestError(fault, error.details() or error.code().name) from None

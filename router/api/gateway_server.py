@@ -280,7 +280,8 @@ class Gateways(Collector):
 
 
 def _not_up(group: str) -> RequestError:
-    return RequestError(Fault.WORKER_LOST, f"no group {group[:100]!r} that could is up")
+    text = f"no group {group[:100]!r} that could is up"
+    return RequestError(Fault.MODEL_NOT_FOUND, text, "group")
 
 
 async def _hello(messages: Messages) -> pb.Hello:

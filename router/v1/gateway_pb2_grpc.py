@@ -78,8 +78,8 @@ class GatewayServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Embed(self, request, context):
-        """Turns inputs into vectors on one group. UNAVAILABLE with the reason WORKER_LOST says that another
-        group may be asked.
+        """Turns inputs into vectors on one group. NOT_FOUND says that it is not up, or leaves: nobody was
+        asked. UNAVAILABLE with the reason WORKER_LOST says that it was lost. Then another may be asked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +87,7 @@ class GatewayServicer(object):
 
     def Prepare(self, request, context):
         """Has a constraint compiled by every rank of one group, so that submitting a request with it stalls
-        nobody. INVALID_ARGUMENT says what cannot be compiled and where; UNAVAILABLE as in Embed.
+        nobody. INVALID_ARGUMENT says what cannot be compiled and where; the others as in Embed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

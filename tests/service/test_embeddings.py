@@ -16,6 +16,7 @@ import pytest
 from router.app import Router
 from router.ask import EmbedAsk
 from router.config import GroupSpec, Settings
+from router.core.effects import Abandon
 from router.described import card_of
 from router.errors import Fault, RequestError
 from router.fleet import Fleet
@@ -288,7 +289,7 @@ async def test_a_group_that_is_given_up_is_not_taken_for_a_client_that_leaves(
     held = asyncio.create_task(embed(house, [1]))
     await until(lambda: engine.begun == 1)
     assert group._life is not None
-    group._life.abandon("given up")
+    group.abandon(Abandon("g", group._life.epoch, "given up"))
     answer = await held
     house.bench.gates["w"].set()
     assert answer.status_code == 503

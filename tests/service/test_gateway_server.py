@@ -320,8 +320,8 @@ async def test_calls_beside_the_stream_are_bounded_and_name_what_is_not_there() 
         await called.wait()
         for call, code in (
             (here.stub.Embed(request), grpc.StatusCode.RESOURCE_EXHAUSTED),
-            (here.stub.Embed(pb.GroupEmbedRequest(group="h")), grpc.StatusCode.UNAVAILABLE),
-            (here.stub.Prepare(pb.GroupPrepareRequest(group="g0")), grpc.StatusCode.UNAVAILABLE),
+            (here.stub.Embed(pb.GroupEmbedRequest(group="h")), grpc.StatusCode.NOT_FOUND),
+            (here.stub.Prepare(pb.GroupPrepareRequest(group="g0")), grpc.StatusCode.NOT_FOUND),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call

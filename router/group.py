@@ -122,7 +122,7 @@ class Group:
     def left(self, effect: Left) -> None:
         """Ends the present life, if it is the one that is meant: nothing runs there any more."""
         if self._life is not None and effect.epoch == self._life.epoch:
-            self._life.end(LeftError())
+            self._life.left()
 
     def write(self, plan: RunPlan) -> None:
         """Sends a plan to every rank, if it is for the present life."""
@@ -226,7 +226,7 @@ class Group:
         name, epoch = card.name, self._epochs()
         life = self._life = Life(name, epoch, links, self._stepped, self._leave)
         began_s = monotonic()
-        self._fleet.up(card, tokenizer, links[0].embed, partial(_prepare, links))
+        self._fleet.up(card, tokenizer, life.embed, partial(_prepare, links))
         self._inbox.post(
             GroupUp(name, epoch, card.model, card.engine, card.limits, card.features, card.adapters)
         )
@@ -274,6 +274,8 @@ class Life:
         self._stepped = stepped
         self._told_to_leave = told_to_leave
         self._sent = 0
+        self._embeds = 0
+        self._is_left = False
         self._answers: list[deque[Outcome]] = [deque() for _ in links]
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -288,6 +290,22 @@ class Life:
         """Ends this life."""
         if not self._ended.done():
             self._ended.set_exception(why)
+
+    def left(self) -> None:
+        """Ends this life when what rank 0 embeds is done: of that the core knows nothing."""
+        self._is_left = True
+        if not self._embeds:
+            self.end(LeftError())
+
+    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[Sequence[float]]:
+        """Has inputs turned into vectors. Otherwise as ``Link.embed``."""
+        self._embeds += 1
+        try:
+            return await self._links[0].embed(inputs)
+        finally:
+            self._embeds -= 1
+            if self._is_left:
+                self.left()
 
     async def run(self) -> None:
         """Passes on what comes from the open streams, until the first fault."""

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from router.app import Router
+from router.ask import EmbedAsk
 from router.config import ConfigError, GroupSpec
 from router.core.events import Reason
 from router.errors import Fault, RequestError
 from router.groups import RefusedError, State
+from tests.engines.skilled import vector_of
 from tests.service.fakes import Bench, bench_in, until
 from tests.service.test_driver_workers import answer, follow, routing, submit
 
@@ -119,6 +121,33 @@ async def test_a_worker_that_is_told_to_leave_loses_no_stream(bench: Bench) -> N
         await bench.start("a")
         await router.groups.wait_up("g0")
         await until(lambda: state(router, "g0").state == "up")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_what_is_being_embedded_is_waited_for(bench: Bench, at_once: bool) -> None:
+    """Nobody else could do it, and the core does not know of it."""
+    async with routing((await bench.start("old", adapters=("verse",)),)) as router:
+        bench.gates["old"].clear()
+        asked = asyncio.create_task(router.service.embed(EmbedAsk(((1, 2),))))
+        await until(lambda: bench.engines["old"].begun == 1)
+        leaving = asyncio.create_task(router.groups.remove("g0", LIMIT_S, at_once=at_once))
+        await until(lambda: router.driver._core._groups["g0"].left)
+        bench.gates["old"].set()
+        (vector,) = (await asked).vectors
+        assert list(vector) == pytest.approx(vector_of((1, 2)), abs=1e-6)
+        await leaving
+        assert router.groups.names() == ()
+
+
+async def test_what_is_being_embedded_is_not_waited_for_longer_than_that(bench: Bench) -> None:
+    async with routing((await bench.start("old", adapters=("verse",)),)) as router:
+        bench.gates["old"].clear()
+        asked = asyncio.create_task(router.service.embed(EmbedAsk(((1, 2),))))
+        await until(lambda: bench.engines["old"].begun == 1)
+        await router.groups.remove("g0", 0.05)
+        with pytest.raises(RequestError) as caught:
+            await asked
+        assert caught.value.fault is Fault.WORKER_LOST
 
 
 async def test_a_group_that_is_down_goes_without_waiting(bench: Bench) -> None:

@@ -279,6 +279,7 @@ async def test_a_gateway_attaches_in_the_middle_of_a_switch(tmp_path: Path) -> N
 async def test_embeddings_under_way_go_on_in_the_group_that_takes_the_place(
     tmp_path: Path, through: str
 ) -> None:
+    """If the group that leaves has not made them within the limit."""
     async with house_in(tmp_path, SKILLED) as house, before(house) as (gateway, client):
         gate, engine = house.bench.gates["w"], house.bench.engines["w"]
         asker = client if through == GATEWAY else house.client
@@ -288,8 +289,28 @@ async def test_embeddings_under_way_go_on_in_the_group_that_takes_the_place(
         await until(lambda: engine.begun)
         await add(house, "new", **SKILLED)
         await until(lambda: same(gateway, house))
-        await remove(house, "g")
+        await house.router.groups.remove("g", 0.05)
         found = (await call).json()
         gate.set()
         assert found["data"][0]["embedding"] == pytest.approx(vector_of([1, 2, 3]), abs=1e-6)
         assert house.bench.engines["new"].batches == [[[1, 2, 3]]]
+
+
+async def test_what_a_gateway_has_not_heard_yet_is_refused_by_the_router(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/gateway.md says: with the router's words, and as a model that cannot do it."""
+    async with house_in(tmp_path) as house, before(house) as (gateway, client):
+        slow = Slow(house, monkeypatch)
+        await add(house, "second", "n")
+        await until(lambda: same(gateway, house))
+        slow.hold()
+        await remove(house, "second")
+        assert [model.id for model in gateway.fleet.models()] == ["m", "n"]
+        answer = await client.post("/v1/completions", json=asked("n"))
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "unsupported_parameter")
+        assert error["message"] == "model 'n' is not served here; there is: m"
+        await slow.go_on()
+        await until(lambda: same(gateway, house))
+        assert (await alike(house, client, asked("n")))[0] == 404

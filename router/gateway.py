@@ -44,7 +44,7 @@ PROVEN_S = 5.0
 
 
 class Front:
-    """The ASGI application, which a router with other limits or groups replaces."""
+    """The ASGI application, which a router with other limits replaces."""
 
     def __init__(self) -> None:
         self.app: ASGIApp
@@ -87,7 +87,7 @@ class Gateway(Collector):
         self._cause = ""
         self._tasks = asyncio.TaskGroup()
         self._keeper: asyncio.Task[None] | None = None
-        self._serve(settings, ())
+        self._serve(settings)
 
     def own(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Starts a task whose failure ends the gateway."""
@@ -123,16 +123,15 @@ class Gateway(Collector):
 
     # --- what the router says
 
-    def _serve(self, settings: Settings, specs: tuple[GroupSpec, ...]) -> None:
-        """Makes fleet, service and application for these limits and groups."""
-        self._settings, self._specs = settings, specs
-        self.fleet = Fleet(settings, specs)
+    def _serve(self, settings: Settings) -> None:
+        """Makes fleet, service and application for these limits."""
+        self._settings = settings
+        self.fleet = Fleet(settings, ())
         self.driver.requests_max = settings.max_concurrent_requests
         self.service = Service(self.fleet, self.driver, settings)
         self.front.app = create_app(self.service, self.fleet, self.metrics, settings)
 
     def _welcome(self, welcome: pb.Welcome) -> None:
-        specs = specs_from_wire(welcome.fleet)
         try:
             settings = limits_from_wire(welcome.limits, self._settings)
         except ConfigError as error:
@@ -142,8 +141,8 @@ class Gateway(Collector):
             text = "router %s is older than this gateway, so there is no %s here: update it first"
             log.warning(text, self._router, ", ".join(sorted(withheld)))
         self._withheld = withheld
-        if (settings, specs) != (self._settings, self._specs):
-            self._serve(settings, specs)
+        if settings != self._settings:
+            self._serve(settings)
 
     async def _adopt(self, link: RouterLink, fleet: pb.Fleet) -> None:
         """Makes the fleet what the router says that it is, all at once.
@@ -175,7 +174,6 @@ class Gateway(Collector):
                 self.fleet.forget(spec.name)
         for spec in specs:
             self.fleet.add(spec)
-        self._specs = specs
 
     async def _tokenizer(self, link: RouterLink, sha256: str) -> Tokenizer:
         known = self._tokenizers.get(sha256)

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from router.config import GroupSpec
+from router.faces import _free_port
 from router.gateway import Gateway
 from router.gateway_wire import fleet_to_wire
 from router.remote_link import RouterLink
@@ -18,7 +19,8 @@ from router.text.tokenizer import Tokenizer
 from router.v1 import gateway_pb2 as pb
 from tests.engines.skilled import vector_of
 from tests.service.fakes import PATIENCE_S, until
-from tests.service.test_gateway import before
+from tests.service.gateways import gateway_before
+from tests.service.test_gateway import before, router_at
 from tests.service.test_rest_router import GATEWAY, ROUTER, House, house_in
 
 SKILLED = {"adapters": ("verse",)}
@@ -294,6 +296,19 @@ async def test_embeddings_under_way_go_on_in_the_group_that_takes_the_place(
         gate.set()
         assert found["data"][0]["embedding"] == pytest.approx(vector_of([1, 2, 3]), abs=1e-6)
         assert house.bench.engines["new"].batches == [[[1, 2, 3]]]
+
+
+async def test_of_a_router_that_is_started_again_it_knows_nothing_of_before(tmp_path: Path) -> None:
+    """Its group has the same name and another model."""
+    port = _free_port("127.0.0.1")
+    async with gateway_before(f"127.0.0.1:{port}", wait=False) as (gateway, _):
+        async with router_at(tmp_path, port):
+            await until(gateway.ready.is_set)
+            assert [model.id for model in gateway.fleet.models()] == ["m"]
+        await until(lambda: not any(gateway.fleet.groups_up().values()))
+        async with router_at(tmp_path, port, model="n"):
+            await until(lambda: gateway.fleet.groups_up()["g"])
+            assert [model.id for model in gateway.fleet.models()] == ["n"]
 
 
 async def test_what_a_gateway_has_not_heard_yet_is_refused_by_the_router(

@@ -270,6 +270,18 @@ def service_messages(prompt: str) -> list[dict[str, Any]]:
     return list(json.loads(f"[{prompt.replace('][', ',')[1:-1]}]"))
 
 
+@pytest.mark.parametrize("status", ["completed", "incomplete", "in_progress"])
+async def test_a_last_message_of_the_assistant_is_history(status: str) -> None:
+    """The model answers it: a client that sends an answer back does not ask for its end."""
+    service = model(HERMES, said("It is."))
+    last = {"role": "assistant", "content": "Paris", "status": status}
+    code, got = await posted(service, input=[{"role": "user", "content": "Where?"}, last])
+    assert (code, got["output"][0]["content"][0]["text"]) == (200, "It is.")
+    assert str(service.asks[0].prompt).endswith(
+        "assistant\nParis<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
 async def test_log_probabilities_of_the_text_alone() -> None:
     def chunk(text: str, finish: Finish | None = None) -> Chunk:
         top = ((1, "x", -1.5), (2, "y", float("-inf")))

@@ -92,11 +92,11 @@ def controlled(workers: Workers) -> app.MakeChanges:
     """Lets whoever runs the server change its groups, whose workers are to be had from these."""
 
     @asynccontextmanager
-    async def change(router: app.Router, port: int) -> AsyncIterator[None]:
+    async def change(router: app.Router, port: int) -> AsyncIterator[Callable[[], None]]:
         limit_s = router.settings.graceful_termination_timeout_s
         changes = Changes(router.groups, workers, router.own, limit_s)
         async with offered(changes, lambda: control_socket(port)):
-            yield
+            yield changes.take_no_more
 
     return change
 

@@ -109,8 +109,15 @@ class Router:
             raise failures.exceptions[0] from None  # the first; it has cancelled the others
 
 
-MakeChanges = Callable[[Router, int], AbstractAsyncContextManager[None]]
-"""Who may change the groups of a router, which serves REST on this port."""
+MakeChanges = Callable[[Router, int], AbstractAsyncContextManager[Callable[[], None]]]
+"""Who may change the groups of a router, which serves REST on this port.
+
+What entering it returns is called when the intake stops: no change begins from then on.
+"""
+
+
+def _no_changes(_router: Router, _port: int) -> AbstractAsyncContextManager[Callable[[], None]]:
+    return nullcontext(lambda: None)
 
 
 async def serve(
@@ -120,7 +127,7 @@ async def serve(
     *,
     open_when_ready: bool = False,
     silent: Callable[[str], None] = lambda _: None,
-    changes: MakeChanges = lambda _, __: nullcontext(),
+    changes: MakeChanges = _no_changes,
 ) -> None:
     """Serves REST and gRPC until SIGTERM or SIGINT has been obeyed.
 
@@ -131,8 +138,8 @@ async def serve(
     ``graceful_termination_timeout_s``; a second one closes them at once. ``on_ready`` gets the
     ports of REST and gRPC once both listen and a first group is up, ``silent`` the name of a group
     whose workers hang. ``changes`` is entered with the router and the port of REST before that, and
-    left when the intake stops: meanwhile it may add and remove groups. Raises ``OSError`` if a port
-    cannot be had, ``ConfigError`` if the groups cannot work.
+    left when the running answers have ended: some may wait for a group that is on its way. Raises
+    ``OSError`` if a port cannot be had, ``ConfigError`` if the groups cannot work.
     """
     configure(settings)
     with Signals() as signals:
@@ -146,15 +153,23 @@ async def serve(
             try:
                 if await unless(signals.first, router.fleet.wait_ready()):
                     settle_memory()
-                    async with changes(router, faces.port):
+                    async with changes(router, faces.port) as take_no_more:
                         on_ready(faces.port, faces.grpc_port)
                         await signals.first.wait()
-                log.info("shutting down; %d requests are open", router.driver.open_requests)
-                faces.stop_intake()
-                limit_s = settings.graceful_termination_timeout_s
-                if not await unless(signals.second, router.driver.drain(limit_s)):
-                    log.warning("told again; closing %d requests", router.driver.open_requests)
+                        take_no_more()
+                        await _drain(router, faces, signals)
+                else:
+                    await _drain(router, faces, signals)
             finally:
                 router.driver.stop()  # closes what is still open, so that its faces can say so
                 await faces.close()
                 await rest
+
+
+async def _drain(router: Router, faces: Faces, signals: Signals) -> None:
+    """Stops the intake and waits for the running answers, as long as that may take."""
+    log.info("shutting down; %d requests are open", router.driver.open_requests)
+    faces.stop_intake()
+    limit_s = router.settings.graceful_termination_timeout_s
+    if not await unless(signals.second, router.driver.drain(limit_s)):
+        log.warning("told again; closing %d requests", router.driver.open_requests)

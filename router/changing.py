@@ -39,6 +39,7 @@ class Changes:
         self._limit_s = limit_s
         self._steps = Steps(groups, workers)
         self._line = OneAtATime(own)
+        self._taking = True
 
     # --- for users
 
@@ -98,13 +99,18 @@ class Changes:
         """Requests that wait for a place in any group."""
         return self._groups.waiting
 
+    def take_no_more(self) -> None:
+        """Refuses every further change; one that is under way goes on: requests may wait for it."""
+        self._taking = False
+
     async def close(self) -> None:
         """Ends the change that is under way where it stands, and takes no more."""
+        self.take_no_more()
         await self._line.close()
 
     async def _make(self, what: str, work: Work) -> None:
         """Makes a change, unless there is one. Raises ``ChangeError`` alone."""
-        if self._line.closed:
+        if not self._taking:
             raise ChangeError(Problem.IMPOSSIBLE, CLOSING)
         if self._line.now is not None:
             raise ChangeError(

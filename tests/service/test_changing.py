@@ -280,6 +280,22 @@ async def test_one_change_at_a_time() -> None:
         assert rig.groups.up() == ["b", "new"]
 
 
+async def test_a_server_that_takes_no_more_lets_a_change_go_on() -> None:
+    """Requests that are to end before the server does may wait for the new group."""
+    async with rig_of("a") as rig:
+        rig.workers.loading.clear()
+        switch = asyncio.create_task(rig.changes.switch("new", True, 0, rig.tell))
+        await until(lambda: rig.workers.began == ["new"])
+        rig.changes.take_no_more()
+        told = await rig.refused(IMPOSSIBLE, rig.changes.add("other", 0, rig.tell))
+        assert told == "the server is shutting down"
+        rig.workers.loading.set()
+        await switch
+        assert rig.groups.up() == ["new"]
+        told = await rig.refused(IMPOSSIBLE, rig.changes.remove("new", 0, rig.tell))
+        assert told == "the server is shutting down"
+
+
 async def test_a_server_that_shuts_down_waits_for_no_change() -> None:
     async with rig_of("a") as rig:
         rig.groups.connecting.clear()

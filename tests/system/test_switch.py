@@ -179,6 +179,23 @@ def test_with_stop_first_a_failure_brings_the_former_group_back(tmp_path: Path) 
         assert tokens == unbroken(server, counting())
 
 
+@pytest.mark.parametrize("group", ["scripted", "scripted,engine-option=nonsense=1"])
+def test_streams_that_wait_for_a_group_end_before_the_server_does(
+    tmp_path: Path, group: str
+) -> None:
+    with serving(tmp_path, *SLOW) as server:
+        former = server.worker_pid()
+        whole = unbroken(server, counting(100))
+        with streaming(server, counting(100)) as streams, ThreadPoolExecutor() as pool:
+            done = pool.submit(change, server, "switch", group, "--stop-first")
+            eventually(lambda: not alive(former))
+            assert streams.all_run()
+            server.signal(signal.SIGTERM)
+            assert streams.tokens() == whole
+            assert server.wait() == 0
+            assert done.result().returncode in (0, 1)
+
+
 def test_a_real_model_goes_on_in_another_worker(tmp_path: Path) -> None:
     """llama.cpp with other settings takes the place of llama.cpp, with the same weights."""
     model = embedded()

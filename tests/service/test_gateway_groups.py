@@ -23,7 +23,7 @@ from tests.service.gateways import gateway_before
 from tests.service.test_gateway import before, router_at
 from tests.service.test_rest_router import GATEWAY, ROUTER, House, house_in
 
-SKILLED = {"adapters": ("verse",)}
+SKILLED: dict[str, Any] = {"adapters": ("verse",)}
 YES = {"type": "regex", "value": "(yes|no){3}"}
 
 

@@ -17,7 +17,7 @@ from tests.sim.world import World, draw_limits
 
 def add_spares(rng: Random, world: World) -> None:
     """One or two groups more, in some worlds."""
-    for _ in range(rng.choice((0, 0, 1, 2))):
+    for _ in range(rng.choice((0, 0, 0, 0, 1, 2))):
         like = rng.choice(world.groups)
         limits = draw_limits(rng, like.limits.page_tokens, like.limits.kv_tokens)
         world.groups.append(replace(like, name=f"g{len(world.groups)}", limits=limits))

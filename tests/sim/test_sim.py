@@ -15,8 +15,8 @@ from tests.sim.worker import Violation
 
 WORLDS = 200
 # What rarer mutants need is left to `make sim`, which gives each as many worlds as it takes.
-MUTANT_WORLDS = 60
-RARE = 18
+MUTANT_WORLDS = 100
+RARE = 15
 
 
 @pytest.mark.parametrize("start", range(0, WORLDS, 50))

@@ -32,8 +32,7 @@ NAMES = tuple(sorted(_MODULES))
 def lacking(name: str, package: str) -> str:
     """That an engine's package is not installed, and what to do, in one line."""
     return (
-        f"engine {name} needs the package {package}, which is not installed; "
-        f"try: {_INSTALL[name]}"
+        f"engine {name} needs the package {package}, which is not installed; try: {_INSTALL[name]}"
     )
 
 

@@ -10,7 +10,6 @@ forms any step: otherwise one group could be stepped before the head of the line
 """
 
 import heapq
-from dataclasses import dataclass
 from typing import assert_never
 
 from router.core.effects import Abandon, Close, Deliver, Effect, RunPlan
@@ -39,21 +38,10 @@ from router.core.placing import (
 from router.core.planning import next_plan
 from router.core.prefix import PrefixTree
 from router.core.scoring import doubt, news
-from router.core.snapshot import Snapshot, take_snapshot
+from router.core.snapshot import Counters, Snapshot, take_snapshot
 from router.core.state import CoreConfig, Group, Sequence
 from router.core.stranded import Stranded
 from router.core.waiting import WaitingLine
-
-
-@dataclass(slots=True)
-class Counters:
-    """What has happened since the start."""
-
-    preempted: int = 0
-    resumed: int = 0
-    prefix_hit_tokens: int = 0
-    admitted_tokens: int = 0
-    moved: int = 0
 
 
 class Core:
@@ -208,8 +196,9 @@ class Core:
     def _give_up(self, now_ms: int) -> list[Close]:
         """Ends answers that have begun and had no group to go on in for too long."""
         served = {group.up.model for group in self._groups.values() if not group.leaving}
-        lines = [line for model, line in self._lines.items() if model not in served]
-        over = self._stranded.give_up(now_ms, lines)
+        lines = self._lines.items()
+        waits = [line.aside() if model in served else line.begun() for model, line in lines]
+        over = self._stranded.give_up(now_ms, [one for line in waits for one in line])
         return [self._close(one, Reason.WORKER_LOST, self._stranded.detail) for one in over]
 
     # --- groups
@@ -223,6 +212,8 @@ class Core:
         batch = min(limits.sequences_max, step_tokens, config.sequences_max or step_tokens)
         ledger = Ledger(kv_tokens, limits.page_tokens)
         self._groups[event.group] = Group(event, ledger, PrefixTree(), batch, step_tokens)
+        if event.model in self._lines:
+            self._lines[event.model].recall()
 
     def _group_down(self, name: str, epoch: int) -> list[Effect]:
         group = self._groups.get(name)
@@ -368,6 +359,9 @@ class Core:
         effects: list[Effect] = []
         while (head := line.head()) is not None:
             refusal = self._refusal(head)
+            if refusal is not None and head.produced:
+                line.set_aside(head.id)  # who could go on with it may only be away
+                continue
             if refusal is not None:
                 effects.append(self._close(head, refusal.reason, refusal.detail))
                 continue

@@ -1,19 +1,19 @@
 """The core's state in numbers: what metrics show and tests compare."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from router.core.state import Group
 
 
-class Counts(Protocol):
-    """The counters of the core."""
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the start."""
 
-    preempted: int
-    resumed: int
-    prefix_hit_tokens: int
-    admitted_tokens: int
-    moved: int
+    preempted: int = 0
+    resumed: int = 0
+    prefix_hit_tokens: int = 0
+    admitted_tokens: int = 0
+    moved: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Snapshot:
     moved: int = 0
 
 
-def take_snapshot(waiting: int, groups: list[Group], counts: Counts) -> Snapshot:
+def take_snapshot(waiting: int, groups: list[Group], counts: Counters) -> Snapshot:
     """Copies the numbers out."""
     return Snapshot(
         waiting,

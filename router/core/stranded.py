@@ -1,13 +1,12 @@
-"""Answers that have begun and wait while no group is up in which they could go on.
+"""Answers that have begun and wait while no group is up that could go on with them.
 
 A request that has shown nothing may wait for a worker for as long as its own deadline allows. Of
 one that has, a client reads and sees it stand still: it is told when nobody comes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 
 from router.core.state import Sequence
-from router.core.waiting import WaitingLine
 
 
 class Stranded:
@@ -22,12 +21,11 @@ class Stranded:
         """Why an answer is given up, for a person."""
         return f"the worker was lost, and none came up to go on within {self._timeout_ms} ms"
 
-    def give_up(self, now_ms: int, lines: Iterable[WaitingLine]) -> list[Sequence]:
-        """Takes note of who waits in the lines that no group serves; returns whose time is over.
+    def give_up(self, now_ms: int, waiting: Seq[Sequence]) -> list[Sequence]:
+        """Takes note of who waits for a group now; returns those whose time is over.
 
         The clock of whoever is not there this time starts anew.
         """
-        waiting = [sequence for line in lines for sequence in line.begun()]
         since = {sequence.id: self._since.get(sequence.id, now_ms) for sequence in waiting}
         over = [one for one in waiting if since[one.id] + self._timeout_ms <= now_ms]
         for sequence in over:

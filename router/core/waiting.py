@@ -4,7 +4,8 @@ The order is that of a single number, so that it is easy to reason about: the in
 later by a head start for each step of lower priority. Within a priority this is strict first come,
 first served; a more urgent request overtakes those that came at most one head start before it, so
 none starves. A request that comes back (its worker was lost, or its memory was needed) keeps its
-number, and is therefore at the front again.
+number, and is therefore at the front again. One that none of the present groups could go on with is
+set aside, where it holds up nobody, until another group comes up.
 """
 
 import heapq
@@ -18,12 +19,13 @@ class WaitingLine:
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[int, int], int]] = []
         self._members: dict[int, Sequence] = {}
+        self._aside: dict[int, Sequence] = {}
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._members) + len(self._aside)
 
     def __contains__(self, request: int) -> bool:
-        return request in self._members
+        return request in self._members or request in self._aside
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence in its place."""
@@ -33,8 +35,21 @@ class WaitingLine:
 
     def remove(self, request: int) -> None:
         """Takes a sequence out, wherever it stands."""
-        del self._members[request]
-        self._tidy()
+        if self._aside.pop(request, None) is None:
+            del self._members[request]
+            self._tidy()
+
+    def set_aside(self, request: int) -> None:
+        """Lets the others pass a sequence."""
+        sequence = self._members[request]
+        self.remove(request)
+        self._aside[request] = sequence
+
+    def recall(self) -> None:
+        """Puts those who were set aside back into their places."""
+        aside, self._aside = self._aside, {}
+        for sequence in aside.values():
+            self.add(sequence)
 
     def head(self) -> Sequence | None:
         """The first of the line, who stays in it."""
@@ -47,7 +62,12 @@ class WaitingLine:
 
     def begun(self) -> list[Sequence]:
         """Those who came back with a part of their answer."""
-        return [sequence for sequence in self._members.values() if sequence.produced]
+        members = (sequence for sequence in self._members.values() if sequence.produced)
+        return [*self.aside(), *members]
+
+    def aside(self) -> list[Sequence]:
+        """Those who were set aside."""
+        return list(self._aside.values())
 
     def _tidy(self) -> None:
         """Drops the traces of removed members once they outnumber the members."""

@@ -107,3 +107,42 @@ def test_a_client_that_leaves_meanwhile_is_forgotten() -> None:
     assert bench.tick(1001) == []
     assert bench.core.wake_at() is None
     assert bench.tick(1100) == []
+
+
+def test_it_waits_for_the_only_group_that_can_go_on_with_it() -> None:
+    """Another one is up, and holds too little; whoever comes later is served there meanwhile."""
+    bench = Bench(CONFIG)
+    bench.up(group="large")
+    bench.submit(1, (1, 2), max_tokens=20)
+    (plan,) = bench.sent()
+    bench.answer(plan, {1: 3})
+    bench.plan()
+    bench.up(replace(WIDE, length_max=8), group="small")
+    assert bench.down("large", 1) == []
+    assert bench.plan() == []
+    bench.submit(2, (4, 5))
+    assert [plan.group for plan in bench.sent()] == ["small"]
+    assert bench.core.snapshot().waiting == 1
+    bench.up(group="large", epoch=2)
+    (plan,) = bench.sent()
+    assert (plan.group, plan.admits[0].tokens) == ("large", (1, 2, 3))
+
+
+def test_it_is_given_up_beside_a_group_that_is_of_no_use() -> None:
+    bench = begun()
+    bench.up(replace(WIDE, length_max=3), group="small")
+    lost_at(bench, 1000)
+    assert bench.core.wake_at() == 1100
+    bench.up(replace(WIDE, length_max=3), group="small too")
+    assert bench.tick(1099) == []
+    assert bench.core.plan(1100) == [Close(1, Reason.WORKER_LOST, DETAIL)]
+
+
+def test_its_owner_can_end_it_while_it_waits_for_a_group_that_is_of_use() -> None:
+    bench = begun()
+    bench.up(replace(WIDE, length_max=3), group="small")
+    lost_at(bench, 1000)
+    assert bench.end(1) == [Close(1, Reason.CANCELLED)]
+    assert bench.core.snapshot().waiting == 0
+    assert bench.plan() == []
+    assert bench.core.wake_at() is None

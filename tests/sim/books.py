@@ -141,6 +141,7 @@ class Books:
         self.due: dict[int, Reason] = {}
         self.waits: dict[int, int] = {}
         self.stranded: dict[int, int] = {}
+        self.aside: set[int] = set()
         self.moved = 0
         self.now = 0
 
@@ -188,9 +189,13 @@ class Books:
             case Reason.OVERLOADED:
                 true = len(self.open) - 1 >= self.config.requests_max
             case Reason.UNSUPPORTED:
-                true = bool(groups) and not able and lacking
+                true = bool(groups) and not able and lacking and not request.tokens
             case Reason.TOO_LONG:
-                true = bool(groups) and not able and not lacking
+                true = bool(groups) and not able and not lacking and not request.tokens
+            case Reason.WORKER_LOST:  # set aside in this turn, behind a group that is of no use
+                since = self.stranded.get(request.id, self.now)
+                late = since + self.config.resume_timeout_ms <= self.now
+                true = late and bool(groups) and not able
             case _:
                 true = False
         ensure(true, f"{request.id} ended with {close.reason}, which is not so")
@@ -245,12 +250,15 @@ class Books:
             if deadline is not None and deadline <= self.now:
                 self.due[request.id] = Reason.DEADLINE
         for number, since in self.stranded.items():
-            open_still = self.open.get(number)
-            if open_still is None or self.serving(open_still.model):
+            if number not in self.open or since + self.config.resume_timeout_ms > self.now:
                 continue
-            if since + self.config.resume_timeout_ms <= self.now:
+            groups = self.serving(self.open[number].model)
+            if not groups or (number in self.aside and not self._able(number, groups)):
                 self.seen["given up"] += number not in self.due
                 self.due.setdefault(number, Reason.WORKER_LOST)
+
+    def _able(self, number: int, groups: list[GroupBook]) -> bool:
+        return any(group.able(self.open[number]) for group in groups)
 
     def settle(self) -> None:
         """The end of a call: all that was due has come."""

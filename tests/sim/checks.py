@@ -326,6 +326,7 @@ def _check_line(books: Books, core: Core, before: Turn, waiting: list[Request]) 
         and (former := before.places.get(number)) is not sequence.group
         and not (former is not None and former.leaving)
     ]
+    waiting = [request for request in waiting if request.id not in books.aside]
     for model in range(2):
         left = [r.key for r in waiting if r.model == model and before.places[r.id] is None]
         taken = [r.key for r in placed if r.model == model]
@@ -336,7 +337,7 @@ def _check_line(books: Books, core: Core, before: Turn, waiting: list[Request]) 
 def _check_heads(books: Books, core: Core, waiting: list[Request]) -> None:
     """The head of a line waits only if there is no room for it."""
     for model in range(2):
-        line = [request for request in waiting if request.model == model]
+        line = [one for one in waiting if one.model == model and one.id not in books.aside]
         if not line:
             continue
         head = min(line, key=lambda request: request.key)

@@ -19,7 +19,7 @@ REQUIRED = (
     *(f"untrue: {kind}" for kind in ("gap", "overlong", "unscored")),
     *("moved", "moved in mid-answer", "turned out", "ends where it is", "left"),
     *("leaving again", "old leaving"),
-    *("stranded", "given up"),
+    *("stranded", "given up", "set aside"),
     *("token thrown away", "priority", "two models", "needs", "resized", "follow-up"),
 )
 

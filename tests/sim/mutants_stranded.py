@@ -35,8 +35,8 @@ STRANDED = [
     ),
     Mutant(
         "waiting.py",
-        "self._members.values() if sequence.produced]",
-        "self._members.values()]",
+        "for sequence in self._members.values() if sequence.produced)",
+        "for sequence in self._members.values())",
         "requests that have shown nothing are given up, too",
     ),
     Mutant(
@@ -47,8 +47,50 @@ STRANDED = [
     ),
     Mutant(
         "scheduler.py",
-        "for model, line in self._lines.items() if model not in served]",
-        "for model, line in self._lines.items()]",
+        "line.aside() if model in served else line.begun() for",
+        "line.begun() for",
         "an answer is given up although a group is up",
+    ),
+    Mutant(
+        "scheduler.py",
+        "line.aside() if model in served else line.begun() for",
+        "[] if model in served else line.begun() for",
+        "who was set aside beside a group of no use waits for ever",
+    ),
+    Mutant(
+        "scheduler.py",
+        "if refusal is not None and head.produced:",
+        "if False:",
+        "an answer that has begun is refused while who could go on with it is away",
+    ),
+    Mutant(
+        "scheduler.py",
+        "if refusal is not None and head.produced:",
+        "if refusal is not None:",
+        "requests that nobody could begin with wait for who may come",
+    ),
+    Mutant(
+        "scheduler.py",
+        "            self._lines[event.model].recall()\n",
+        "            pass\n",
+        "who was set aside is not thought of when a group comes up",
+    ),
+    Mutant(
+        "waiting.py",
+        "return [*self.aside(), *members]",
+        "return [*members]",
+        "who was set aside is forgotten when the last group goes",
+    ),
+    Mutant(
+        "waiting.py",
+        "return len(self._members) + len(self._aside)",
+        "return len(self._members)",
+        "who was set aside does not count as waiting",
+    ),
+    Mutant(
+        "waiting.py",
+        "        if self._aside.pop(request, None) is None:\n",
+        "        if True:\n",
+        "who was set aside cannot leave",
     ),
 ]

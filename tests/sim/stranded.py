@@ -4,7 +4,8 @@ from dataclasses import replace
 from random import Random
 
 from router.core.scheduler import Core
-from tests.sim.books import Books
+from tests.sim.books import Books, Request
+from tests.sim.worker import ensure
 from tests.sim.world import World
 
 
@@ -17,9 +18,21 @@ def add_patience(rng: Random, world: World) -> None:
 
 def note_stranded(books: Books, core: Core) -> None:
     """After a turn: who waits now, and since when."""
-    former, books.stranded = books.stranded, {}
+    former, books.stranded, books.aside = books.stranded, {}, set()
     for number, request in books.open.items():
-        waits = number in core._lines[core._live[number].facts.model]
-        if waits and request.tokens and not books.serving(request.model):
+        line = core._lines[core._live[number].facts.model]
+        groups, aside = books.serving(request.model), set_aside(core, request)
+        if aside:
+            books.aside.add(number)
+            able = any(group.able(request) for group in groups)
+            ensure(request.tokens and not able, f"{number} was set aside for nothing")
+            books.seen["set aside"] += number not in former
+        if number in line and request.tokens and (aside or not groups):
             books.seen["stranded"] += number not in former
             books.stranded[number] = former.get(number, books.now)
+
+
+def set_aside(core: Core, request: Request) -> bool:
+    """Whether it waits where it holds up nobody."""
+    line = core._lines[request.facts.model]
+    return any(sequence.id == request.id for sequence in line.aside())

@@ -29,7 +29,7 @@ PrepareCall = Callable[[Constraint], Awaitable[None]]
 
 
 class MismatchError(Exception):
-    """Workers that cannot serve together; the text is one line that says why."""
+    """Workers that cannot serve, or not together; the text is one line that says why."""
 
 
 @dataclass(frozen=True, slots=True)

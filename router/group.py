@@ -26,11 +26,13 @@ from router.core.effects import Abandon, Left, RunPlan
 from router.core.events import Event, GroupDown, GroupLeaving, GroupUp, StepDone
 from router.described import card_of
 from router.fleet import Fleet, GroupCard, MismatchError
-from router.link import Backoff, Link, LinkDownError, SilentError, UnreachableError, encode
+from router.life import AbandonedError, LeftError, Life
+from router.link import Backoff, Link, LinkDownError, SilentError, UnreachableError
 from router.metrics import Metrics
 from router.text.tokenizer import Tokenizer
-from router.together import all_of, together
-from shards.v1.shard_pb2 import Constraint, DescribeResponse, Outcome, PromptLogprobs, TokenLogprobs
+from router.together import all_of
+from router.trial import try_out
+from shards.v1.shard_pb2 import Constraint, DescribeResponse
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,14 +46,6 @@ before whoever looks after it hears of that. A step that was merely long has end
 
 CAUSES_KEPT = 16
 """Causes of which is remembered that they have been logged."""
-
-
-class AbandonedError(LinkDownError):
-    """The core has given up a life of the group."""
-
-
-class LeftError(Exception):
-    """Nothing runs any more in a group that was to leave."""
 
 
 class Inbox(Protocol):
@@ -95,11 +89,16 @@ class Group:
         self._retired = False
         self._settled = asyncio.Event()
         self._refusal = ""
+        self._trial_s: float | None = None
 
     @property
     def leaving(self) -> bool:
         """Whether its present life gets no more requests."""
         return self._life is not None and self._life.leaving
+
+    def try_first(self, limit_s: float) -> None:
+        """Has it tried out, for so many seconds at most, before it serves for the first time."""
+        self._trial_s = limit_s
 
     async def wait_up(self) -> None:
         """Waits until it serves. Raises ``MismatchError`` if it cannot beside the others."""
@@ -203,11 +202,26 @@ class Group:
             with self._fleet.claim(card):
                 tokenizer = await self._tokenizer(card, links[0])
                 await self._fleet.agree(card, tokenizer)
+                await self._try([link.address for link in links])
                 await all_of(link.open() for link in links)
                 await self._live(card, tokenizer, links)
         finally:
             for link in links:
                 await link.close()
+
+    async def _try(self, addresses: Sequence[str]) -> None:
+        """Tries the group out, once. Raises ``MismatchError`` if it computes nothing."""
+        if self._trial_s is None:
+            return
+        try:
+            async with asyncio.timeout(self._trial_s):
+                await try_out(addresses, self._epochs())
+        except TimeoutError:
+            late = f"its first steps were not answered within {self._trial_s:g} s"
+            raise MismatchError(late) from None
+        except LinkDownError as error:
+            raise MismatchError(f"it fails at its first steps: {error}") from None
+        self._trial_s = None
 
     async def _tokenizer(self, card: GroupCard, link: Link) -> Tokenizer:
         known = self._fleet.tokenizer(card.tokenizer_sha256)
@@ -249,129 +263,6 @@ class Group:
     def _stepped(self, done: StepDone, step_s: float) -> None:
         self._calls.answered(step_s)
         self._inbox.post(done)
-
-
-class Life:
-    """The streams of one epoch. ``stepped`` gets each finished step and the engine's seconds.
-
-    ``links`` are in order of rank. ``steps`` counts the plans that every rank has answered.
-    ``told_to_leave`` is called when a worker says so.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        epoch: int,
-        links: Sequence[Link],
-        stepped: Callable[[StepDone, float], None],
-        told_to_leave: Callable[[], None],
-    ) -> None:
-        self.name = name
-        self.epoch = epoch
-        self.steps = 0
-        self.leaving = False
-        self._links = links
-        self._stepped = stepped
-        self._told_to_leave = told_to_leave
-        self._sent = 0
-        self._embeds = 0
-        self._is_left = False
-        self._answers: list[deque[Outcome]] = [deque() for _ in links]
-        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def write(self, plan: RunPlan) -> None:
-        """Sends a plan to every rank."""
-        self._sent = plan.plan_id
-        wire = encode(plan)
-        for link in self._links:
-            link.write(wire)
-
-    def end(self, why: AbandonedError | LeftError) -> None:
-        """Ends this life."""
-        if not self._ended.done():
-            self._ended.set_exception(why)
-
-    def left(self) -> None:
-        """Ends this life when what rank 0 embeds is done: of that the core knows nothing."""
-        self._is_left = True
-        if not self._embeds:
-            self.end(LeftError())
-
-    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[Sequence[float]]:
-        """Has inputs turned into vectors. Otherwise as ``Link.embed``."""
-        self._embeds += 1
-        try:
-            return await self._links[0].embed(inputs)
-        finally:
-            self._embeds -= 1
-            if self._is_left:
-                self.left()
-
-    async def run(self) -> None:
-        """Passes on what comes from the open streams, until the first fault."""
-        work: list[asyncio.Future[None]] = [self._ended]
-        for rank, link in enumerate(self._links):
-            work.append(asyncio.create_task(link.write_plans()))
-            work.append(asyncio.create_task(link.read_outcomes(partial(self._answered, rank))))
-        await together(work)
-
-    def _answered(self, rank: int, outcome: Outcome) -> None:
-        """A rank has answered a plan; a step is done when the last of them has."""
-        if outcome.leaving:
-            self._told_to_leave()
-            return
-        answers = self._answers
-        due = self.steps + len(answers[rank]) + 1
-        if outcome.epoch != self.epoch or outcome.plan_id != due or due > self._sent:
-            raise LinkDownError(
-                f"{self._links[rank].address}: answered plan {outcome.plan_id} of epoch "
-                f"{outcome.epoch}, but plan {due} of epoch {self.epoch} is due"
-            )
-        answers[rank].append(outcome)
-        if not all(answers):
-            return
-        step = [answer.popleft() for answer in answers]
-        self.steps = due = outcome.plan_id
-        if any(one.digest != step[0].digest for one in step):
-            digests = ", ".join(f"{one.digest:016x}" for one in step)
-            raise LinkDownError(f"the ranks differ after plan {due}: {digests}")
-        self._stepped(step_done(self.name, step[0]), step[0].step_us / 1e6)
-
-
-def step_done(group: str, outcome: Outcome) -> StepDone:
-    """Rank 0's outcome as the core reads it: plain lists, and logprobs parallel to the tokens.
-
-    Of prompts each position has a ``TokenLogprobs``, whose sequence is not set.
-    """
-    sequences = list(outcome.sequences)
-    logprobs: list[object] = []
-    if outcome.logprobs:
-        sparse = {one.sequence: one for one in outcome.logprobs}
-        logprobs = [sparse.get(sequence) for sequence in sequences]
-    return StepDone(
-        group,
-        outcome.epoch,
-        outcome.plan_id,
-        sequences,
-        list(outcome.tokens),
-        logprobs,
-        tuple((one.sequence, one.message) for one in outcome.failures),
-        tuple((one.sequence, one.start, _scores(one)) for one in outcome.prompt_logprobs),
-    )
-
-
-def _scores(prompt: PromptLogprobs) -> list[object]:
-    """One message for each token; if there are likeliest ones for some only, for those."""
-    if not prompt.likeliest:
-        found = [TokenLogprobs(logprob=logprob) for logprob in prompt.logprobs]
-    else:
-        found = [
-            TokenLogprobs(logprob=logprob, top_tokens=top.tokens, top_values=top.values)
-            for logprob, top in zip(prompt.logprobs, prompt.likeliest, strict=False)
-        ]
-    for one, rank in zip(found, prompt.ranks, strict=False):
-        one.rank = rank
-    return list(found)
 
 
 async def _prepare(links: Sequence[Link], constraint: Constraint) -> None:

@@ -65,6 +65,7 @@ class Groups:
         self._fleet = fleet
         self._metrics = metrics
         self._slots = settings.plans_in_flight_max + 2
+        self._trial_s = settings.step_deadline_s
         self._snapshot = snapshot
         self._own = own
         self._silent = silent
@@ -91,6 +92,7 @@ class Groups:
     def add(self, spec: GroupSpec) -> None:
         """Begins to connect a further group, or one in the place of a retired one of its name.
 
+        It is tried out before it serves: others may be taken away in its favour.
         Raises ``ConfigError`` if its name or one of its addresses is taken or malformed.
         """
         former = self._tasks.get(spec.name)
@@ -103,6 +105,7 @@ class Groups:
             self._driver.detach(spec.name)
         self._fleet.add(spec)
         self._attach(spec)
+        self._groups[spec.name].try_first(self._trial_s)
         self._start(spec.name)
 
     async def wait_up(self, name: str) -> None:

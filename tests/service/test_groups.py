@@ -221,3 +221,39 @@ async def test_a_removal_that_is_cancelled_goes_on_and_can_be_waited_for_again(
         assert close.reason is Reason.LENGTH
         await router.groups.remove("g0", LIMIT_S)
         assert router.groups.names() == ()
+
+
+async def test_a_group_is_tried_out_before_it_serves(bench: Bench) -> None:
+    """And is empty again when the first request comes."""
+    async with routing((await bench.start("a"),)) as router:
+        assert bench.engines["a"].begun == 0
+        await add(router, bench, "b")
+        assert bench.engines["b"].begun == 3, "a prompt, a decode, and the end of it"
+        await router.groups.remove("g0", LIMIT_S)
+        assert (await answer(submit(router)))[0] == follow(bench, "b", 8)
+
+
+async def test_two_ranks_are_tried_out_together(bench: Bench) -> None:
+    async with routing((await bench.start("a"),)) as router:
+        ranks = [await bench.start(str(rank), rank=rank, world=2) for rank in (1, 0)]
+        router.groups.add(GroupSpec("b", None, tuple(ranks)))
+        await router.groups.wait_up("b")
+        assert bench.engines["0"].begun == bench.engines["1"].begun == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("lost_after_steps", "it fails at its first steps: .*the script loses its device"),
+        ("fail_sequence_after", "it fails at its first steps: the script fails after 1 tokens"),
+        ("wedge_after_steps", "its first steps were not answered within 0.3 s"),
+    ],
+)
+async def test_a_group_that_cannot_compute_is_refused(bench: Bench, fault: str, why: str) -> None:
+    async with routing((await bench.start("a"),), step_deadline_s=0.3) as router:
+        address = await bench.start("b", **{fault: "1"})
+        router.groups.add(GroupSpec("b", None, (address,)))
+        with pytest.raises(RefusedError, match=why):
+            await router.groups.wait_up("b")
+        assert state(router, "b").state == "down"
+        assert (await answer(submit(router)))[0] == follow(bench, "a", 8)

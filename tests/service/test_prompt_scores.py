@@ -9,7 +9,7 @@ import pytest
 from router.ask import Ask, Params, TokenOut
 from router.core.events import PROMPT_LOGPROBS, Reason
 from router.errors import Fault, RequestError
-from router.group import step_done
+from router.life import step_done
 from router.scores import LEAST, PromptScores
 from router.text.tokenizer import Tokenizer
 from shards.v1.shard_pb2 import Likeliest, Outcome, PromptLogprobs, TokenLogprobs

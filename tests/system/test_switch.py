@@ -18,6 +18,7 @@ from tests.system.server import (
     STOP_S,
     Server,
     alive,
+    children,
     end,
     eventually,
     ready,
@@ -152,6 +153,18 @@ def test_a_switch_that_fails_changes_nothing(tmp_path: Path) -> None:
             tokens = streams.tokens()
         assert server.worker_pid() == former
         assert tokens == unbroken(server, counting(200))
+
+
+def test_a_group_that_fails_at_its_first_steps_takes_nobodys_place(tmp_path: Path) -> None:
+    """It loads, and its process ends as soon as it is to compute."""
+    with serving(tmp_path, *SLOW) as server:
+        former = server.worker_pid()
+        with streaming(server, counting(100)) as streams:
+            failed = change(server, "switch", "scripted,engine-option=crash_after_steps=1")
+            assert "it fails at its first steps" in only_line(failed)
+            assert names(server) == ["first"]
+            streams.tokens()
+        eventually(lambda: children(server.process.pid) == [former])
 
 
 def test_with_stop_first_streams_wait_and_go_on(tmp_path: Path) -> None:

@@ -133,8 +133,8 @@ def test_one_that_only_waits_in_the_group_goes_though_it_may_not_be_continued() 
     assert bench.core.snapshot().waiting == 1
 
 
-def test_those_who_were_to_share_what_has_moved_are_not_forgotten() -> None:
-    """One shares some of it already; another waits for more of it than that one has."""
+def sharing() -> Bench:
+    """Of three, one shares a part of the first; another waits for more of it than that one has."""
     bench = Bench(ONE)
     bench.up(replace(WIDE, step_tokens_max=5))
     bench.submit(1, (1, 2, 3, 4, 5, 6, 7, 8))
@@ -144,8 +144,23 @@ def test_those_who_were_to_share_what_has_moved_are_not_forgotten() -> None:
     bench.answer(plan, {})
     (plan,) = bench.sent()
     assert [admit.sequence for admit in plan.admits] == [2], "the third waits for the first"
+    return bench
+
+
+def test_those_who_were_to_share_what_has_moved_are_not_forgotten() -> None:
+    bench = sharing()
     bench.up(group="h")
     bench.observe(GroupLeaving("g", 1))
+    bench.plan()
+    assert running_in(bench, "h") == [1, 2, 3]
+
+
+def test_those_who_were_to_share_what_has_to_go_at_once_are_not_forgotten() -> None:
+    bench = sharing()
+    assert bench.observe(GroupLeaving("g", 1, at_once=True)) == []
+    assert bench.core.snapshot().waiting == 3
+    bench.plan()
+    bench.up(group="h")
     bench.plan()
     assert running_in(bench, "h") == [1, 2, 3]
 

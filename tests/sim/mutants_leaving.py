@@ -1,4 +1,8 @@
-"""Mutants of how groups leave; see ``mutants.py``."""
+"""Mutants of how groups leave; see ``mutants.py``.
+
+Worlds hardly ever have one that shares and one that waits to share just when their group leaves: what
+becomes of those is held by ``tests/core/test_leaving.py``.
+"""
 
 from tests.sim.mutation import Mutant
 
@@ -29,21 +33,9 @@ LEAVING = [
     ),
     Mutant(
         "scheduler.py",
-        "            if sequence.group is not group:\n                continue",
-        "            if False:\n                continue",
-        "one that waited to share is sent into line twice",
-    ),
-    Mutant(
-        "scheduler.py",
         "            if bound(sequence, self.config):\n",
         "            if False:\n",
         "an answer that may not be continued elsewhere is sent into line",
-    ),
-    Mutant(
-        "scheduler.py",
-        "                self._wait_again([*remove(group, sequence), sequence])",
-        "                remove(group, sequence)\n                self._wait_again([sequence])",
-        "those who were to share what is sent into line are forgotten",
     ),
     Mutant(
         "scheduler.py",

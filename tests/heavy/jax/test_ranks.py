@@ -131,11 +131,14 @@ def test_an_idle_group_notices_too(tmp_path: Path) -> None:
 
 
 def test_a_group_leaves_in_order(tmp_path: Path) -> None:
-    """All are asked to end: none takes the others' end for a loss."""
+    """All are told to leave, and the router closes their streams: none takes that for a loss."""
     with ranks(tmp_path / "group", tiny_llama_folder(), 2, LEAST) as made:
         made.step(**first_plan(1, 5, 6, 7))
         for rank in made.ranks:
             rank.process.send_signal(signal.SIGTERM)
+        assert all(outcome.leaving for outcome in made.hear())
+        for rank in made.ranks:
+            rank.plans.put(None)
         for rank in made.ranks:
             assert rank.process.wait(20) == 0
 

@@ -1,7 +1,7 @@
 """Mutants of how groups leave; see ``mutants.py``.
 
-Worlds hardly ever have one that shares and one that waits to share just when their group leaves: what
-becomes of those is held by ``tests/core/test_leaving.py``.
+Worlds hardly ever have one that shares and one that waits to share just when their group leaves:
+what becomes of those is held by ``tests/core/test_leaving.py``.
 """
 
 from tests.sim.mutation import Mutant

@@ -119,13 +119,15 @@ async def test_a_killed_worker_is_started_again(tmp_path: Path) -> None:
 
 
 async def test_a_worker_of_no_use_is_replaced_but_not_while_it_loads(tmp_path: Path) -> None:
-    heard = Heard()
-    code = SAY_PID + "tell('loading', fraction=0.1)\n" + READY
+    heard, loaded = Heard(), tmp_path / "loaded"
+    load = f"while not os.path.exists({str(loaded)!r}): time.sleep(0.01)\n"
+    code = SAY_PID + "tell('loading', fraction=0.1)\n" + load + READY
     supervisor = Supervisor({"a": [spec(tmp_path, code)]}, heard)
     supervisor.replace("a", "before there is one")
     async with running(supervisor):
         await heard.wait(lambda news: isinstance(news, Loading))
         supervisor.replace("a", "it loads")
+        loaded.touch()
         await heard.wait(lambda news: isinstance(news, Ready))
         os.kill(pid_of(heard.all[0]), signal.SIGSTOP)  # such a one leaves by nothing but SIGKILL
         supervisor.replace("a", "it hung")

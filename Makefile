@@ -1,7 +1,7 @@
 # The verbs of the project; `make help` lists them. CI calls nothing else.
 .DEFAULT_GOAL := help
 .PHONY: help setup run test check proto proto-check lint type fmt sim replay bench clean \
-	test-torch test-jax test-vllm test-gpu test-neuron test-serve test-contracts test-clients clients environments \
+	test-torch test-jax test-vllm test-gpu test-neuron test-serve test-contracts test-clients clients \
 	engines-torch engines-jax engines-vllm engines-neuron
 
 VENV ?= .venv
@@ -69,8 +69,6 @@ test-contracts: setup ## Compares what adapters use with the packages of engines
 
 clients: setup
 	@ROUNDHOUSE_HOME=$(ENGINES_HOME) $(PY) -m deploy.client_env clients clients-tgi
-
-environments: clients engines-torch engines-jax engines-vllm ## Makes what the suites of CI need beside .venv
 
 # Two environments, as the clients' own needs exclude each other. A choice of tests may leave one
 # of them without any, which pytest calls 5.

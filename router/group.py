@@ -101,7 +101,7 @@ class Group:
         self._trial_s = limit_s
 
     async def wait_up(self) -> None:
-        """Waits until it serves. Raises ``MismatchError`` if it cannot beside the others."""
+        """Waits until it serves. Raises ``MismatchError`` if it cannot, alone or beside others."""
         await self._settled.wait()
         if self._refusal:
             raise MismatchError(self._refusal)
@@ -161,7 +161,7 @@ class Group:
             self._told.append(cause)
 
     def _refuse(self, failure: Exception) -> None:
-        """Lets those who wait for it know that it cannot serve beside the others."""
+        """Lets those who wait for it know that it cannot serve."""
         if isinstance(failure, MismatchError):
             self._refusal = str(failure)
             self._settled.set()

@@ -6,10 +6,10 @@ Removing drains: what runs in the group moves to others as they have room (``rou
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal
+from typing import Literal
 
 from router.config import GroupSpec, Settings, check_groups
 from router.core.snapshot import GroupSnapshot, Snapshot
@@ -17,13 +17,11 @@ from router.driver import Driver
 from router.fleet import Fleet, GroupCard, MismatchError
 from router.group import Group
 from router.metrics import Metrics
-
-Own = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
-"""Starts a task whose failure ends the router."""
+from router.under_way import Own
 
 
 class RefusedError(Exception):
-    """A group cannot serve beside the others; the text is one line that says why."""
+    """A group cannot serve, or not beside the others; the text is one line that says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +109,7 @@ class Groups:
     async def wait_up(self, name: str) -> None:
         """Waits until a group serves. The caller sets the deadline.
 
-        Raises ``RefusedError`` if it cannot serve beside the others, or has been removed.
+        Raises ``RefusedError`` if it cannot serve, or has been removed.
         """
         group = self._groups.get(name)
         if group is None:

@@ -17,7 +17,7 @@ class Turns:
     """Which groups have had their turn: they have joined, or a first attempt has failed."""
 
     def __init__(self, specs: Iterable[GroupSpec]) -> None:
-        self._specs: list[GroupSpec] = []
+        self._specs: tuple[GroupSpec, ...] = ()
         self._over: dict[str, asyncio.Event] = {}
         for spec in specs:
             self.add(spec)
@@ -26,13 +26,13 @@ class Turns:
         """A group whose turn comes behind that of the others."""
         if spec.name in self._over:
             self.remove(spec.name)
-        self._specs.append(spec)
+        self._specs = (*self._specs, spec)
         self._over[spec.name] = asyncio.Event()
 
     def remove(self, name: str) -> None:
         """Nobody waits for this group any more."""
         self.over(name)
-        self._specs = [spec for spec in self._specs if spec.name != name]
+        self._specs = tuple(spec for spec in self._specs if spec.name != name)
         del self._over[name]
 
     def over(self, name: str) -> None:
@@ -44,7 +44,7 @@ class Turns:
         """Waits until all groups before this one that may be of its model have had theirs."""
         try:
             async with asyncio.timeout(WAIT_S):
-                for spec in tuple(self._specs):
+                for spec in self._specs:
                     if spec.name == name:
                         return
                     if spec.model in (None, model) and spec.name in self._over:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 log = logging.getLogger(__name__)
 
 Own = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
-"""Starts a task of that name and sees to its end; ``Router.own``."""
+"""Starts a task of that name, whose failure ends the router; ``Router.own``."""
 
 
 class Change:

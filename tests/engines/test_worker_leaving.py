@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from shards.engines.base import Engine, EngineOptions
+from shards.engines.base import Engine, EngineOptions, Outcome, Plan
 from shards.v1 import shard_pb2 as pb
 from shards.worker import Worker
 from tests.engines.bench import (
@@ -48,7 +48,7 @@ def gated(gate: threading.Event) -> Engine:
         gate.wait(PATIENCE_S)
         reset()
 
-    def waits_step(plan):  # type: ignore[no-untyped-def]
+    def waits_step(plan: Plan) -> Outcome:
         gate.wait(PATIENCE_S)
         return step(plan)
 

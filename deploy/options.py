@@ -106,7 +106,12 @@ KNOBS = (
         "A worker silent for so long is given up and reconnected.",
         field="step_deadline_s",
     ),
-    Knob(FAILURES, "attempts-max", "N", "Starts of one request when workers are lost."),
+    Knob(
+        FAILURES,
+        "attempts-max",
+        "N",
+        "Starts of one request when workers are lost in a row; anew once it has gained 16 tokens.",
+    ),
     Knob(
         FAILURES,
         "resume-streams",

@@ -79,7 +79,8 @@ class Settings:
     step_deadline_s: float = 60.0
     # Seconds that an answer may take, waiting included. None: no limit but the request's own.
     request_deadline_s: float | None = None
-    # Times that a request may be started, the first included, when its workers are lost.
+    # Times that a request may be started, the first included, when its workers are lost in a row.
+    # One that has gained tokens since its last loss, 16 at least, begins to count anew.
     attempts_max: int = 3
     # Continue an answer of which the client has seen a part when its worker is lost.
     resume_streams: bool = True

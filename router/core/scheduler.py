@@ -26,17 +26,10 @@ from router.core.events import (
 )
 from router.core.leaving import bound, move, running, tell_left
 from router.core.ledger import Ledger
-from router.core.placing import (
-    fits_ever,
-    missing_adapter,
-    missing_feature,
-    place,
-    ranked,
-    remove,
-    retire,
-)
+from router.core.placing import place, ranked, remove, retire
 from router.core.planning import next_plan
 from router.core.prefix import PrefixTree
+from router.core.refusing import able, refusal_of
 from router.core.scoring import doubt, news
 from router.core.snapshot import Counters, Snapshot, take_snapshot
 from router.core.state import CoreConfig, Group, Sequence
@@ -131,25 +124,8 @@ class Core:
         return []
 
     def _refusal(self, sequence: Sequence) -> Close | None:
-        """Why no group that serves the model could ever run the sequence, if that is so.
-
-        While no group is up nothing is known, and the sequence may wait for one.
-        """
-        groups = self._serving(sequence.facts.model)
-        if not groups or any(_able(group, sequence) for group in groups):
-            return None
-        groups = [group for group in groups if missing_adapter(group, sequence) is None]
-        if not groups:
-            detail = f"no worker that is up has the adapter {sequence.facts.adapter}"
-            return Close(sequence.id, Reason.UNSUPPORTED, detail)
-        for group in groups:
-            feature = missing_feature(group, sequence)
-            if feature is not None:
-                detail = f"engine {group.up.engine} does not support {feature}"
-                return Close(sequence.id, Reason.UNSUPPORTED, detail)
-        most = max(min(group.up.limits.length_max, group.ledger.capacity) for group in groups)
-        detail = f"prompt and answer may have {sequence.end} tokens, but a worker holds {most}"
-        return Close(sequence.id, Reason.TOO_LONG, detail)
+        """Why no group that serves the model could ever run the sequence, if that is so."""
+        return refusal_of(self._serving(sequence.facts.model), sequence)
 
     def _ended(self, event: Ended) -> list[Effect]:
         if event.request not in self._live:
@@ -233,11 +209,11 @@ class Core:
 
     def _lost(self, sequence: Sequence) -> str | None:
         """Counts the loss of a resident sequence; says why it cannot go on, if it cannot."""
-        sequence.losses += 1
+        sequence.lose(self.config.progress_tokens_min)
         if sequence.produced and not self.config.resume_streams:
             return "the worker was lost in the middle of the answer"
         if sequence.losses >= self.config.attempts_max:
-            return f"the worker was lost {sequence.losses} times with this request"
+            return f"the worker was lost {sequence.losses} times in a row with this request"
         self.counters.resumed += 1
         return None
 
@@ -286,7 +262,7 @@ class Core:
         ]
 
     def _able(self, sequence: Sequence) -> list[Group]:
-        return [group for group in self._serving(sequence.facts.model) if _able(group, sequence)]
+        return [group for group in self._serving(sequence.facts.model) if able(group, sequence)]
 
     # --- steps
 
@@ -370,11 +346,6 @@ class Core:
                 break
             line.remove(head.id)
         return effects
-
-
-def _able(group: Group, sequence: Sequence) -> bool:
-    lacking = missing_feature(group, sequence) or missing_adapter(group, sequence)
-    return lacking is None and fits_ever(group, sequence)
 
 
 def _untrue(group: Group, event: StepDone) -> str | None:

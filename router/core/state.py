@@ -20,6 +20,9 @@ class CoreConfig:
     prefix worth sharing. ``head_start_ms`` is how much earlier a request of the next more urgent
     priority counts as having arrived, so that no priority starves. ``resume_timeout_ms`` is for how
     long an answer that has begun waits while no group is up in which it could go on.
+    ``attempts_max`` bounds the losses of a request in a row: one behind which it has gained
+    ``progress_tokens_min`` tokens counts as the first again. One token shows nothing, as a prompt
+    may draw it and the decode that follows end the worker each time.
     """
 
     requests_max: int = 128
@@ -29,6 +32,7 @@ class CoreConfig:
     plans_in_flight_max: int = 2
     step_deadline_ms: int = 60_000
     attempts_max: int = 3
+    progress_tokens_min: int = 16
     resume_streams: bool = True
     resume_timeout_ms: int = 300_000
     reserve_tokens: int = 256
@@ -44,9 +48,10 @@ class Sequence:
     this life, what is left is ``len(tokens) - scheduled``, whether that is a prompt or everything
     after a loss; from then on each plan computes one more, which need not be known here yet.
     Production ends at ``end`` tokens, prompt included. ``account`` is what it holds of its group's
-    memory, and ``admitted_by`` the plan that made it resident there, 0 before. ``scored`` tokens of
-    the prompt are done with, if its log probabilities are wanted: they have been delivered, but for
-    the first, which nothing predicts.
+    memory, and ``admitted_by`` the plan that made it resident there, 0 before. ``losses`` counts
+    those in a row, at the last of which it had ``lost_len`` tokens. ``scored`` tokens of the prompt
+    are done with, if its log probabilities are wanted: they have been delivered, but for the first,
+    which nothing predicts.
     """
 
     facts: Submitted
@@ -58,6 +63,7 @@ class Sequence:
     scheduled: int = 0
     account: Account | None = None
     losses: int = 0
+    lost_len: int = 0
     scored: int = 1
 
     @property
@@ -84,6 +90,13 @@ class Sequence:
     def scores_prompt(self) -> bool:
         """Whether log probabilities of the prompt are wanted."""
         return PROMPT_LOGPROBS in self.facts.needs
+
+    def lose(self, progress_tokens_min: int) -> None:
+        """Counts the loss of its worker; the first in a row if it has got on since the last."""
+        if len(self.tokens) - self.lost_len >= progress_tokens_min:
+            self.losses = 0
+        self.losses += 1
+        self.lost_len = len(self.tokens)
 
     def leave(self) -> None:
         """Forgets its life in a group; the tokens stay."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from router.core.effects import Abandon, Close, Deliver
+from router.core.effects import Abandon, Close, Deliver, Effect
 from router.core.events import Limits, Reason, StepDone
 from router.core.state import CoreConfig
 from tests.core.bench import END, WIDE, Bench, endings_of, tokens_of
@@ -218,8 +218,35 @@ def test_what_had_produced_nothing_is_tried_again_as_often_as_allowed() -> None:
         assert [plan.work_sequences for plan in bench.sent()] == [(1,)]
         effects = bench.down(epoch=epoch)
     assert effects == [
-        Close(1, Reason.WORKER_LOST, "the worker was lost 3 times with this request")
+        Close(1, Reason.WORKER_LOST, "the worker was lost 3 times in a row with this request")
     ]
+
+
+def lost_after(bench: Bench, epoch: int, tokens: int) -> list[Effect]:
+    """Request 1 goes on in a life of its group that is lost behind so many tokens of it."""
+    bench.up(epoch=epoch)
+    for _ in range(tokens):
+        (plan,) = bench.sent()
+        assert tokens_of(bench.answer(plan, {1: 3})) == [(1, 3)]
+    bench.plan()
+    return bench.down(epoch=epoch)
+
+
+def test_losses_are_counted_anew_for_an_answer_that_gets_on_between_them() -> None:
+    bench = Bench(replace(ONE, attempts_max=2, progress_tokens_min=4))
+    bench.submit(1, (1, 2), max_tokens=100)
+    for epoch, tokens in enumerate((0, 4, 5, 4), start=1):
+        assert lost_after(bench, epoch, tokens) == []
+    assert endings_of(lost_after(bench, 5, tokens=3)) == {1: Reason.WORKER_LOST}
+
+
+def test_a_token_for_each_worker_that_it_ends_is_no_progress() -> None:
+    """Nor are several of them together."""
+    bench = Bench(replace(ONE, attempts_max=6, progress_tokens_min=4))
+    bench.submit(1, (1, 2), max_tokens=100)
+    for epoch in range(1, 6):
+        assert lost_after(bench, epoch, tokens=1) == []
+    assert endings_of(lost_after(bench, 6, tokens=1)) == {1: Reason.WORKER_LOST}
 
 
 def test_a_loss_does_not_count_for_who_was_not_resident_yet() -> None:

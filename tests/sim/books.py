@@ -25,6 +25,7 @@ class Request:
     asked: Reason | None = None
     stop_after: int | None = None
     losses: int = 0
+    kept: int = 0
     scored: int = 1
     shared: int = 0
     home: "GroupBook | None" = None
@@ -226,6 +227,10 @@ class Books:
             request.home = None
             if request.id in self.due:
                 continue
+            gained, request.kept = len(request.tokens) - request.kept, len(request.tokens)
+            if gained >= self.config.progress_tokens_min:
+                self.seen["loss after progress"] += request.losses > 0
+                request.losses = 0
             request.losses += 1
             broken = bool(request.tokens) and not self.config.resume_streams
             if broken or request.losses >= self.config.attempts_max:

@@ -12,6 +12,7 @@ REQUIRED = (
     *(f"untrue: {kind}" for kind in ("surplus", "uneven", "swapped")),
     *("crash", "wedged", "abandoned late", "abandoned untrue", "old news", "stale outcome"),
     *("eviction", "preemption", "resume", "retry", "failure", "failure by share"),
+    "loss after progress",
     *("share from running", "share from finished", "share of an answer", "share after a loss"),
     *("heir", "heir not admitted yet", "wait for a parent", "wait for room"),
     *("adapter", "strange adapter", "share with an adapter", "adapter elsewhere"),

@@ -34,13 +34,13 @@ ADAPTERS = [
         "a sequence is placed where its adapter is not",
     ),
     Mutant(
-        "scheduler.py",
+        "refusing.py",
         "lacking = missing_feature(group, sequence) or missing_adapter(group, sequence)",
         "lacking = missing_feature(group, sequence)",
         "an unknown adapter is accepted",
     ),
     Mutant(
-        "scheduler.py",
+        "refusing.py",
         "groups = [group for group in groups if missing_adapter(group, sequence) is None]",
         "groups = groups",
         "a request for an unknown adapter is told that it is too long",

@@ -29,15 +29,15 @@ SCHEDULER = [
         "what can never run is refused only when its turn has come",
     ),
     Mutant(
-        "scheduler.py",
-        "if not groups or any(_able(group, sequence) for group in groups):",
-        "if not groups or all(_able(group, sequence) for group in groups):",
+        "refusing.py",
+        "if not groups or any(able(group, sequence) for group in groups):",
+        "if not groups or all(able(group, sequence) for group in groups):",
         "a request is refused that some group could run",
     ),
     Mutant(
-        "scheduler.py",
-        "if not groups or any(_able(group, sequence) for group in groups):",
-        "if any(_able(group, sequence) for group in groups):",
+        "refusing.py",
+        "if not groups or any(able(group, sequence) for group in groups):",
+        "if any(able(group, sequence) for group in groups):",
         "a request is refused for want of a group that may yet come up",
     ),
     Mutant(
@@ -167,6 +167,30 @@ SCHEDULER = [
         "a request is tried once too often",
     ),
     Mutant(
+        "state.py",
+        ">= progress_tokens_min:\n            self.losses = 0\n",
+        ">= progress_tokens_min:\n            pass\n",
+        "an answer that gets on ends after a few losses all the same",
+    ),
+    Mutant(
+        "state.py",
+        ">= progress_tokens_min:",
+        "> progress_tokens_min:",
+        "losses are counted anew a token too late",
+    ),
+    Mutant(
+        "state.py",
+        "if len(self.tokens) - self.lost_len >= progress_tokens_min:",
+        "if len(self.tokens) > self.lost_len:",
+        "a request that ends its worker with each token is tried for ever",
+    ),
+    Mutant(
+        "state.py",
+        "        self.lost_len = len(self.tokens)\n",
+        "",
+        "what an answer gained before its first loss counts at each",
+    ),
+    Mutant(
         "scheduler.py",
         "        group.in_flight.popleft()\n",
         "",
@@ -234,7 +258,7 @@ SCHEDULER = [
     ),
     Mutant(
         "scheduler.py",
-        "self._serving(sequence.facts.model) if _able(group, sequence)]",
+        "self._serving(sequence.facts.model) if able(group, sequence)]",
         "self._serving(sequence.facts.model)]",
         "a request is placed where it cannot run",
     ),

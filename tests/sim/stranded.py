@@ -10,10 +10,15 @@ from tests.sim.world import World
 
 
 def add_patience(rng: Random, world: World) -> None:
-    """Lets some worlds wait for less time than groups are away, or keeps groups away for longer."""
+    """Lets some worlds wait for less time than groups are away, or keeps groups away for longer.
+
+    And draws what counts as progress between two losses.
+    """
     patience_ms = rng.choice((1, 4, 15, 60, 10_000, 10_000))
     world.config = replace(world.config, resume_timeout_ms=patience_ms)
     world.down_ms_max *= rng.choice((1, 1, 1, 8))
+    progress = rng.choice((1, 2, 4, 16))
+    world.config = replace(world.config, progress_tokens_min=progress)
 
 
 def note_stranded(books: Books, core: Core) -> None:

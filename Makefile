@@ -2,6 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup run test check proto proto-check lint type fmt sim replay bench clean \
 	test-torch test-jax test-vllm test-gpu test-neuron test-serve test-contracts test-clients clients \
+	test-operations dashboard \
 	engines-torch engines-jax engines-vllm engines-neuron
 
 VENV ?= .venv
@@ -66,6 +67,12 @@ test-serve: engines-torch ## Tests two engines at once, and ranks, as users star
 
 test-contracts: setup ## Compares what adapters use with the packages of engines that cannot run here
 	@$(PY) -m pytest tests/heavy/contracts $(ARGS)
+
+test-operations: setup ## Tests alerts and units with promtool, Prometheus and systemd-analyze
+	@$(PY) -m pytest tests/heavy/operations $(ARGS)
+
+dashboard: setup ## Writes the Grafana dashboard anew from deploy/operations/panels.py
+	@$(PY) -m deploy.operations.dashboard > deploy/operations/grafana/roundhouse.json
 
 clients: setup
 	@ROUNDHOUSE_HOME=$(ENGINES_HOME) $(PY) -m deploy.client_env clients clients-tgi

@@ -252,6 +252,9 @@ class Group:
         self._settled.set()
         try:
             await life.run()
+        except LinkDownError:
+            self._calls.died()
+            raise
         finally:
             if life.steps or monotonic() - began_s > PROVEN_S:
                 self._backoff.reset()

@@ -246,6 +246,12 @@ def _of_groups(groups: Mapping[str, bool]) -> Iterable[Metric]:
     yield GaugeMetricFamily("roundhouse_groups_up", "Groups connected", value=sum(groups.values()))
 
 
+    up = GaugeMetricFamily(
+        "roundhouse_group_up", "Whether the group is connected", labels=["group"]
+    )
+    for name, connected in groups.items():
+        up.add_metric([name], connected)
+    yield up
 def _of_snapshot(core: Snapshot) -> Iterable[Metric]:
     """Gauges and the core's own counters."""
     held = sum(group.kv_used for group in core.groups)

@@ -10,7 +10,12 @@ from collections import deque
 from collections.abc import Iterator
 from time import perf_counter
 
-from prometheus_client.metrics_core import HistogramMetricFamily, Metric, UnknownMetricFamily
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    UnknownMetricFamily,
+)
 
 from router.core.effects import RunPlan
 from router.metrics_histogram import SECONDS, SEQUENCES, Histogram
@@ -52,6 +57,10 @@ class Calls:
         self._batches.stepped(self._group, engine_s)
         self._free_s = now_s
 
+    def died(self) -> None:
+        """The group has been lost, as opposed to having left or been let go."""
+        self._batches.died(self._group)
+
     def lost(self) -> None:
         """The group is down: nothing that is open will be answered."""
         for call in self._open:
@@ -75,10 +84,16 @@ class Batches:
         self._deliveries = {method: Histogram("", "", SECONDS) for method in METHODS}
         self._latest = METHODS[0]
         self._steps: dict[str, Histogram] = {}
+        self._losses: dict[str, int] = {}
 
     def group(self, name: str) -> Calls:
-        """The calls of a group that has come up."""
+        """The calls of a group, whose losses are 0 from now on: a rise from nothing is not seen."""
+        self._losses.setdefault(name, 0)
         return Calls(self, name)
+
+    def died(self, group: str) -> None:
+        """A group that was up has been lost."""
+        self._losses[group] = self._losses.get(group, 0) + 1
 
     def began(self, method: str, admitted: int, sequences: int) -> None:
         """A call began: ``admitted`` sequences are new, of ``sequences`` that it computes."""
@@ -112,6 +127,7 @@ class Batches:
     def forget(self, group: str) -> None:
         """A group is gone for good, and so are its series, as those of a server that has ended."""
         self._steps.pop(group, None)
+        self._losses.pop(group, None)
         self.models.forget(group)
 
     def collect(self) -> Iterator[Metric]:
@@ -146,6 +162,12 @@ class Batches:
             for value, histogram in histograms.items():
                 durations.add_metric([value], histogram.cumulated(), histogram.sum)
             yield durations
+        losses = CounterMetricFamily(
+            "roundhouse_group_losses", "Times that a group went down unasked", labels=["group"]
+        )
+        for group, number in self._losses.items():
+            losses.add_metric([group], number)
+        yield losses
         drawing = "Always 0: tokens are drawn within the step of the engine"
         yield _no_time("tgi_batch_decode_duration", drawing, self._successes)
         joining = "Always 0: requests join a batch without being copied"

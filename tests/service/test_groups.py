@@ -117,6 +117,7 @@ async def test_a_worker_that_is_told_to_leave_loses_no_stream(bench: Bench) -> N
         assert state(router, "g0").state == "down"
         assert [close.reason for _, close in await answers] == [Reason.LENGTH] * 6
         assert router.driver._core.snapshot().resumed == 0
+        assert b'roundhouse_group_losses_total{group="g0"} 0.0' in router.metrics.render()
         await bench.kill("a")
         await bench.start("a")
         await router.groups.wait_up("g0")

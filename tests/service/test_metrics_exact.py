@@ -172,11 +172,16 @@ async def test_an_answer_that_goes_on_in_another_group(tmp_path: Path) -> None:
                 await anext(answer)
                 snapshot = router.driver._core.snapshot()
                 (running,) = (group.name for group in snapshot.groups if group.running)
+                other = next(name for name in addresses if name != running)
                 await bench.kill(running)
                 chunks = [chunk async for chunk in answer]
             assert chunks[-1].finish is not None
             assert chunks[-1].finish.generated_tokens == 30
+            await until(lambda: not router.fleet.groups_up()[running])
             shown = router.metrics.render().decode()
+    for name, up in ((running, 0), (other, 1)):
+        assert f'roundhouse_group_up{{group="{name}"}} {up}.0' in shown
+        assert f'roundhouse_group_losses_total{{group="{name}"}} {1 - up}.0' in shown
     name = 'roundhouse_continuations_total{from_engine="scripted",to_engine="scripted"}'
     assert f"{name} 1.0" in shown
     assert "roundhouse_resumptions_total 1.0" in shown

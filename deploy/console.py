@@ -15,6 +15,7 @@ from tqdm import tqdm
 from deploy.groups import LocalGroup
 from deploy.keeper import LOOP_DEATHS, Died, Loading, News, Ready, Said
 from router.logs import formatter
+from shards.service_manager import ServiceManager
 
 # Where there is no bar, how often one hears how far a worker has loaded.
 LOADING_LINE_S = 5.0
@@ -52,6 +53,7 @@ class Console:
     def __init__(self, *, as_json: bool) -> None:
         self._json = as_json
         self._formatter = formatter(as_json=as_json)
+        self._manager = ServiceManager.taken()
         self._serving = False
         self._bars: dict[str, Any] = {}
         self._told_s: dict[str, float] = {}
@@ -106,6 +108,7 @@ class Console:
     def ready(self, urls: Urls, model_id: str, api_key: str | None) -> None:
         """The ready line, on standard output: one line for programs, some more for people."""
         self._serving = True
+        self._manager.ready(f"serving {model_id} at {urls.rest}" if model_id else urls.rest)
         if self._json:
             line = {"event": "ready", "rest": urls.rest, "grpc": urls.grpc, "model": model_id}
             _print(json.dumps(line))
@@ -119,6 +122,10 @@ class Console:
             f"  curl -N {urls.rest}/v1/chat/completions -H 'Content-Type: application/json'{token} "
             f"\\\n    -d '{json.dumps(EXAMPLE)}'\n"
         )
+
+    def stopping(self) -> None:
+        """Tells the service manager that the server ends; people read it in the log."""
+        self._manager.stopping()
 
     def close(self) -> None:
         """Takes half-drawn bars off the screen."""

@@ -72,7 +72,7 @@ def gateway(
     def ready(port: int) -> None:
         console.ready(Urls.of(settings.host, port, None), "", settings.api_key)
 
-    run(serve(settings, router, router_api_key, listeners, ready))
+    run(serve(settings, router, router_api_key, listeners, ready, console.stopping))
 
 
 def _listener(host: str, port: int, reuse_port: bool, option_name: str) -> socket.socket:

@@ -73,7 +73,8 @@ async def serve(
         supervisor = Supervisor(ranks, console.tell)
         workers = LocalWorkers(supervisor, groups, further, folder, console)
         on_ready = _announcer(settings, groups[0].model.model_id, console)
-        await _together(settings, specs, supervisor, on_ready, controlled(workers))
+        changes = controlled(workers)
+        await _together(settings, specs, supervisor, on_ready, changes, console.stopping)
     finally:
         console.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -83,9 +84,8 @@ async def route(settings: Settings, groups: tuple[GroupSpec, ...], console: Cons
     """Serves the models of workers elsewhere until SIGTERM or SIGINT has been obeyed."""
     check_ports(settings)
     workers = RemoteWorkers(len(groups))
-    await app.serve(
-        settings, groups, _announcer(settings, "", console), changes=controlled(workers)
-    )
+    changes, on_ready = controlled(workers), _announcer(settings, "", console)
+    await app.serve(settings, groups, on_ready, changes=changes, on_stopping=console.stopping)
 
 
 def controlled(workers: Workers) -> app.MakeChanges:
@@ -114,6 +114,7 @@ async def _together(
     supervisor: Supervisor,
     on_ready: OnReady,
     changes: app.MakeChanges,
+    on_stopping: Callable[[], None],
 ) -> None:
     """Runs the router beside the supervisor; either one's failure ends both."""
 
@@ -130,7 +131,13 @@ async def _together(
             loop.add_signal_handler(signal.SIGTERM, this.cancel)
             await supervisor.all_ready()
             await app.serve(
-                settings, groups, on_ready, open_when_ready=True, silent=silent, changes=changes
+                settings,
+                groups,
+                on_ready,
+                open_when_ready=True,
+                silent=silent,
+                changes=changes,
+                on_stopping=on_stopping,
             )
             keeper.cancel()
     except ExceptionGroup as failures:

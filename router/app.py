@@ -128,6 +128,7 @@ async def serve(
     open_when_ready: bool = False,
     silent: Callable[[str], None] = lambda _: None,
     changes: MakeChanges = _no_changes,
+    on_stopping: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves REST and gRPC until SIGTERM or SIGINT has been obeyed.
 
@@ -138,7 +139,8 @@ async def serve(
     ``graceful_termination_timeout_s``; a second one closes them at once. ``on_ready`` gets the
     ports of REST and gRPC once both listen and a first group is up, ``silent`` the name of a group
     whose workers hang. ``changes`` is entered with the router and the port of REST before that, and
-    left when the running answers have ended: some may wait for a group that is on its way. Raises
+    left when the running answers have ended: some may wait for a group that is on its way.
+    ``on_stopping`` is called once the intake stops. Raises
     ``OSError`` if a port cannot be had, ``ConfigError`` if the groups cannot work.
     """
     configure(settings)
@@ -157,8 +159,10 @@ async def serve(
                         on_ready(faces.port, faces.grpc_port)
                         await signals.first.wait()
                         take_no_more()
+                        on_stopping()
                         await _drain(router, faces, signals)
                 else:
+                    on_stopping()
                     await _drain(router, faces, signals)
             finally:
                 router.driver.stop()  # closes what is still open, so that its faces can say so

@@ -271,11 +271,13 @@ async def serve(
     router_key: str | None,
     listeners: Sequence[socket.socket],
     on_ready: Callable[[int], None],
+    on_stopping: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves REST before the router until SIGTERM or SIGINT has been obeyed, as a router does.
 
     ``on_ready`` gets the port of the first listener once the gateway is attached and some group is
-    up. Raises ``ConfigError`` if the router will never take this gateway.
+    up, ``on_stopping`` is called once the intake stops. Raises ``ConfigError`` if the router will
+    never take this gateway.
     """
     configure(settings)
     with Signals() as signals:
@@ -289,6 +291,7 @@ async def serve(
                     await signals.first.wait()
                 log.info("shutting down; %d requests are open", gateway.driver.open_requests)
                 face.stop_intake()
+                on_stopping()
                 limit_s = settings.graceful_termination_timeout_s
                 if not await unless(signals.second, gateway.driver.drain(limit_s)):
                     log.warning("told again; closing %d requests", gateway.driver.open_requests)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from shards import engines
 from shards.config import ConfigError, WorkerConfig, parse
 from shards.engines.base import Engine, ModelError
+from shards.service_manager import ServiceManager
 from shards.worker import Worker
 
 EXIT_NOT_READY = 1
@@ -63,8 +64,12 @@ def _run_loop(main: Coroutine[None, None, int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Orders:
-    """What the worker has been told: to leave in good order, or (its parent is gone) at once."""
+    """What the worker has been told: to leave in good order, or (its parent is gone) at once.
 
+    ``manager`` is who hears that it obeys the first.
+    """
+
+    manager: ServiceManager = field(default_factory=ServiceManager.taken)
     leave: asyncio.Event = field(default_factory=asyncio.Event)
     end: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -136,6 +141,7 @@ async def _serve(worker: Worker, orders: _Orders, limit_s: float, began: float) 
             tell("warning", message=warning)
         seconds = round(time.monotonic() - began, 3)
         tell("ready", address=worker.address, seconds=seconds)
+        orders.manager.ready(f"at {worker.address}")
         await asyncio.wait((obeyed, lost), return_when=asyncio.FIRST_COMPLETED)
         if lost.done():
             tell("error", message=lost.result())
@@ -150,7 +156,7 @@ async def _serve(worker: Worker, orders: _Orders, limit_s: float, began: float) 
 async def _obey(worker: Worker, orders: _Orders, limit_s: float) -> None:
     """Waits until the worker is to stop: at an order to end, or when it has left in good order."""
     end = asyncio.create_task(orders.end.wait(), name="end")
-    left = asyncio.create_task(_leave(worker, orders.leave, limit_s), name="leave")
+    left = asyncio.create_task(_leave(worker, orders, limit_s), name="leave")
     try:
         await asyncio.wait((end, left), return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -159,9 +165,10 @@ async def _obey(worker: Worker, orders: _Orders, limit_s: float) -> None:
         await asyncio.gather(end, left, return_exceptions=True)
 
 
-async def _leave(worker: Worker, order: asyncio.Event, limit_s: float) -> None:
+async def _leave(worker: Worker, orders: _Orders, limit_s: float) -> None:
     """Waits for the order, and then for the router to have closed its stream, for so long."""
-    await order.wait()
+    await orders.leave.wait()
+    orders.manager.stopping()
     if worker.streams:
         message = f"waiting up to {limit_s:g} s for the router to move or end what runs here"
         tell("leaving", message=message, limit_s=limit_s)

@@ -14,6 +14,7 @@ from deploy.groups_command import groups as groups_command
 from deploy.groups_command import switch
 from deploy.model_options import model_options, serve_options
 from deploy.options import (
+    CLUSTER,
     FAILURES,
     WORKER,
     SectionedCommand,
@@ -21,12 +22,14 @@ from deploy.options import (
     option,
     router_options,
     settings_from,
+    some_router_options,
 )
-from deploy.running import run, run_command
+from deploy.running import quiet_grpc, run, run_command
 from deploy.tune_command import tune
 from deploy.workers import worker_command
 from router.config import ConfigError, Settings, check_groups
 from shards.config import GRACEFUL_TERMINATION_TIMEOUT_S, SECONDS_MAX
+from tls.files import TlsError, cluster_files, incomplete, read
 
 # gRPC prepares for forks that go on in Python; ours only start other programs. To be said before
 # it is imported.
@@ -81,6 +84,7 @@ def serve(**options: Any) -> None:
     """
     settings = settings_of(options)
     groups = local_groups(options)
+    quiet_grpc()
     from deploy import local  # loads the router, which the other commands do not need
     from deploy.console import Console
     from deploy.further import FurtherGroups
@@ -104,8 +108,11 @@ def router(workers: tuple[str, ...], **options: Any) -> None:
     Examples:
       roundhouse router --worker gpu1:50061 --worker gpu2:50061      two replicas
       roundhouse router --worker gpu1:50061,gpu2:50061               two ranks of one replica
+      roundhouse router --worker gpu1:50061 \\
+          --cluster-ca ca.pem --cluster-cert head.pem --cluster-key head.key
     """
     settings = settings_of(options)
+    quiet_grpc()
     from router.remote_workers import remote_group
 
     try:
@@ -137,6 +144,7 @@ def router(workers: tuple[str, ...], **options: Any) -> None:
     help="Time for the router to move or end what runs here after SIGTERM or Ctrl-C; a second one "
     "ends at once.",
 )  # fmt: skip
+@some_router_options(*CLUSTER)
 def worker(listen: str, rank: int, world: int, rendezvous: str, **options: Any) -> None:
     """Run one worker for a router elsewhere.
 
@@ -144,17 +152,35 @@ def worker(listen: str, rank: int, world: int, rendezvous: str, **options: Any) 
     Examples:
       roundhouse worker ./model.gguf --listen 0.0.0.0:50061
       roundhouse worker ./model --engine torch --rank 1 --world 2 --rendezvous gpu1:29400
+      roundhouse worker ./model.gguf \\
+          --cluster-ca ca.pem --cluster-cert gpu1.pem --cluster-key gpu1.key
     """
+    cluster = _cluster_arguments(options)
     if world > 1 and not rendezvous:
         raise click.UsageError(
             f"--world {world} needs --rendezvous HOST:PORT, the same for every rank"
         )
     group = one_group(options, world)
-    command = worker_command(group.workers, group.model, listen, rank, rendezvous)
+    command = worker_command(group.workers, group.model, listen, rank, rendezvous) + cluster
     try:
         os.execv(command[0], command)  # noqa: S606 - the worker takes the place of this process
     except OSError as error:
         raise UserError(f"cannot run {command[0]}: {error.strerror}") from error
+
+
+def _cluster_arguments(options: Mapping[str, Any]) -> list[str]:
+    """The worker's certificate, as it is told of it. Raises ``UserError`` if that is unusable."""
+    given = {f"--{name}": options[name.replace("-", "_")] for name in CLUSTER}
+    if fault := incomplete(given):
+        raise UserError(fault)
+    files = cluster_files(*given.values())
+    if files is None:
+        return []
+    try:
+        read(files)
+    except TlsError as error:
+        raise UserError(str(error)) from error
+    return [text for pair in given.items() for text in pair]
 
 
 cli.add_command(engines)

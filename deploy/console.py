@@ -37,11 +37,12 @@ class Urls:
     grpc: str
 
     @classmethod
-    def of(cls, host: str, port: int, grpc_port: int | None) -> "Urls":
+    def of(cls, host: str, port: int, grpc_port: int | None, *, tls: bool = False) -> "Urls":
         """The addresses of a router, or of a gateway, that listens on ``host``."""
+        scheme = "https" if tls else "http"
         shown = "localhost" if host in ("0.0.0.0", "::", "") else host  # noqa: S104 - read, not bound
         shown = f"[{shown}]" if ":" in shown else shown
-        return cls(f"http://{shown}:{port}", f"{shown}:{grpc_port}" if grpc_port else "")
+        return cls(f"{scheme}://{shown}:{port}", f"{shown}:{grpc_port}" if grpc_port else "")
 
 
 class Console:
@@ -105,8 +106,13 @@ class Console:
         with suppress(OSError):  # a full disk, or a reader that has gone, must not end the server
             tqdm.write(text, file=sys.stderr)
 
-    def ready(self, urls: Urls, model_id: str, api_key: str | None) -> None:
-        """The ready line, on standard output: one line for programs, some more for people."""
+    def ready(
+        self, urls: Urls, model_id: str, api_key: str | None, *, certificate: bool = False
+    ) -> None:
+        """The ready line, on standard output: one line for programs, some more for people.
+
+        ``certificate`` says that clients must show one, as ``api_key`` does of a key.
+        """
         self._serving = True
         self._manager.ready(f"serving {model_id} at {urls.rest}" if model_id else urls.rest)
         if self._json:
@@ -114,6 +120,7 @@ class Console:
             _print(json.dumps(line))
             return
         token = " -H 'Authorization: Bearer YOUR_KEY'" if api_key else ""
+        token += " --cert YOUR_CERTIFICATE --key ITS_KEY" if certificate else ""
         grpc = f"  gRPC  {urls.grpc}\n" if urls.grpc else ""
         _print(
             f"\nRoundhouse is ready{model_id and ': '}{model_id}\n"

@@ -49,7 +49,7 @@ STAND_INS = {"neuron-test": "torch_xla"}
 # whose failing import takes transformers with it.
 UNWANTED = {"vllm-cpu": ("torchvision", "torchaudio", "torchcodec")}
 # What decides the content of an environment and stands in no requirement: raise it to redo all.
-RECIPE = 1
+RECIPE = 2
 # The first import of a large engine compiles bytecode and may build kernels.
 CHECK_S = 300
 CHECK = "import importlib, sys; importlib.import_module(sys.argv[1]); import shards.worker"

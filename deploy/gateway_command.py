@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from deploy.options import (
+    CLUSTER,
     LISTEN,
     ROUTER,
     SectionedCommand,
@@ -14,14 +15,14 @@ from deploy.options import (
     settings_from,
     some_router_options,
 )
-from deploy.running import run
+from deploy.running import quiet_grpc, run
 from router.config import ConfigError, is_address
 
 
 @click.command(cls=SectionedCommand)
 @option(
     ROUTER, "--router", metavar="HOST:PORT", required=True,
-    help="The router's gRPC address: its host and --grpc-port.",
+    help="The router's gRPC address: its host and --grpc-port, or its --cluster-port.",
 )  # fmt: skip
 @option(
     ROUTER, "--router-api-key", metavar="KEY",
@@ -37,6 +38,7 @@ from router.config import ConfigError, is_address
 )  # fmt: skip
 @some_router_options(
     *("hostname", "port", "api-key", "cors-allow-origin"),
+    *("tls-cert", "tls-key", "tls-client-ca", *CLUSTER),
     *("graceful-termination-timeout", "json-output", "log-level"),
 )
 def gateway(
@@ -52,6 +54,8 @@ def gateway(
     Examples:
       roundhouse gateway --router gpu1:50051
       roundhouse gateway --router gpu1:50051 --port 8080 --api-key SECRET
+      roundhouse gateway --router gpu1:50052 \\
+          --cluster-ca ca.pem --cluster-cert web1.pem --cluster-key web1.key
       for i in 1 2 3 4; do roundhouse gateway --router localhost:50051 --port 8080 & done
     """
     if not is_address(router):
@@ -61,6 +65,7 @@ def gateway(
         settings = settings_from({**options, "grpc_port": 0})
     except ConfigError as error:
         raise UserError(str(error)) from error
+    quiet_grpc()
     from deploy.console import Console, Urls
     from router.gateway import serve
 
@@ -70,7 +75,8 @@ def gateway(
         listeners.append(_listener(settings.host, own_port, False, "--own-port"))
 
     def ready(port: int) -> None:
-        console.ready(Urls.of(settings.host, port, None), "", settings.api_key)
+        urls = Urls.of(settings.host, port, None, tls=settings.tls is not None)
+        console.ready(urls, "", settings.api_key, certificate=bool(settings.tls_client_ca))
 
     run(serve(settings, router, router_api_key, listeners, ready, console.stopping))
 

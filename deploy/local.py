@@ -38,7 +38,12 @@ def socket_folder() -> Path:
 
 def check_ports(settings: Settings) -> None:
     """Raises ``OSError`` if a port cannot be had; loading a model takes longer than this."""
-    for port, option in ((settings.port, "--port"), (settings.grpc_port, "--grpc-port")):
+    ports = {
+        "--port": settings.port,
+        "--grpc-port": settings.grpc_port,
+        "--cluster-port": settings.cluster_port or 0,
+    }
+    for option, port in ports.items():
         try:
             family, kind, _, _, address = socket.getaddrinfo(
                 settings.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -73,7 +78,7 @@ async def serve(
         supervisor = Supervisor(ranks, console.tell)
         workers = LocalWorkers(supervisor, groups, further, folder, console)
         on_ready = _announcer(settings, groups[0].model.model_id, console)
-        changes = controlled(workers)
+        changes = controlled(lambda _: workers)
         await _together(settings, specs, supervisor, on_ready, changes, console.stopping)
     finally:
         console.close()
@@ -83,18 +88,18 @@ async def serve(
 async def route(settings: Settings, groups: tuple[GroupSpec, ...], console: Console) -> None:
     """Serves the models of workers elsewhere until SIGTERM or SIGINT has been obeyed."""
     check_ports(settings)
-    workers = RemoteWorkers(len(groups))
-    changes, on_ready = controlled(workers), _announcer(settings, "", console)
+    changes = controlled(lambda router: RemoteWorkers(len(groups), router.identities.cluster))
+    on_ready = _announcer(settings, "", console)
     await app.serve(settings, groups, on_ready, changes=changes, on_stopping=console.stopping)
 
 
-def controlled(workers: Workers) -> app.MakeChanges:
+def controlled(workers_of: Callable[[app.Router], Workers]) -> app.MakeChanges:
     """Lets whoever runs the server change its groups, whose workers are to be had from these."""
 
     @asynccontextmanager
     async def change(router: app.Router, port: int) -> AsyncIterator[Callable[[], None]]:
         limit_s = router.settings.graceful_termination_timeout_s
-        changes = Changes(router.groups, workers, router.own, limit_s)
+        changes = Changes(router.groups, workers_of(router), router.own, limit_s)
         async with offered(changes, lambda: control_socket(port)):
             yield changes.take_no_more
 
@@ -103,8 +108,12 @@ def controlled(workers: Workers) -> app.MakeChanges:
 
 def _announcer(settings: Settings, model_id: str, console: Console) -> OnReady:
     """What to do once the router serves on these two ports."""
+    tls, certificate = settings.tls is not None, bool(settings.tls_client_ca)
     return lambda port, grpc_port: console.ready(
-        Urls.of(settings.host, port, grpc_port), model_id, settings.api_key
+        Urls.of(settings.host, port, grpc_port, tls=tls),
+        model_id,
+        settings.api_key,
+        certificate=certificate,
     )
 
 

@@ -12,18 +12,21 @@ from typing import Any, TypeVar
 import click
 
 from router.config import Settings
+from router.identities import check_files
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-LISTEN, LIMITS, BATCH, FAILURES, OUTPUT = (
+LISTEN, ENCRYPTION, LIMITS, BATCH, FAILURES, OUTPUT = (
     "Listening",
+    "Encryption",
     "Limits of a request",
     "Limits of a batch",
     "Failures",
     "Output",
 )
 MODEL, WORKER, ROUTER, MARK = "Model", "Worker", "Router", "Watermarks"
-SECTIONS = (MODEL, WORKER, ROUTER, LISTEN, LIMITS, MARK, BATCH, FAILURES, OUTPUT)
+SECTIONS = (MODEL, WORKER, ROUTER, LISTEN, ENCRYPTION, LIMITS, MARK, BATCH, FAILURES, OUTPUT)
+CLUSTER = ("cluster-ca", "cluster-cert", "cluster-key")
 
 
 class UserError(click.ClickException):
@@ -40,6 +43,7 @@ class Knob:
     help: str
     field: str = ""
     env: str = ""
+    text: bool = False  # though its setting has no default that would say so
 
     @property
     def setting(self) -> str:
@@ -63,9 +67,42 @@ KNOBS = (
     ),
     Knob(LISTEN, "port", "PORT", "Port of REST; 0 takes a free one."),
     Knob(LISTEN, "grpc-port", "PORT", "Port of gRPC; 0 takes a free one."),
-    Knob(LISTEN, "api-key", "KEY", "Bearer token that clients must send. Default: none."),
+    Knob(LISTEN, "api-key", "KEY", "Bearer token that clients must send. None: open.", text=True),
     Knob(LISTEN, "cors-allow-origin", "ORIGIN", "Origin that browsers may call from; repeatable."),
     Knob(LISTEN, "payload-limit", "BYTES", "Largest request body."),
+    Knob(
+        ENCRYPTION,
+        "tls-cert",
+        "FILE",
+        "Certificate of the public ports, which speak TLS then. Replaced files are used at once.",
+        text=True,
+    ),
+    Knob(ENCRYPTION, "tls-key", "FILE", "Its private key.", text=True),
+    Knob(
+        ENCRYPTION,
+        "tls-client-ca",
+        "FILE",
+        "CA that signs the certificates of clients, who must show one then.",
+        text=True,
+    ),
+    Knob(
+        ENCRYPTION,
+        "cluster-ca",
+        "FILE",
+        "CA of the cluster: router, workers and gateways on other machines believe its "
+        "certificates, and nobody else.",
+        text=True,
+    ),
+    Knob(ENCRYPTION, "cluster-cert", "FILE", "Certificate of this process by that CA.", text=True),
+    Knob(ENCRYPTION, "cluster-key", "FILE", "Its private key.", text=True),
+    Knob(
+        ENCRYPTION,
+        "cluster-port",
+        "PORT",
+        "Port of gRPC for gateways with a certificate of the cluster. Default: none.",
+        # Kubernetes sets CLUSTER_PORT beside a service that is called "cluster".
+        env="ROUNDHOUSE_CLUSTER_PORT",
+    ),
     Knob(LIMITS, "max-concurrent-requests", "N", "Requests open at once; one more gets a 429."),
     Knob(LIMITS, "max-input-tokens", "TOKENS", "Longest prompt. Default: max-total-tokens - 1."),
     Knob(LIMITS, "max-total-tokens", "TOKENS", "Prompt and answer. Default: what the model holds."),
@@ -219,7 +256,7 @@ def _knob_option(knob: Knob) -> Callable[[Decorated], Decorated]:
             shape |= {"multiple": True, "default": None, "show_default": "any"}
         case str():
             shape |= {"type": str}
-        case None if knob.name == "api-key":
+        case None if knob.text:
             shape |= {"type": str}
         case _:
             shape |= {"type": _number}
@@ -237,10 +274,12 @@ def _knob_option(knob: Knob) -> Callable[[Decorated], Decorated]:
 def settings_from(values: Mapping[str, Any]) -> Settings:
     """Makes the settings of parsed options; those that a command lacks have their defaults.
 
-    Raises ``ConfigError`` with every fault.
+    Raises ``ConfigError`` with every fault, of files that they name, too.
     """
     chosen = {knob.setting: values[knob.setting] for knob in KNOBS if knob.setting in values}
     chosen["cors_allow_origin"] = tuple(
         origin for text in chosen["cors_allow_origin"] for origin in text.split(",") if origin
     )
-    return Settings(**chosen)
+    settings = Settings(**chosen)
+    check_files(settings)
+    return settings

@@ -22,6 +22,7 @@ from router.driver import Driver, monotonic_ms
 from router.faces import Faces, Signals, settle_memory, unless
 from router.fleet import Fleet
 from router.groups import Groups
+from router.identities import Identities
 from router.logs import configure
 from router.metrics import Metrics
 from router.service import Service
@@ -48,8 +49,8 @@ class Router:
     """A running router without its network faces; an async context manager.
 
     ``silent`` is called with the name of a group whose workers hang. Raises ``ConfigError`` if the
-    groups cannot work. While inside, the failure of any task of the router cancels the body;
-    leaving then raises that failure.
+    groups, or the certificates, cannot work. While inside, the failure of any task of the router
+    cancels the body; leaving then raises that failure.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Router:
         specs = check_groups(groups)
         core = Core(core_config(settings))
         self.settings = settings
+        self.identities = Identities.of(settings)
         self.metrics = Metrics(registry)
         self.driver = Driver(core, self.metrics, settings.max_concurrent_requests, clock)
         self.fleet = Fleet(settings, specs)
@@ -80,6 +82,7 @@ class Router:
             snapshot=core.snapshot,
             own=self.own,
             silent=silent,
+            cluster=self.identities.cluster,
         )
         self._tasks = asyncio.TaskGroup()
 
@@ -149,7 +152,12 @@ async def serve(
             if open_when_ready and not await unless(signals.first, router.fleet.wait_ready()):
                 return
             faces = await Faces.start(
-                router.service, router.fleet, router.metrics, settings, router.gateways
+                router.service,
+                router.fleet,
+                router.metrics,
+                settings,
+                router.gateways,
+                router.identities,
             )
             rest = router.own(faces.run(), "rest")
             try:

@@ -11,6 +11,10 @@ interrupted and there is nothing to decide. (TGI itself ignores both where it co
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from itertools import combinations
+from pathlib import Path
+
+from tls.files import Files, cluster_files, incomplete
 
 
 class ConfigError(ValueError):
@@ -97,6 +101,18 @@ class Settings:
     grpc_port: int = 50051
     # What clients must send as a bearer token. None: nothing.
     api_key: str | None = None
+    # Files with the certificate and the key of both ports, and the CA that the certificates of
+    # clients must come from. None: nothing is encrypted, and clients need no certificate.
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    # Files with the CA of the cluster, and with this process's own certificate and key: for what
+    # is said with workers and gateways over TCP. None: that is not encrypted.
+    cluster_ca: str | None = None
+    cluster_cert: str | None = None
+    cluster_key: str | None = None
+    # Port where gateways attach by such a certificate, and nowhere else. None: there is none.
+    cluster_port: int | None = None
     # Origins that browsers may call from. Empty: any.
     cors_allow_origin: tuple[str, ...] = ()
     # Log lines as JSON objects.
@@ -109,6 +125,19 @@ class Settings:
         faults = _faults(self)
         if faults:
             raise ConfigError(faults)
+
+    @property
+    def tls(self) -> Files | None:
+        """The files of the public ports."""
+        if not self.tls_cert or not self.tls_key:
+            return None
+        ca = Path(self.tls_client_ca) if self.tls_client_ca else None
+        return Files(Path(self.tls_cert), Path(self.tls_key), ca)
+
+    @property
+    def cluster(self) -> Files | None:
+        """The files of the links to workers and gateways."""
+        return cluster_files(self.cluster_ca, self.cluster_cert, self.cluster_key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +176,7 @@ _RANGES = {
     "graceful_termination_timeout_s": _Range("seconds", 0, 86_400, whole=False),
     "port": _Range("TCP port", 0, 65_535),
     "grpc_port": _Range("TCP port", 0, 65_535),
+    "cluster_port": _Range("TCP port", 1, 65_535, optional=True),
 }
 _SWITCHES = ("resume_streams", "json_output", "disable_grammar_support")
 _LEVELS = ("debug", "info", "warning", "error")
@@ -168,7 +198,20 @@ def _faults(settings: Settings) -> list[str]:
         faults.append(f"host must be an address to listen on, not {settings.host!r}")
     if settings.api_key is not None and not settings.api_key:
         faults.append("api_key must not be empty; leave it out to ask for none")
+    faults += _tls_faults(settings)
     return faults + _pair_faults({name: given[name] for name in _RANGES if not ranges[name]})
+
+
+def _tls_faults(settings: Settings) -> list[str]:
+    """Files of which some are given and others, without which they mean nothing, are not."""
+    pair = {"tls_cert": settings.tls_cert, "tls_key": settings.tls_key}
+    if settings.tls_client_ca:
+        pair["tls_client_ca"] = settings.tls_client_ca
+    names = ("cluster_ca", "cluster_cert", "cluster_key")
+    faults = [incomplete(pair), incomplete({name: getattr(settings, name) for name in names})]
+    if settings.cluster_port is not None and not any(getattr(settings, name) for name in names):
+        faults.append("cluster_port needs cluster_ca, cluster_cert and cluster_key")
+    return list(filter(None, faults))
 
 
 def _range_fault(name: str, value: object, allowed: _Range) -> str | None:
@@ -200,9 +243,12 @@ def _pair_faults(sound: dict[str, float | None]) -> list[str]:
             f"max_total_tokens ({tokens} tokens) must be at most max_batch_total_tokens "
             f"({held} tokens): the longest request would never fit"
         )
-    port = sound.get("port")
-    if port and port == sound.get("grpc_port"):
-        faults.append(f"port and grpc_port must be two different TCP ports, not both {port}")
+    names = ("port", "grpc_port", "cluster_port")
+    faults += [
+        f"{one} and {other} must be two different TCP ports, not both {port}"
+        for one, other in combinations(names, 2)
+        if (port := sound.get(one)) and port == sound.get(other)
+    ]
     return faults
 
 

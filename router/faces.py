@@ -19,11 +19,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from router.api.gateway_server import Gateways
 from router.api.grpc_server import start as start_grpc
+from router.api.grpc_server import start_for_gateways
 from router.api.rest.app import create_app
 from router.config import Settings
 from router.fleet import Fleet
+from router.https import server_context
+from router.identities import Identities
 from router.metrics import Metrics
 from router.service import Service
+from tls.identity import Identity
 
 BACKLOG = 4096
 """Connections that may wait to be accepted: a thousand clients may arrive at once."""
@@ -126,25 +130,28 @@ class _Connection(HttpToolsProtocol):
 class RestFace:
     """The REST server of an application, on listening sockets. ``run`` is its task.
 
-    ``port`` is that of the first socket.
+    ``port`` is that of the first socket. Without an identity nothing is encrypted.
     """
 
-    def __init__(self, app: ASGIApp, *listeners: socket.socket) -> None:
+    def __init__(
+        self, app: ASGIApp, *listeners: socket.socket, identity: Identity | None = None
+    ) -> None:
         self.port: int = listeners[0].getsockname()[1]
         self._listeners = list(listeners)
-        self._server = _Uvicorn(
-            uvicorn.Config(
-                app,
-                http=_Connection,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                backlog=BACKLOG,
-                timeout_keep_alive=KEEP_ALIVE_S,
-            )
+        config = uvicorn.Config(
+            app,
+            http=_Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
+        config.load()
+        config.ssl = server_context(identity) if identity is not None else None
+        self._server = _Uvicorn(config)
 
     async def run(self) -> None:
         """Serves until the intake is stopped and every answer is written out."""
@@ -173,12 +180,18 @@ class Faces:
     """The REST and gRPC servers. ``run`` is the task of REST; gRPC has its own within grpcio."""
 
     def __init__(
-        self, rest: RestFace, rpc: grpc.aio.Server, grpc_port: int, gateways: Gateways | None
+        self,
+        rest: RestFace,
+        rpc: grpc.aio.Server,
+        grpc_port: int,
+        gateways: Gateways | None,
+        cluster: grpc.aio.Server | None,
     ) -> None:
         self.port = rest.port
         self.grpc_port = grpc_port
         self._rest = rest
         self._rpc = rpc
+        self._cluster = cluster
         self._gateways = gateways
 
     @classmethod
@@ -189,23 +202,33 @@ class Faces:
         metrics: Metrics,
         settings: Settings,
         gateways: Gateways | None = None,
+        identities: Identities | None = None,
     ) -> "Faces":
-        """Binds both ports and starts gRPC. Raises ``OSError`` with one line if one is taken.
+        """Binds the ports and starts gRPC. Raises ``OSError`` with one line if one is taken.
 
         ``gateways`` serves the processes that run REST faces elsewhere, if there may be any.
+        ``identities`` are those of the settings, if they have been read already.
         """
+        shown = identities or Identities.of(settings)
         listener = listen(settings.host, settings.port)
         try:
             if settings.grpc_port == 0:
                 settings = replace(settings, grpc_port=_free_port(settings.host))
             rpc = await start_grpc(
-                service, fleet, settings, gateways=gateways, models=metrics.models
+                service,
+                fleet,
+                settings,
+                gateways=gateways,
+                models=metrics.models,
+                identities=shown,
             )
+            cluster = await _for_cluster(gateways, settings, shown, rpc)
         except BaseException:
             listener.close()
             raise
         app = create_app(service, fleet, metrics, settings)
-        return cls(RestFace(app, listener), rpc, settings.grpc_port, gateways)
+        rest = RestFace(app, listener, identity=shown.clients)
+        return cls(rest, rpc, settings.grpc_port, gateways, cluster)
 
     async def run(self) -> None:
         """Serves REST until the intake is stopped and every answer is written out."""
@@ -224,7 +247,22 @@ class Faces:
         """Gives answers that have ended a moment to be written out, then closes everything."""
         self.stop_intake()
         self._rest.close()
-        await self._rpc.stop(FLUSH_S)
+        servers = filter(None, (self._rpc, self._cluster))
+        await asyncio.gather(*(server.stop(FLUSH_S) for server in servers))
+
+
+async def _for_cluster(
+    gateways: Gateways | None, settings: Settings, shown: Identities, beside: grpc.aio.Server
+) -> grpc.aio.Server | None:
+    """The server of the cluster's port, if there is one. If it cannot start, nor does the other."""
+    port, cluster = settings.cluster_port, shown.cluster
+    if gateways is None or port is None or cluster is None:
+        return None
+    try:
+        return await start_for_gateways(gateways, settings, port, cluster)
+    except BaseException:
+        await beside.stop(None)
+        raise
 
 
 def raise_file_limit() -> None:

@@ -27,6 +27,7 @@ from router.driver import Driver, monotonic_ms
 from router.faces import RestFace, Signals, settle_memory, unless
 from router.fleet import Fleet
 from router.gateway_wire import card_from_wire, limits_from_wire, specs_from_wire, unknown_to
+from router.identities import Identities
 from router.link import Backoff, LinkDownError
 from router.logs import configure
 from router.metrics import Metrics
@@ -58,7 +59,8 @@ class Gateway(Collector):
     """A running gateway without its network face; an async context manager.
 
     While inside, the failure of any of its tasks cancels the body; leaving then raises that
-    failure. One is ``ConfigError``: the router is there, but will never take this gateway.
+    failure. One is ``ConfigError``: the router is there, but will never take this gateway. So is
+    what making one raises, if the certificates cannot work.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Gateway(Collector):
         self.metrics = Metrics(registry, schedules=False)
         self.metrics.registry.register(self)
         self.ready = asyncio.Event()
+        self.identities = Identities.of(settings)
         self._router = router
         self._router_key = router_key
         self._core = RemoteCore()
@@ -214,7 +217,7 @@ class Gateway(Collector):
 
     async def _attach(self) -> None:
         """Attaches to the router and stays so. Ends in ``LinkDownError``."""
-        link = RouterLink(self._router, self._router_key)
+        link = RouterLink(self._router, self._router_key, self.identities.cluster)
         try:
             welcome = await link.attach(version())
             self._closing = False
@@ -282,7 +285,7 @@ async def serve(
     configure(settings)
     with Signals() as signals:
         async with Gateway(settings, router, router_key) as gateway:
-            face = RestFace(gateway.front, *listeners)
+            face = RestFace(gateway.front, *listeners, identity=gateway.identities.clients)
             rest = gateway.own(face.run(), "rest")
             try:
                 if await unless(signals.first, _wait(gateway.ready)):

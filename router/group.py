@@ -27,7 +27,14 @@ from router.core.events import Event, GroupDown, GroupLeaving, GroupUp, StepDone
 from router.described import card_of
 from router.fleet import Fleet, GroupCard, MismatchError
 from router.life import AbandonedError, LeftError, Life
-from router.link import Backoff, Link, LinkDownError, SilentError, UnreachableError
+from router.link import (
+    Backoff,
+    ClosedError,
+    Link,
+    LinkDownError,
+    SilentError,
+    UnreachableError,
+)
 from router.metrics import Metrics
 from router.text.tokenizer import Tokenizer
 from router.together import all_of
@@ -58,9 +65,10 @@ class Inbox(Protocol):
 class Group:
     """Owner of one group's links. ``run`` is its task; no other method but ``wait_up`` waits.
 
-    ``epochs`` gives a number that no life of any group has had. ``slots`` is how many plans the
-    core may have in flight. ``silent`` is called with the group's name when its workers hang: they
-    have been given up, are still there, and answer nothing.
+    ``epochs`` gives a number that no life of any group has had. ``dial`` makes a new link to an
+    address, with slots for all plans that the core may have in flight. ``silent`` is called with
+    the group's name when its workers hang: they have been given up, are still there, and answer
+    nothing.
     """
 
     def __init__(
@@ -71,7 +79,7 @@ class Group:
         fleet: Fleet,
         metrics: Metrics,
         epochs: Callable[[], int],
-        slots: int,
+        dial: Callable[[str], Link],
         silent: Callable[[str], None] = lambda _: None,
         random: Random | None = None,
     ) -> None:
@@ -79,7 +87,7 @@ class Group:
         self._inbox = inbox
         self._fleet = fleet
         self._epochs = epochs
-        self._slots = slots
+        self._dial = dial
         self._backoff = Backoff(random or Random())  # noqa: S311
         self._life: Life | None = None
         self._calls = metrics.batches.group(spec.name)
@@ -155,7 +163,8 @@ class Group:
         That nobody is there any more goes without saying once it is known to be down.
         """
         cause = str(failure)
-        known = cause in self._told or (self._told and isinstance(failure, UnreachableError))
+        absent = isinstance(failure, UnreachableError) and not isinstance(failure, ClosedError)
+        known = cause in self._told or (self._told and absent)
         if not known:
             log.warning("group %s is down: %s", self.spec.name, cause)
             self._told.append(cause)
@@ -193,7 +202,7 @@ class Group:
 
     async def _attempt(self) -> None:
         """Tries to connect every rank, and lives on until one fails."""
-        links = [Link(address, self._slots) for address in self.spec.addresses]
+        links = [self._dial(address) for address in self.spec.addresses]
         try:
             described = await all_of(link.describe() for link in links)
             card = card_of(self.spec, described)
@@ -215,7 +224,7 @@ class Group:
             return
         try:
             async with asyncio.timeout(self._trial_s):
-                await try_out(addresses, self._epochs())
+                await try_out([self._dial(address) for address in addresses], self._epochs())
         except TimeoutError:
             late = f"its first steps were not answered within {self._trial_s:g} s"
             raise MismatchError(late) from None

@@ -8,6 +8,7 @@ Removing drains: what runs in the group moves to others as they have room (``rou
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Literal
 
@@ -16,8 +17,10 @@ from router.core.snapshot import GroupSnapshot, Snapshot
 from router.driver import Driver
 from router.fleet import Fleet, GroupCard, MismatchError
 from router.group import Group
+from router.link import Link
 from router.metrics import Metrics
 from router.under_way import Own
+from tls.identity import Identity
 
 
 class RefusedError(Exception):
@@ -44,10 +47,11 @@ class State:
 class Groups:
     """Owner of the groups and their tasks. ``snapshot`` gives the numbers of the core.
 
-    ``silent`` is called with the name of a group whose workers hang.
+    ``silent`` is called with the name of a group whose workers hang. ``cluster`` is by what router
+    and workers know each other over TCP.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that groups have to do with meets here
         self,
         specs: Iterable[GroupSpec],
         *,
@@ -58,11 +62,12 @@ class Groups:
         snapshot: Callable[[], Snapshot],
         own: Own,
         silent: Callable[[str], None] = lambda _: None,
+        cluster: Identity | None = None,
     ) -> None:
         self._driver = driver
         self._fleet = fleet
         self._metrics = metrics
-        self._slots = settings.plans_in_flight_max + 2
+        self._dial = partial(Link, slots=settings.plans_in_flight_max + 2, cluster=cluster)
         self._trial_s = settings.step_deadline_s
         self._snapshot = snapshot
         self._own = own
@@ -189,7 +194,7 @@ class Groups:
             fleet=self._fleet,
             metrics=self._metrics,
             epochs=lambda: next(self._epochs),
-            slots=self._slots,
+            dial=self._dial,
             silent=self._silent,
         )
         self._driver.attach(spec.name, group)

@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 
 from router.core.effects import RunPlan
 from router.errors import Fault, RequestError
+from router.handshakes import mismatch
 from shards.v1.shard_pb2 import (
     Constraint,
     DescribeRequest,
@@ -33,6 +34,8 @@ from shards.v1.shard_pb2 import (
     Sampling,
     TokenizerChunk,
 )
+from tls.identity import Identity
+from tls.wire import channel_to
 
 T = TypeVar("T")
 
@@ -75,6 +78,14 @@ class LinkDownError(Exception):
 
 class UnreachableError(LinkDownError):
     """Nobody is there who could answer."""
+
+
+class MistrustError(LinkDownError):
+    """Somebody is there who does not speak TLS, or whose certificate is not to be believed."""
+
+
+class ClosedError(UnreachableError):
+    """Somebody is there, and closes the connection before anything is said."""
 
 
 class SilentError(LinkDownError):
@@ -131,12 +142,16 @@ def encode(plan: RunPlan) -> bytes:
 
 
 class Link:
-    """``address`` is ``unix:///path`` or ``host:port``; ``slots`` bounds unwritten plans."""
+    """``address`` is ``unix:///path`` or ``host:port``; ``slots`` bounds unwritten plans.
 
-    def __init__(self, address: str, slots: int) -> None:
+    ``cluster`` is by what both ends of ``host:port`` know each other; None: nothing is encrypted.
+    """
+
+    def __init__(self, address: str, slots: int, cluster: Identity | None = None) -> None:
         self.address = address
+        self._encrypted = cluster is not None
         options = _OPTIONS if address.startswith("unix:") else _OPTIONS + _KEEPALIVE
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._channel = channel_to(address, cluster, options)
         self._slots: asyncio.Queue[bytes] = asyncio.Queue(slots)
         self._call: grpc.aio.StreamStreamCall[bytes, Outcome] | None = None
 
@@ -263,8 +278,25 @@ class Link:
     def _down(self, error: grpc.aio.AioRpcError) -> LinkDownError:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return SilentError(f"{self.address}: no answer in time; it may be loading its model")
-        kind = UnreachableError if is_unreachable(error) else LinkDownError
-        return kind(f"{self.address}: {cause_of(error)}")
+        return not_connected(self.address, error, self._encrypted) or LinkDownError(
+            f"{self.address}: {cause_of(error)}"
+        )
+
+
+def not_connected(
+    address: str, error: grpc.aio.AioRpcError, encrypted: bool
+) -> LinkDownError | None:
+    """Why nothing could be said over a connection; None if that was not the reason.
+
+    ``encrypted``: this end speaks TLS, unless the address is that of a unix socket.
+    """
+    if not is_unreachable(error):
+        return None
+    found = mismatch(error.details() or "", encrypted=encrypted)
+    if found is None or address.startswith("unix:"):
+        return UnreachableError(f"{address}: {cause_of(error)}")
+    kind = MistrustError if found.certain else ClosedError
+    return kind(f"{address}: {found.text}")
 
 
 def is_unreachable(error: grpc.aio.AioRpcError) -> bool:

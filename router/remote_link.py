@@ -21,8 +21,10 @@ from router.link import (
     TOKENIZER_BYTES_MAX,
     TOKENIZER_DEADLINE_S,
     LinkDownError,
+    MistrustError,
     UnreachableError,
     cause_of,
+    not_connected,
 )
 from router.remote import Uplink
 from router.v1 import gateway_pb2 as pb
@@ -35,6 +37,8 @@ from shards.v1.shard_pb2 import (
     PrepareResponse,
     TokenizerChunk,
 )
+from tls.identity import Identity
+from tls.wire import channel_to
 
 T = TypeVar("T")
 
@@ -54,7 +58,8 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 )
 _REFUSALS = {
     grpc.StatusCode.UNAUTHENTICATED: "it does not accept this key; give it with --router-api-key",
-    grpc.StatusCode.UNIMPLEMENTED: "it is no router that takes gateways of this version",
+    grpc.StatusCode.UNIMPLEMENTED: "it is no router that takes gateways of this version at this "
+    "port; one with --cluster-ca takes them at its --cluster-port alone",
 }
 _CALL_FAULTS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Fault.OVERLOADED,
@@ -69,11 +74,15 @@ class RefusedError(LinkDownError):
 
 
 class RouterLink:
-    """``address`` is ``host:port`` or ``unix:///path``; ``api_key`` what the router asks for."""
+    """``address`` is ``host:port`` or ``unix:///path``; ``api_key`` what the router asks for.
 
-    def __init__(self, address: str, api_key: str | None) -> None:
+    ``cluster`` is by what both ends of ``host:port`` know each other; None: nothing is encrypted.
+    """
+
+    def __init__(self, address: str, api_key: str | None, cluster: Identity | None = None) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._encrypted = cluster is not None
+        self._channel = channel_to(address, cluster, _OPTIONS)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._call: grpc.aio.StreamStreamCall[pb.FromGateway, pb.ToGateway] | None = None
 
@@ -218,6 +227,9 @@ class RouterLink:
         refusal = _REFUSALS.get(error.code())
         if refusal is not None:
             raise RefusedError(f"router {self.address}: {refusal}") from None
+        if down := not_connected(self.address, error, self._encrypted):
+            kind = RefusedError if isinstance(down, MistrustError) else LinkDownError
+            raise kind(f"router {down}") from None
         raise LinkDownError(f"router {self.address}: {cause_of(error)}") from None
 
     def _raise_closed(self) -> NoReturn:

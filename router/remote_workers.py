@@ -9,6 +9,7 @@ from router.change import ChangeError, Problem, Tell
 from router.config import ConfigError, GroupSpec, check_groups
 from router.link import Backoff, Link, LinkDownError, SilentError, UnreachableError
 from router.together import all_of
+from tls.identity import Identity
 
 REACH_S = 10.0
 """How long nobody may listen at an address: the worker may just be starting."""
@@ -23,12 +24,14 @@ class RemoteWorkers:
     """``router.change.Workers`` of a router that began with ``groups`` of them.
 
     A group has a name that no other has had. Nobody but who has started the workers can end them.
+    ``cluster`` is by what the router and they know each other; None: nothing is encrypted.
     """
 
     ends_them = False
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, cluster: Identity | None = None) -> None:
         self._numbers = count(groups)
+        self._cluster = cluster
 
     async def check(self, text: str, tell: Tell) -> None:
         """Looks at the addresses. Raises ``ChangeError``."""
@@ -49,7 +52,7 @@ class RemoteWorkers:
         spec = remote_group(next(self._numbers), text)
         tell(f"{spec.name}: waiting for {', '.join(spec.addresses)}", 0.0)
         try:
-            await all_of(_answering(spec, address, tell) for address in spec.addresses)
+            await all_of(self._answering(spec, address, tell) for address in spec.addresses)
         except LinkDownError as error:
             raise ChangeError(Problem.IMPOSSIBLE, str(error)) from None
         return spec
@@ -61,22 +64,22 @@ class RemoteWorkers:
         """Raises ``ChangeError``: this router has never started any."""
         raise ChangeError(Problem.IMPOSSIBLE, "its workers run elsewhere")
 
-
-async def _answering(spec: GroupSpec, address: str, tell: Tell) -> None:
-    """Waits until a worker answers, as long as there is one. Raises ``LinkDownError``."""
-    backoff, missed = Backoff(Random()), monotonic()  # noqa: S311
-    while True:
-        link = Link(address, 1)
-        try:
-            await link.describe()
-        except UnreachableError:
-            if monotonic() - missed > REACH_S:
-                raise
-            await asyncio.sleep(backoff.pause_s())
-        except SilentError:
-            missed = monotonic()
-            tell(f"{spec.name}: {address} does not answer yet: it may be loading its model", 0.0)
-        else:
-            return
-        finally:
-            await link.close()
+    async def _answering(self, spec: GroupSpec, address: str, tell: Tell) -> None:
+        """Waits until a worker answers, as long as there is one. Raises ``LinkDownError``."""
+        backoff, missed = Backoff(Random()), monotonic()  # noqa: S311
+        while True:
+            link = Link(address, 1, self._cluster)
+            try:
+                await link.describe()
+            except UnreachableError:
+                if monotonic() - missed > REACH_S:
+                    raise
+                await asyncio.sleep(backoff.pause_s())
+            except SilentError:
+                missed = monotonic()
+                late = f"{address} does not answer yet: it may be loading its model"
+                tell(f"{spec.name}: {late}", 0.0)
+            else:
+                return
+            finally:
+                await link.close()

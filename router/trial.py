@@ -16,14 +16,13 @@ SEQUENCE, TOKEN = 1, 1
 """What is computed: two tokens behind this one, which every vocabulary has."""
 
 
-async def try_out(addresses: Sequence[str], epoch: int) -> None:
-    """Lets a group, of ranks in order, compute a prompt and a token more.
+async def try_out(links: Sequence[Link], epoch: int) -> None:
+    """Lets a group, by new links to its ranks in order, compute a prompt and a token more.
 
-    Its streams are opened for that, and closed. The caller sets the limit. Raises ``LinkDownError``
-    if it fails.
+    Their streams are opened for that, and they are closed. The caller sets the limit. Raises
+    ``LinkDownError`` if it fails.
     """
     plans = _plans(epoch)
-    links = [Link(address, len(plans)) for address in addresses]
     try:
         await all_of(link.open() for link in links)
         await _run(plans, links, epoch)

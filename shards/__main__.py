@@ -22,12 +22,16 @@ import time
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from shards import engines
-from shards.config import ConfigError, WorkerConfig, parse
+from shards.config import CLUSTER, ConfigError, WorkerConfig, parse
 from shards.engines.base import Engine, ModelError
 from shards.service_manager import ServiceManager
 from shards.worker import Worker
+from tls.files import TlsError
+from tls.identity import Identity
+from tls.wire import stays_here
 
 EXIT_NOT_READY = 1
 EXIT_USAGE = 2
@@ -80,13 +84,20 @@ async def _run(config: WorkerConfig) -> int:
     _watch_signals(orders.leave)
     if config.exit_with_parent:
         _watch_parent(orders.end, asyncio.get_running_loop())
-    worker = Worker(lambda: _make(config), config.listen, lambda: _overrides(config))
     try:
+        cluster = _cluster(config)
+        overrides = partial(_overrides, config)
+        worker = Worker(partial(_make, config), config.listen, overrides, cluster)
         await worker.start()
-    except OSError as error:
+    except (TlsError, OSError) as error:
         tell("error", message=str(error))
         return EXIT_NOT_READY
     tell("listening", address=worker.address)
+    if cluster is None and not stays_here(worker.address):
+        _warn(
+            f"whoever reaches {worker.address} can use this worker and read what it is asked: "
+            f"give it and its router {', '.join(CLUSTER[:-1])} and {CLUSTER[-1]}"
+        )
     try:
         code = await _serve(worker, orders, config.graceful_termination_timeout_s, began)
     finally:
@@ -97,6 +108,15 @@ async def _run(config: WorkerConfig) -> int:
         sys.stderr.flush()
         os._exit(code or (0 if worker.loading else EXIT_LOST))
     return code
+
+
+def _warn(message: str) -> None:
+    tell("warning", message=message)
+
+
+def _cluster(config: WorkerConfig) -> Identity | None:
+    """By what routers and this worker know each other. Raises ``TlsError``."""
+    return None if config.cluster is None else Identity(config.cluster, _warn)
 
 
 def _make(config: WorkerConfig) -> Engine:
@@ -138,7 +158,7 @@ async def _serve(worker: Worker, orders: _Orders, limit_s: float, began: float) 
             tell("error", message=str(error))
             return EXIT_NOT_READY
         for warning in loaded.info.warnings:
-            tell("warning", message=warning)
+            _warn(warning)
         seconds = round(time.monotonic() - began, 3)
         tell("ready", address=worker.address, seconds=seconds)
         orders.manager.ready(f"at {worker.address}")

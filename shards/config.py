@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from shards.engines import NAMES
 from shards.engines.base import EngineOptions
+from tls.files import Files, cluster_files, incomplete
 
 _NUMBERS = (
     ("--kv-tokens", 0, "KV cache size in tokens; 0: the engine chooses"),
@@ -20,6 +21,7 @@ _NUMBERS = (
 )
 # As the router's own, which is the one that is meant to end first.
 GRACEFUL_TERMINATION_TIMEOUT_S = 90.0
+CLUSTER = ("--cluster-ca", "--cluster-cert", "--cluster-key")
 SECONDS_MAX = 86_400.0
 
 
@@ -33,7 +35,8 @@ class WorkerConfig:
 
     ``chat_template`` is a file that takes the place of the model's own template.
     ``graceful_termination_timeout_s`` is how long a worker that is told to leave waits for the
-    router of its open stream, in seconds.
+    router of its open stream, in seconds. ``cluster`` is what it shows to routers over TCP, and
+    whom it believes; None: nothing is encrypted.
     """
 
     engine: str
@@ -42,6 +45,7 @@ class WorkerConfig:
     exit_with_parent: bool
     chat_template: Path | None = None
     graceful_termination_timeout_s: float = GRACEFUL_TERMINATION_TIMEOUT_S
+    cluster: Files | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,6 +58,9 @@ def parse(arguments: Sequence[str]) -> WorkerConfig:
     given = _parser().parse_args(arguments)
     if not 0 <= given.rank < given.world:
         raise ConfigError(f"--rank {given.rank} is not below --world {given.world}")
+    cluster = (given.cluster_ca, given.cluster_cert, given.cluster_key)
+    if fault := incomplete(dict(zip(CLUSTER, cluster, strict=True))):
+        raise ConfigError(fault)
     model: Path | None = given.model
     options = EngineOptions(
         model=model,
@@ -77,6 +84,7 @@ def parse(arguments: Sequence[str]) -> WorkerConfig:
         given.exit_with_parent,
         given.chat_template,
         given.graceful_termination_timeout,
+        cluster_files(*cluster),
     )
 
 
@@ -117,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="option of that engine; may be given several times",
     )
+    for name in CLUSTER:
+        parser.add_argument(name, metavar="FILE", help="CA, certificate and key for routers on TCP")
     parser.add_argument(
         "--exit-with-parent",
         action="store_true",

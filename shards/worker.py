@@ -34,6 +34,8 @@ from shards.wire import (
     prepared_constraint,
     vectors_to_wire,
 )
+from tls.identity import Identity
+from tls.wire import listen
 
 SERVICE = "shards.v1.Shard"
 # A plan may admit many long prompts; an outcome may carry many log probabilities.
@@ -286,7 +288,8 @@ def _message(said: Answer, rank: int) -> shard_pb2.Outcome:
 class Worker:
     """One engine behind one gRPC server.
 
-    ``overrides`` gives tokenizer files that take the place of the model's own.
+    ``overrides`` gives tokenizer files that take the place of the model's own. ``cluster`` is by
+    what it and routers know each other over TCP; None: nothing is encrypted.
     """
 
     def __init__(
@@ -294,11 +297,13 @@ class Worker:
         make: Callable[[], Engine],
         address: str,
         overrides: Callable[[], dict[str, bytes]] = dict,
+        cluster: Identity | None = None,
     ) -> None:
         self._engine = EngineThread(make, asyncio.get_running_loop(), overrides)
         self._servicer = ShardServicer(self._engine)
         self._health = _Probed(self._engine)
         self.address = address
+        self._cluster = cluster
         self._server = grpc.aio.server(
             options=(
                 ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
@@ -320,7 +325,7 @@ class Worker:
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
         await self._tell_health(_Health.NOT_SERVING)
         try:
-            port = self._server.add_insecure_port(self.address)
+            port = listen(self._server, self.address, self._cluster)
         except RuntimeError as error:
             hint = "is the address free, and does its folder exist?"
             raise OSError(f"cannot listen on {self.address}: {hint}") from error

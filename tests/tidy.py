@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("router", "shards", "deploy", "tests", "benchmarks")
-PRODUCT = ("router", "shards", "deploy")
+FOLDERS = ("router", "shards", "deploy", "tls", "tests", "benchmarks")
+PRODUCT = ("router", "shards", "deploy", "tls")
+SERVERS = ("router", "shards", "tls")
 FILE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 60
 
@@ -90,8 +91,10 @@ def importing(src: Source) -> Iterator[str]:
             yield f"{line}: router imports of shards only shards.v1, not {name}"
         if src.folder == "shards" and top == "router":
             yield f"{line}: shards import nothing of router"
-        if src.folder in ("router", "shards") and top in ("deploy", "tests", "benchmarks"):
+        if src.folder in SERVERS and top in ("deploy", "tests", "benchmarks"):
             yield f"{line}: {src.folder} does not import {top}"
+        if src.folder == "tls" and top in ("router", "shards"):
+            yield f"{line}: tls imports nothing of {top}"
         if src.product and top in UNSAFE_IMPORTS:
             yield f"{line}: {name} runs code that it reads"
         if src.core and name not in CORE_IMPORTS and not f"{name}.".startswith("router.core."):
@@ -218,7 +221,7 @@ def undocumented(scope: ast.Module | ast.ClassDef) -> Iterator[str]:
 
 def calls(src: Source) -> Iterator[str]:
     """No prints in servers, no code from data, no queue without an end."""
-    servers = src.folder in ("router", "shards") and src.path.name not in ("__main__.py", "cli.py")
+    servers = src.folder in SERVERS and src.path.name not in ("__main__.py", "cli.py")
     for node in ast.walk(src.tree):
         if not isinstance(node, ast.Call):
             continue

@@ -1,4 +1,4 @@
-"""The gRPC port: all services, health and reflection on one server."""
+"""The gRPC port: all services, health and reflection on one server; and that for gateways alone."""
 
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
@@ -13,8 +13,11 @@ from router.config import Settings
 from router.fleet import Fleet
 from router.gateway_wire import MESSAGE_BYTES_MAX
 from router.gateway_wire import SERVICE as GATEWAY
+from router.identities import Identities
 from router.metrics_models import Models
 from router.service import Service
+from tls.identity import Identity
+from tls.wire import listen
 
 PING_INTERVAL_MS = 10_000
 """How often clients may ping while nothing is said, gateways among them: grpc's own limit of five
@@ -44,13 +47,17 @@ async def start(
     chats: ChatService | None = None,
     gateways: Gateways | None = None,
     models: Models | None = None,
+    *,
+    identities: Identities | None = None,
 ) -> grpc.aio.Server:
     """Starts serving on ``settings.host`` and ``grpc_port``; the caller stops it.
 
     ``chats`` answers conversations; None means one on top of the service. ``gateways`` serves the
     processes that run REST faces elsewhere, if there may be any; ``models`` is what requests are
-    counted in. Raises OSError, with one line, if the port cannot be had.
+    counted in; ``identities`` are those of the settings, if they have been read already. Raises
+    OSError, with one line, if the port cannot be had.
     """
+    shown = identities or Identities.of(settings)
     bytes_max = 0 if gateways is None else MESSAGE_BYTES_MAX
     server = grpc.aio.server(options=_options(settings, bytes_max))
     keys = ApiKeys(settings.api_key)
@@ -63,19 +70,38 @@ async def start(
         ).handlers(),
         grpc_health.SERVICE: Health(fleet, SERVICES).handlers(),
     }
-    if gateways is not None:
+    if gateways is not None and shown.cluster is None:
         handlers[GATEWAY] = gateways.handlers()
     server.add_generic_rpc_handlers(
         tuple(grpc.method_handlers_generic_handler(*pair) for pair in handlers.items())
     )
     reflection.enable_server_reflection((*handlers, reflection.SERVICE_NAME), server)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"{host}:{settings.grpc_port}"
+    await _listen(server, settings.host, settings.grpc_port, shown.clients)
+    return server
+
+
+async def start_for_gateways(
+    gateways: Gateways, settings: Settings, port: int, cluster: Identity
+) -> grpc.aio.Server:
+    """Starts serving gateways that belong to the cluster on ``settings.host`` and a port.
+
+    The caller stops it. Raises OSError, with one line, if the port cannot be had.
+    """
+    server = grpc.aio.server(options=_options(settings, MESSAGE_BYTES_MAX))
+    handlers = grpc.method_handlers_generic_handler(GATEWAY, gateways.handlers())
+    server.add_generic_rpc_handlers((handlers,))
+    await _listen(server, settings.host, port, cluster)
+    return server
+
+
+async def _listen(server: grpc.aio.Server, name: str, port: int, identity: Identity | None) -> None:
+    """Starts a server at an address. Raises ``OSError`` with one line."""
+    host = f"[{name}]" if ":" in name else name
+    address = f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(address)
+        bound = listen(server, address, identity)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}: the port is in use, or not allowed") from error
     if bound == 0:
         raise OSError(f"cannot listen on {address}")
     await server.start()
-    return server

@@ -16,6 +16,7 @@ from shards.engines.scripted_text import Script
 from shards.v1 import shard_pb2, shard_pb2_grpc
 from shards.worker import Worker
 from tests.engines.skilled import SkilledEngine
+from tls.identity import Identity
 
 E = TypeVar("E", bound=Event)
 PATIENCE_S = 20.0
@@ -70,9 +71,14 @@ class Bench:
         load_after: threading.Event | None = None,
         limits: dict[str, int] | None = None,
         adapters: Sequence[str] = (),
+        at: str = "",
+        cluster: Identity | None = None,
         **extra: str,
     ) -> str:
-        """Starts a worker and returns its address. Its gate is open."""
+        """Starts a worker and returns its address. Its gate is open.
+
+        ``at`` is where it listens, if not on a socket in the folder.
+        """
         gate = self.gates[name] = threading.Event()
         gate.set()
         options = EngineOptions(
@@ -91,7 +97,7 @@ class Bench:
             self.engines[name] = GatedEngine(options, gate)
             return self.engines[name]
 
-        worker = self._running[name] = Worker(make, self.address(name))
+        worker = self._running[name] = Worker(make, at or self.address(name), cluster=cluster)
         await worker.start()
         return worker.address
 

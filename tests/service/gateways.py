@@ -24,7 +24,7 @@ async def gateway_before(
     chosen = Settings(host="127.0.0.1", port=port, grpc_port=0, **settings)
     listener = listen(chosen.host, chosen.port, reuse_port=True)
     async with Gateway(chosen, router, router_key) as gateway:
-        face = RestFace(gateway.front, listener)
+        face = RestFace(gateway.front, listener, identity=gateway.identities.clients)
         rest = gateway.own(face.run(), "rest")
         try:
             if wait:

@@ -25,12 +25,13 @@ from shards.v1.shard_pb2 import Constraint, Sampling
 
 OF_A_PROCESS = {
     *("host", "port", "grpc_port", "api_key", "cors_allow_origin", "json_output", "log_level"),
+    *("tls_cert", "tls_key", "tls_client_ca", "cluster_ca", "cluster_cert", "cluster_key"),
     "graceful_termination_timeout_s",
 }
 """What a gateway has settings of its own for."""
 OF_THE_ROUTER = {
     *("plans_in_flight_max", "step_deadline_s", "attempts_max"),
-    *("resume_streams", "resume_timeout_s"),
+    *("resume_streams", "resume_timeout_s", "cluster_port"),
 }
 """What concerns requests only behind the driver."""
 

@@ -17,6 +17,7 @@ from router.core.effects import Abandon
 from router.core.events import GroupDown, GroupUp, StepDone
 from router.fleet import Fleet
 from router.group import Group
+from router.link import Link
 from router.metrics import Metrics
 from shards.v1 import shard_pb2
 from tests.service.fakes import Bench, Liar, Post, bench_in, plan_for, serving, until
@@ -48,7 +49,7 @@ class Scene:
                 fleet=self.fleet,
                 metrics=self.metrics,
                 epochs=lambda: next(self._epochs),
-                slots=4,
+                dial=lambda address: Link(address, 4),
                 silent=self.silent.append,
                 random=Random(0),
             )

@@ -77,7 +77,7 @@ class Checkout:
         self.folder, self.home, self.wheels = folder / "src", folder / "home", folder / "wheels"
         for path in (self.folder, self.wheels):
             path.mkdir()
-        for name in ("deploy", "router", "shards"):
+        for name in ("deploy", "router", "shards", "tls"):
             shutil.copytree(ROOT / name, self.folder / name)
         # What a worker needs is packages without content here.
         (self.folder / "shards" / "worker.py").write_text("import grpcio")

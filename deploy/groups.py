@@ -13,12 +13,13 @@ import click
 
 from deploy.adapters import find_adapters
 from deploy.config_file import as_typed, option_name
-from deploy.engines import choose
+from deploy.engines import ENGINES, GGUF, choose
 from deploy.interpreters import interpreter_of
 from deploy.models import Model, ModelNotFound, resolve
 from deploy.options import UserError
 from deploy.workers import WorkerOptions
 from shards.config import GRACEFUL_TERMINATION_TIMEOUT_S
+from shards.engines import own_types
 
 AUTO = "auto"
 # The options that a group may have for itself.
@@ -125,6 +126,8 @@ def one_group(values: Mapping[str, Any], world: int = 0) -> LocalGroup:
     """One group, of ``world`` ranks or as many as the values say. Raises ``UserError``."""
     world = world or values["num_shard"]
     engine, why = chosen_engine(values, world)
+    if values["dtype"] and ENGINES[engine].formats == (GGUF,):
+        raise UserError(own_types(engine, values["dtype"]))  # as the worker does after a download
     try:
         model = resolve(
             values["model"], engine=engine, file=values["file"], revision=values["revision"]

@@ -103,7 +103,7 @@ FLAGS = (
         "NVIDIA_VISIBLE_DEVICES or ZE_AFFINITY_MASK names, else one.",
     ),
     _own(
-        MODEL, "dtype", "TYPE", "Element type of weights and cache; not for llama.cpp.",
+        MODEL, "dtype", "TYPE", "Element type of weights and cache; a GGUF file has its own.",
         choices=("float16", "bfloat16"),
     ),
     _own(
@@ -116,7 +116,7 @@ FLAGS = (
         ),
     ),
     _own(
-        MODEL, "kv-cache-dtype", "TYPE", "Element type of the cache: with vLLM alone.",
+        MODEL, "kv-cache-dtype", "TYPE", "8-bit numbers in the cache: with vLLM, and with llama.cpp as q8_0.",
         choices=("fp8_e4m3fn", "fp8_e5m2"),
     ),
     _own(

@@ -166,7 +166,10 @@ def _listening(given: Mapping[str, Any], env: Mapping[str, str]) -> list[str]:
 def _engine_options(
     given: Mapping[str, Any], env: Mapping[str, str], world: int
 ) -> tuple[list[str], list[str]]:
-    """What depends on the engine: types, quantisation, memory; and what this one does without."""
+    """What depends on the engine: types, quantisation, memory; and what this one does without.
+
+    What is dropped may say why.
+    """
     wanted = [key for key in _ENGINE_FLAGS if given.get(key) is not None]
     if not wanted:
         return [], []
@@ -176,16 +179,14 @@ def _engine_options(
     found = {key: _ENGINE_FLAGS[key](str(given[key]), engine) for key in wanted}
     arguments = [text for texts in found.values() for text in texts]
     dropped = [f"--{BY_KEY[key].name}" for key, texts in found.items() if not texts]
+    if engine == "llamacpp" and "dtype" in found:
+        dropped.append("--dtype (a GGUF file says itself: MODEL_FILE picks one)")
     return ["--engine", engine, *arguments], dropped
 
 
 def _dtype(value: str, engine: str) -> list[str]:
-    if engine == "llamacpp":
-        raise UserError(
-            "--dtype: llama.cpp computes with the types of the GGUF file: leave it out, or pick a "
-            "file with MODEL_FILE"
-        )
-    return ["--dtype", value]
+    """For llama.cpp it takes the place of $DTYPE, which is an option of ``serve``, too."""
+    return ["--dtype", "" if engine == "llamacpp" else value]
 
 
 def _quantize(value: str, engine: str) -> list[str]:
@@ -203,6 +204,9 @@ def _quantize(value: str, engine: str) -> list[str]:
 
 
 def _cache_type(value: str, engine: str) -> list[str]:
+    """Numbers of 8 bits: llama.cpp's are whole ones with a scale for each 32."""
+    if engine == "llamacpp":
+        return ["--engine-option", "cache=q8_0"]
     if engine != "vllm":
         raise UserError(
             f"--kv-cache-dtype {value}: the engine {engine} cannot: set ENGINE=vllm, or leave it "

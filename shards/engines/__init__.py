@@ -36,6 +36,15 @@ def lacking(name: str, package: str) -> str:
     )
 
 
+def own_types(name: str, dtype: str) -> str:
+    """That an engine cannot be told in which type it is to compute, and what to do, in one line."""
+    return (
+        f"{name}: --dtype {dtype}: the GGUF file says which types its weights have: leave --dtype "
+        "out, or choose another file with --file, such as --file Q8_0; the type of the KV cache is "
+        "--engine-option cache=TYPE"
+    )
+
+
 def load(name: str, options: EngineOptions, progress: Progress) -> Engine:
     """Makes the engine of that name, loaded. Raises ``ModelError`` with one line if it cannot."""
     if name not in _MODULES:

@@ -58,10 +58,26 @@ FLASH = {
 }
 """Flash attention: where the device of a layer has it, always, or never."""
 
+# ggml_type in ggml.h, of which the package has not all.
+CACHE_TYPES = {
+    "f16": 1,
+    "f32": 0,
+    "bf16": 30,
+    "q8_0": 8,
+    "q5_1": 7,
+    "q5_0": 6,
+    "q4_1": 3,
+    "q4_0": 2,
+}
+"""Types that keys and values may have in the KV cache."""
+QUANTISED = tuple(name for name in CACHE_TYPES if name.startswith("q"))
+
 
 @dataclass(frozen=True, slots=True)
 class ContextSizes:
     """Counts in tokens, sequences and threads; ``flash`` is a word of ``FLASH``.
+
+    ``cache`` is one of ``CACHE_TYPES``; those that are ``QUANTISED`` need ``flash``.
 
     Unless it is ``unified`` the KV cache is divided: each sequence has an equal part for itself.
     """
@@ -73,6 +89,7 @@ class ContextSizes:
     threads: int
     flash: str
     unified: bool = True
+    cache: str = "f16"
 
 
 class Model:
@@ -199,7 +216,8 @@ class Context:
         pointer = llama.llama_init_from_model(model.pointer, params)
         if not pointer:
             raise ModelError(
-                f"llama.cpp cannot make a KV cache of {sizes.kv_tokens} tokens: {last_error()}"
+                f"llama.cpp cannot make a KV cache of {sizes.kv_tokens} tokens in {sizes.cache}: "
+                f"{last_error()}"
             )
         pool.attach(pointer)
         self._pointer = pointer
@@ -287,6 +305,7 @@ def context_params(sizes: ContextSizes) -> Any:
     params.n_threads = params.n_threads_batch = sizes.threads
     params.flash_attn_type = FLASH[sizes.flash]
     params.kv_unified = sizes.unified
+    params.type_k = params.type_v = CACHE_TYPES[sizes.cache]
     # Sliding-window layers keep all positions, or a prefix could not be shared.
     params.swa_full = True
     params.no_perf = True

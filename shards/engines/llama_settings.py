@@ -8,7 +8,7 @@ from shards.engines.base import EngineOptions, ModelError
 from shards.engines.llama_devices import Device, accelerators, choose
 from shards.engines.llama_embed import POOLINGS
 from shards.engines.llama_layouts import SHARED_TOKENS
-from shards.engines.llama_native import FLASH, ContextSizes
+from shards.engines.llama_native import CACHE_TYPES, FLASH, QUANTISED, ContextSizes
 from shards.engines.llama_sizes import (
     kv_memory_bytes,
     kv_tokens_default,
@@ -43,6 +43,7 @@ class Settings:
     exact: bool
     split: bool
     flash: str
+    cache: str
     ubatch_tokens: int
     embed_tokens: int
     pooling: str
@@ -77,11 +78,13 @@ class Settings:
         )
         memory = kv_memory_bytes(self.devices)
         if self.split:
-            room = kv_tokens_room(metadata, memory)
+            room = kv_tokens_room(metadata, memory, self.cache)
             part = part_tokens(sequences, options.kv_tokens, room, length_trained)
             cells = part * (sequences + self.spare)
         else:
-            cells = options.kv_tokens or kv_tokens_default(metadata, length_trained, memory)
+            cells = options.kv_tokens or kv_tokens_default(
+                metadata, length_trained, memory, self.cache
+            )
         return ContextSizes(
             kv_tokens=cells + self.pads,
             sequences_max=sequences + self.spare,
@@ -90,6 +93,7 @@ class Settings:
             threads=threads,
             flash=self.flash,
             unified=not self.split,
+            cache=self.cache,
         )
 
     def limits(
@@ -118,7 +122,10 @@ def settings_of(options: EngineOptions) -> Settings:
     split = extras.choice("kv", "unified", ("unified", "split")) == "split"
     if exact:
         _check_exact(devices, split=split)
-    flash = extras.choice("flash", "auto" if devices else "on", tuple(FLASH))
+    cache = extras.choice("cache", "f16", tuple(CACHE_TYPES))
+    usual = "off" if cache == "f32" else "auto" if devices else "on"
+    flash = "on" if exact else extras.choice("flash", usual, tuple(FLASH))
+    _check_cache(cache, flash)
     ubatch = extras.whole("ubatch_tokens", ACCELERATOR_UBATCH_TOKENS if devices else UBATCH_TOKENS)
     embed_tokens = extras.whole("embed_tokens", EMBED_TOKENS)
     pooling = extras.choice("pooling", "", ("", *POOLINGS))
@@ -131,11 +138,25 @@ def settings_of(options: EngineOptions) -> Settings:
         gpu_layers=gpu_layers,
         exact=exact,
         split=split,
-        flash="on" if exact else flash,
+        flash=flash,
+        cache=cache,
         ubatch_tokens=EXACT_UBATCH_TOKENS if exact else ubatch,
         embed_tokens=embed_tokens if embeds else 0,
         pooling=pooling,
     )
+
+
+def _check_cache(cache: str, flash: str) -> None:
+    """Raises ``ModelError`` if this type of keys and values does not go with flash attention."""
+    if cache == "f32" and flash != "off":
+        raise ModelError(
+            "llamacpp: cache=f32 is of no use with flash attention, which rounds it to f16: leave "
+            "flash and exact out, or take cache=f16"
+        )
+    if cache in QUANTISED and flash == "off":
+        raise ModelError(
+            f"llamacpp: cache={cache} needs flash attention: leave flash=off out, or take cache=f16"
+        )
 
 
 def _check_exact(devices: Sequence[Device], *, split: bool) -> None:

@@ -11,7 +11,18 @@ from shards.engines.llama_devices import Device
 KV_TOKENS_MAX = 32768
 # Share of the memory that the KV cache may take unasked.
 KV_MEMORY_SHARE = 0.25
-_KV_ELEMENT_BYTES = 2
+# Bytes of 32 numbers, of which the quantised types make a block with a scale.
+BLOCK = 32
+BLOCK_BYTES = {
+    "f32": 128,
+    "f16": 64,
+    "bf16": 64,
+    "q8_0": 34,
+    "q5_1": 24,
+    "q5_0": 22,
+    "q4_1": 20,
+    "q4_0": 18,
+}
 # A part of a divided cache takes its memory at once, so it is no longer than most requests need.
 PART_TOKENS = 2048
 # llama.cpp makes the parts so that this divides them.
@@ -33,15 +44,17 @@ def adapter_file(name: str, path: Path) -> Path:
     )
 
 
-def kv_tokens_default(metadata: dict[str, Any], length_trained: int, memory_bytes: int) -> int:
+def kv_tokens_default(
+    metadata: dict[str, Any], length_trained: int, memory_bytes: int, cache: str = "f16"
+) -> int:
     """Tokens of KV cache when nobody says: what a quarter of the memory holds, within reason."""
-    room = kv_tokens_room(metadata, memory_bytes)
+    room = kv_tokens_room(metadata, memory_bytes, cache)
     return max(256, min(room, max(KV_TOKENS_MAX, length_trained // 8)) // 256 * 256)
 
 
-def kv_tokens_room(metadata: dict[str, Any], memory_bytes: int) -> int:
-    """Tokens of KV cache for which there is memory."""
-    return int(memory_bytes * KV_MEMORY_SHARE) // kv_bytes_per_token(metadata)
+def kv_tokens_room(metadata: dict[str, Any], memory_bytes: int, cache: str = "f16") -> int:
+    """Tokens of KV cache for which there is memory, if its type is ``cache``."""
+    return int(memory_bytes * KV_MEMORY_SHARE) // kv_bytes_per_token(metadata, cache)
 
 
 def part_tokens(sequences: int, kv_tokens: int, room: int, length_trained: int) -> int:
@@ -65,8 +78,8 @@ def layers_of(metadata: dict[str, Any]) -> int:
     return int(metadata[f"{metadata['general.architecture']}.block_count"])
 
 
-def kv_bytes_per_token(metadata: dict[str, Any]) -> int:
-    """Bytes that one token takes in a 16-bit KV cache, over all layers."""
+def kv_bytes_per_token(metadata: dict[str, Any], cache: str = "f16") -> int:
+    """Bytes that one token takes in a KV cache of this type, over all layers."""
     arch = metadata["general.architecture"]
     layers = layers_of(metadata)
     heads = metadata[f"{arch}.attention.head_count"]
@@ -74,7 +87,8 @@ def kv_bytes_per_token(metadata: dict[str, Any]) -> int:
     width = int(metadata[f"{arch}.embedding_length"]) // max(_each(heads, 1))
     per_head = int(metadata.get(f"{arch}.attention.key_length", width))
     per_head += int(metadata.get(f"{arch}.attention.value_length", width))
-    return max(1, sum(_each(kv_heads, layers)) * per_head * _KV_ELEMENT_BYTES)
+    numbers = sum(_each(kv_heads, layers)) * per_head
+    return max(1, numbers * BLOCK_BYTES[cache] // BLOCK)
 
 
 def _each(value: Any, layers: int) -> list[int]:

@@ -13,6 +13,9 @@ Engine options (``--engine-option key=value``):
   bounds the length of its sequence (``--kv-tokens`` divided by ``--sequences-max``; by default 32
   parts of up to 2,048), its memory is taken at once, and a prefix is shared by a copy. The default,
   ``kv=unified``, is one pool.
+- ``cache``: the type of keys and values: ``f16``, ``f32``, ``bf16``, ``q8_0``, ``q5_1``, ``q5_0``,
+  ``q4_1`` or ``q4_0``. Default: ``f16``. The quantised ones take half of its memory and less, need
+  flash attention, and round what the model has read. Flash attention, again, rounds ``f32``.
 - ``ubatch_tokens``: how many tokens llama.cpp computes at once inside a step.
 - ``exact=1``: logits do not depend on what else is in the batch, on the number of threads, nor on
   how a sequence was cut into chunks. Costs prefill speed: flash attention on, and at most 63 tokens
@@ -35,6 +38,7 @@ from importlib.metadata import version
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.engines import own_types
 from shards.engines.base import (
     Engine,
     EngineInfo,
@@ -93,6 +97,8 @@ class LlamaCppEngine(CallerEngine):
                 "llamacpp: cannot be one of several ranks: start it with --num-shard 1 (one process"
                 " spreads layers over its devices), or take an engine with tensor parallelism"
             )
+        if options.dtype:
+            raise ModelError(own_types("llamacpp", options.dtype))
         if options.model is None:
             raise ModelError("llamacpp: --model PATH is missing")
         self._path = gguf_file_of(options.model)

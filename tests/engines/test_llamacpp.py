@@ -336,6 +336,12 @@ def test_several_ranks_are_refused_with_advice() -> None:
         load("llamacpp", options, lambda _fraction: None)
 
 
+def test_types_are_the_files_own_which_a_line_says() -> None:
+    options = EngineOptions(model_file(), "x", dtype="float16")
+    with pytest.raises(ModelError, match=r"--dtype float16: the GGUF file says .* --file Q8_0"):
+        load("llamacpp", options, lambda _fraction: None)
+
+
 def test_top_k_1_is_greedy(exact: Engine, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.encode(TEXTS[1]).ids
     exact.reset()

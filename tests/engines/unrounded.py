@@ -5,9 +5,6 @@ be asked of settings for which llama.cpp promises no equality. Flash attention w
 """
 
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from shards.engines import load
 from shards.engines.base import Engine, EngineOptions
@@ -33,16 +30,5 @@ def make_llamacpp(model: Path, device: str, kv_tokens: int = 1024, **extra: obje
 
 def make_unrounded(device: str, kv_tokens: int = 1024, **extra: object) -> Engine:
     """Float32 throughout: the cache as well, which flash attention would round."""
-    import llama_cpp
-
-    default = llama_cpp.llama_context_default_params
-
-    def in_float32() -> Any:
-        params = default()
-        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
-        return params
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_cpp, "llama_context_default_params", in_float32)
-        model = tiny_llama_gguf(head_dim=UNROUNDED_HEAD)
-        return make_llamacpp(model, device, kv_tokens, flash="off", **extra)
+    model = tiny_llama_gguf(head_dim=UNROUNDED_HEAD)
+    return make_llamacpp(model, device, kv_tokens, flash="off", cache="f32", **extra)

@@ -51,6 +51,14 @@ def test_one_group_is_what_the_options_say() -> None:
     )
 
 
+def test_an_engine_that_reads_types_from_its_file_is_told_of_none() -> None:
+    """Before anything is downloaded; and with ``--group`` the others may be told."""
+    with pytest.raises(UserError, match=r"llamacpp: --dtype float32: the GGUF file says .* --file"):
+        groups("nobody/has-this", "--dtype", "float32", "--engine", "llamacpp")
+    first, second = groups("--group", "scripted,dtype=float32", "--group", "llamacpp")
+    assert (first.workers.dtype, second.workers.dtype) == ("float32", "")
+
+
 def test_groups_have_common_values_and_their_own() -> None:
     first, second, third = groups(
         "m", "--threads", "2", "--engine-option", "length=1", "--served-model-name", "served",

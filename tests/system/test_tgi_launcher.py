@@ -96,6 +96,14 @@ def test_it_starts_as_tgis_integration_tests_start_it(tmp_path: Path) -> None:
     )
 
 
+def test_a_gguf_file_is_served_whatever_type_tgi_was_told(tmp_path: Path) -> None:
+    with launched(tmp_path, "--port", "0", "--json-output", DTYPE="float16") as server:
+        body = {"inputs": "test", "parameters": {"max_new_tokens": 1}}
+        assert server.client.post("/generate", json=body).status_code == 200
+    (warning,) = server.told
+    assert "PREFILL_CHUNKING, --dtype (a GGUF file says itself: MODEL_FILE picks one)" in warning
+
+
 def test_variables_are_read_and_what_is_typed_wins(tmp_path: Path) -> None:
     env = {
         "MODEL_ID": "org/model",

@@ -164,9 +164,21 @@ def test_what_vllm_can_is_asked_of_vllm_alone(key: str, value: str, option_: str
 def test_a_type_that_no_engine_has_is_refused() -> None:
     with pytest.raises(UserError, match="no engine here does that"):
         translated({"ENGINE": "vllm"}, quantize="eetq")
-    with pytest.raises(UserError, match="GGUF"):
-        translated({"ENGINE": "llamacpp"}, dtype="float16")
-    assert option(translated({"ENGINE": "torch"}, dtype="float16"), "--dtype") == "float16"
+
+
+def test_a_gguf_file_has_its_own_types_of_which_a_line_tells() -> None:
+    """TGI's users give --dtype, or $DTYPE, to every model; ``serve`` would refuse it here."""
+    found = translated({"ENGINE": "llamacpp", "DTYPE": "float16"}, dtype="float16")
+    assert option(found, "--dtype") == ""
+    assert found.ignored == ("--dtype (a GGUF file says itself: MODEL_FILE picks one)",)
+    found = translated({"ENGINE": "torch"}, dtype="float16")
+    assert option(found, "--dtype") == "float16"
+    assert found.ignored == ()
+
+
+def test_a_cache_of_8_bits_is_llama_cpps_own() -> None:
+    found = translated({"ENGINE": "llamacpp"}, kv_cache_dtype="fp8_e5m2")
+    assert option(found, "--engine-option") == "cache=q8_0"
 
 
 def test_where_to_listen() -> None:

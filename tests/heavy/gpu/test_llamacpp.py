@@ -88,13 +88,14 @@ class TestContract(GrammarContract, PromptContract, EngineContract):
         return PROMPTS
 
 
-class TestContractOfDividedCache(TestContract):
-    @pytest.fixture(scope="class")
-    def divided(self) -> Iterator[Engine]:
-        engine = make_unrounded(DEVICE, 12 * 512, kv="split")
-        yield engine
-        engine.close()
+@pytest.fixture(scope="module")
+def divided() -> Iterator[Engine]:
+    engine = make_unrounded(DEVICE, 12 * 512, kv="split")
+    yield engine
+    engine.close()
 
+
+class TestContractOfDividedCache(TestContract):
     @pytest.fixture
     def engine(self, divided: Engine) -> Engine:
         divided.reset()

@@ -29,6 +29,7 @@ from deploy.tune_command import tune
 from deploy.workers import worker_command
 from router.config import ConfigError, Settings, check_groups
 from shards.config import GRACEFUL_TERMINATION_TIMEOUT_S, SECONDS_MAX
+from shards.service_manager import ServiceManager
 from tls.files import TlsError, cluster_files, incomplete, read
 
 # gRPC prepares for forks that go on in Python; ours only start other programs. To be said before
@@ -89,7 +90,7 @@ def serve(**options: Any) -> None:
     from deploy.console import Console
     from deploy.further import FurtherGroups
 
-    console = Console(as_json=settings.json_output)
+    console = Console(as_json=settings.json_output, manager=ServiceManager.taken())
     console.serving(groups)
     further = FurtherGroups(click.get_current_context(), groups[0].model.model_id)
     run(local.serve(settings, groups, further, console))
@@ -122,7 +123,8 @@ def router(workers: tuple[str, ...], **options: Any) -> None:
     from deploy import local
     from deploy.console import Console
 
-    run(local.route(settings, groups, Console(as_json=settings.json_output)))
+    console = Console(as_json=settings.json_output, manager=ServiceManager.taken())
+    run(local.route(settings, groups, console))
 
 
 @cli.command(cls=SectionedCommand)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from deploy.groups import LocalGroup
 from deploy.keeper import LOOP_DEATHS, Died, Loading, News, Ready, Said
 from router.logs import formatter
-from shards.service_manager import ServiceManager
+from shards.service_manager import NOBODY, ServiceManager
 
 # Where there is no bar, how often one hears how far a worker has loaded.
 LOADING_LINE_S = 5.0
@@ -49,12 +49,13 @@ class Console:
     """Prints progress: a bar on a terminal, plain lines elsewhere, JSON objects if asked for.
 
     Once it has said that all is ready, nobody may be looking: from then on its lines are the log's.
+    ``manager`` hears of that, too, and of the end.
     """
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, manager: ServiceManager = NOBODY) -> None:
         self._json = as_json
         self._formatter = formatter(as_json=as_json)
-        self._manager = ServiceManager.taken()
+        self._manager = manager
         self._serving = False
         self._bars: dict[str, Any] = {}
         self._told_s: dict[str, float] = {}

@@ -17,6 +17,7 @@ from deploy.options import (
 )
 from deploy.running import quiet_grpc, run
 from router.config import ConfigError, is_address
+from shards.service_manager import ServiceManager
 
 
 @click.command(cls=SectionedCommand)
@@ -69,7 +70,7 @@ def gateway(
     from deploy.console import Console, Urls
     from router.gateway import serve
 
-    console = Console(as_json=settings.json_output)
+    console = Console(as_json=settings.json_output, manager=ServiceManager.taken())
     listeners = [_listener(settings.host, settings.port, reuse_port, "--port")]
     if own_port is not None:
         listeners.append(_listener(settings.host, own_port, False, "--own-port"))

@@ -46,3 +46,6 @@ class ServiceManager:
             way.settimeout(WAIT_S)
             way.connect(path)
             way.send(news.encode())
+
+
+NOBODY = ServiceManager("")

@@ -42,11 +42,12 @@ def heard(manager: socket.socket) -> dict[str, str]:
 
 
 @contextmanager
-def started(manager: socket.socket, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    manager: socket.socket, *arguments: str, module: str = "deploy.cli", **env: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """``roundhouse`` with these arguments, as a service of this manager."""
-    address: str | bytes = manager.getsockname()
-    env = os.environ | {SOCKET: str(address)}
-    command = [sys.executable, "-m", "deploy.cli", *arguments]
+    env = {**os.environ, SOCKET: str(manager.getsockname()), **env}
+    command = [sys.executable, "-m", module, *arguments]
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
         try:
             yield process
@@ -72,6 +73,14 @@ def test_serve_is_ready_when_it_serves(manager: socket.socket) -> None:
         (worker,) = children(process.pid)
         if (environment := Path(f"/proc/{worker}/environ")).exists():
             assert SOCKET.encode() not in environment.read_bytes()  # it is not the service
+        stops(process, manager)
+
+
+def test_the_launcher_is_ready_when_it_serves(manager: socket.socket) -> None:
+    """Also when it has warned of a flag before."""
+    arguments = ("--model-id", "some/model", "--port", "0", "--speculate", "2")
+    with started(manager, *arguments, module="deploy.tgi_launcher", ENGINE="scripted") as process:
+        assert heard(manager)["READY"] == "1"
         stops(process, manager)
 
 

@@ -3,13 +3,14 @@
 Compute threads wait for each other at every operation, by spinning. When another program wants one
 of their cores, every wait lasts until the scheduler gives that core back, and the engine slows down
 by a factor of ten and more. One thread fewer costs its share of the speed and no more. So the count
-follows the processor time that others use: quickly down, slowly up.
+follows the processor time that others use: down at once, and up again after one calm look. Where
+that turns out to have been too early, each further attempt waits twice as long.
 """
 
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Time between two looks at the counters, in seconds. The kernel counts in hundredths.
@@ -17,8 +18,10 @@ LOOK_S = 0.4
 # Others must leave this much of a core for one more thread, and take this much to cost one.
 SPARE_UP = 0.75
 SPARE_DOWN = 0.5
-# Looks in a row that must agree before a thread is added.
-LOOKS_UP = 3
+# Looks in a row that must agree before a thread is added: so many at most. One is enough unless the
+# count had to go down within the steady looks after it had gone up; each time it did they double.
+LOOKS_UP_MAX = 8
+LOOKS_STEADY = 10
 
 _STAT = Path("/proc/stat")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -35,10 +38,16 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The thread count, and for how many looks in a row a higher one seemed right."""
+    """The thread count, and what the next one depends on, in looks.
+
+    ``calm``: for how many a higher count has seemed right; ``steady``: since the count changed;
+    ``patience``: how many must be calm before a thread is added.
+    """
 
     threads: int
     calm: int = 0
+    steady: int = LOOKS_STEADY
+    patience: int = 1
 
 
 def others(before: Load, after: Load) -> float:
@@ -52,18 +61,22 @@ def choose(choice: Choice, cores: int, taken: float) -> Choice:
     """The next thread count when others keep ``taken`` cores busy; at least 1, at most ``cores``.
 
     Each thread needs a core that others leave free for more than half of the time. Going up needs
-    a core that is free for most of the time, at several looks in a row.
+    a core that is free for most of the time. A program that starts and ends is busy for less than a
+    second, and should not cost a thread for longer; one that is busy now and then should.
     """
     free = cores - taken
     down = max(1, min(cores, int(free + 1.0 - SPARE_DOWN)))
     up = max(1, min(cores, int(free + 1.0 - SPARE_UP)))
+    steady = min(choice.steady + 1, LOOKS_STEADY)
     if down < choice.threads:
-        return Choice(down)
+        early = choice.steady < LOOKS_STEADY
+        patience = min(2 * choice.patience, LOOKS_UP_MAX) if early else 1
+        return Choice(down, steady=0, patience=patience)
     if up <= choice.threads:
-        return Choice(choice.threads)
-    if choice.calm + 1 < LOOKS_UP:
-        return Choice(choice.threads, choice.calm + 1)
-    return Choice(up)
+        return replace(choice, calm=0, steady=steady)
+    if choice.calm + 1 < choice.patience:
+        return replace(choice, calm=choice.calm + 1, steady=steady)
+    return Choice(up, steady=0, patience=choice.patience)
 
 
 class ThreadControl:

@@ -20,6 +20,11 @@ def settle(choice: Choice, cores: int, taken: float, looks: int) -> list[int]:
     return seen
 
 
+def settled(threads: int, taken: float) -> Choice:
+    """After a neighbour became busy beside a count that had lasted."""
+    return choose(Choice(threads), threads, taken)
+
+
 def test_an_idle_machine_gives_all_cores() -> None:
     assert settle(Choice(2), 2, 0.0, 5) == [2] * 5
     assert settle(Choice(2), 2, 0.2, 5) == [2] * 5
@@ -32,13 +37,39 @@ def test_a_busy_neighbour_costs_a_thread_at_once() -> None:
     assert settle(Choice(8), 8, 2.7, 1) == [5]
 
 
-def test_a_thread_comes_back_after_some_calm() -> None:
-    assert settle(Choice(1), 2, 0.1, 4) == [1, 1, 2, 2]
+def test_a_thread_comes_back_after_one_calm_look() -> None:
+    """A program that started, or ended, is no reason to compute with less for seconds."""
+    assert settle(settled(2, 1.0), 2, 0.1, 3) == [2, 2, 2]
+
+
+def test_who_went_up_too_early_waits_twice_as_long_each_time() -> None:
+    choice = settled(2, 1.0)
+    waited = []
+    for _ in range(5):
+        looks = 0
+        while choice.threads == 1:
+            choice, looks = choose(choice, 2, 0.1), looks + 1
+        waited.append(looks)
+        choice = choose(choice, 2, 1.0)
+    assert waited == [1, 2, 4, 8, 8]
+
+
+def test_patience_ends_with_a_count_that_lasted() -> None:
+    choice = settled(2, 1.0)
+    for _ in range(2):
+        while choice.threads == 1:
+            choice = choose(choice, 2, 0.1)
+        choice = choose(choice, 2, 1.0)
+    assert settle(choice, 2, 0.1, 4) == [1, 1, 1, 2]
+    for _ in range(4 + threads.LOOKS_STEADY):
+        choice = choose(choice, 2, 0.1)
+    assert settle(choose(choice, 2, 1.0), 2, 0.1, 1) == [2]
 
 
 def test_calm_must_be_unbroken() -> None:
-    choice = Choice(1)
-    for taken in (0.1, 0.1, 1.0, 0.1, 0.1):
+    choice = choose(settled(2, 1.0), 2, 0.1)
+    choice = choose(choice, 2, 1.0)  # too early: now two looks must agree
+    for taken in (0.1, 0.5, 0.1):
         choice = choose(choice, 2, taken)
     assert choice.threads == 1
     assert choose(choice, 2, 0.1).threads == 2

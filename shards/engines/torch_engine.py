@@ -41,6 +41,7 @@ from shards.engines.base import (
     Progress,
     Scheduling,
 )
+from shards.engines.omp_cores import Cores
 from shards.engines.paged import PagedEngine
 from shards.engines.threads import ThreadControl, usable_cores
 from shards.engines.torch_devices import (
@@ -108,6 +109,7 @@ class TorchEngine(PagedEngine):
         self._dtype = choose_dtype(options.dtype, self._checkpoint.stored_dtype, self._device)
         packing = self._packs(packed)
         self._control = ThreadControl(_threads(options, self._device))
+        self._cores = Cores()
         self._set_threads()
         check_split(self._checkpoint.config, options.world, self._checkpoint.where)
         self._ranks = Ranks(options, self._device, peer_timeout_s)
@@ -266,6 +268,12 @@ class TorchEngine(PagedEngine):
         if self._device.kind == "cpu" and torch.get_num_threads() != self._control.threads:
             torch.set_num_threads(self._control.threads)
 
+    def _ready_threads(self) -> None:
+        """As many as may compute now, each where it stays. At load others start threads, too."""
+        self._set_threads()
+        if self._device.kind == "cpu":
+            self._cores.follow(self._control.threads)
+
     def reset(self) -> None:
         """See ``Engine``."""
         if any(one.failed for one in self._residents.by_sequence.values()):
@@ -320,7 +328,7 @@ class TorchEngine(PagedEngine):
 
     def _logits(self, layout: StepLayout) -> Any:
         """[draws and then scores, vocabulary] on the device."""
-        self._set_threads()
+        self._ready_threads()
         with self._ranks.watched():
             if self._graphs is not None and is_decode(layout):
                 return self._graphs.logits(layout)

@@ -44,6 +44,7 @@ from shards.engines.base import (
     Scheduling,
 )
 from shards.engines.caller import CallerEngine, Work
+from shards.engines.omp_cores import Cores
 from shards.engines.peers import Peers, PeersError
 from shards.engines.threads import ThreadControl
 from shards.engines.vllm_segments import sweep
@@ -111,7 +112,8 @@ class VllmEngine(CallerEngine):
 
         self._steps = Steps(self._tables, self._adapters)
         self._info = self._describe(options)
-        if self._info.device == "cpu":
+        self._cores = Cores() if self._info.device == "cpu" else None
+        if self._cores is not None:
             self._control.start()
 
     @property
@@ -193,6 +195,8 @@ class VllmEngine(CallerEngine):
             self._tables.extend(resident.sequence, resident.computed + count)
         self._processor.begin(rows)
         set_threads(self._control.threads)
+        if self._cores is not None:
+            self._cores.follow(self._control.threads)
         self._executor.execute_model(self._steps.output(work))
         output = self._executor.sample_tokens(None)
         index = output.req_id_to_index

@@ -10,6 +10,7 @@ from torch import nn
 
 from shards.engines import torch_linear
 from shards.engines.base import ModelError
+from shards.engines.torch_devices import cpu_has_bfloat16
 from shards.engines.torch_linear import Packed, Table, can_pack, fuse, pack
 from shards.engines.torch_ranks import RowLinear
 from tests.heavy.models import tiny_llama_folder
@@ -20,11 +21,15 @@ COUNT = 12
 packing = pytest.mark.skipif(
     not can_pack(torch.float32), reason="this processor or torch has no packed products"
 )
+PACKED_TYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype)]
+each_type = pytest.mark.parametrize("dtype", PACKED_TYPES, ids=str)
+# Two sums of bfloat16 numbers in different orders differ by some of their 8 bits.
+TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 0.1)}
 
 
-def readable() -> bool:
+def readable(dtype: torch.dtype = torch.float32) -> bool:
     """Whether oneDNN packs for this processor in the blocks that an embedding can read."""
-    weight = torch.randn(320, 64)
+    weight = torch.randn(320, 64, dtype=dtype)
     return Table(torch.ops.mkldnn._reorder_linear_weight(weight)).holds(weight)
 
 
@@ -46,16 +51,17 @@ def kinds(model: Any) -> list[str]:
 
 
 def close(seen: Any, expected: Any) -> None:
-    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-4)
+    relative, absolute = TOLERANCES[expected.dtype]
+    torch.testing.assert_close(seen, expected, rtol=relative, atol=absolute)
 
 
-@packing
+@each_type
 @pytest.mark.parametrize("joined", [False, True])
-def test_packed_layers_compute_the_same(joined: bool) -> None:
+def test_packed_layers_compute_the_same(joined: bool, dtype: torch.dtype) -> None:
     """Also for rows that do not fill a block, none, and views that are not contiguous."""
-    model = Gated().eval().requires_grad_(False)
-    inputs = [torch.randn(1, rows, 250) for rows in (0, 1, 3, 8, 70)]
-    inputs.append(torch.randn(1, 250, 5).transpose(1, 2))
+    model = Gated().eval().requires_grad_(False).to(dtype)
+    inputs = [torch.randn(1, rows, 250, dtype=dtype) for rows in (0, 1, 3, 8, 70)]
+    inputs.append(torch.randn(1, 250, 5, dtype=dtype).transpose(1, 2))
     expected = [model(x) for x in inputs]
     if joined:
         fuse(model)
@@ -84,16 +90,18 @@ def tied(rows: int, width: int) -> Any:
     return model.requires_grad_(False)
 
 
-@packing
+@each_type
 @pytest.mark.parametrize(("rows", "width"), [(320, 64), (1000, 250), (5000, 96)])
-def test_an_embedding_reads_the_head_that_is_tied_to_it(rows: int, width: int) -> None:
-    model = tied(rows, width)
+def test_an_embedding_reads_the_head_that_is_tied_to_it(
+    rows: int, width: int, dtype: torch.dtype
+) -> None:
+    model = tied(rows, width).to(dtype)
     gone = weakref.ref(model["head"].weight)
     tokens = torch.tensor([[0, 1, 63, 64, rows - 1, 65, 1]])
-    x = torch.randn(1, 5, width)
+    x = torch.randn(1, 5, width, dtype=dtype)
     looked_up, product = model["embedding"](tokens), model["head"](x)
     pack(model)
-    whole = readable()
+    whole = readable(dtype)
     assert kinds(model)[1:] == (["Packed", "Table"] if whole else ["Linear", "Embedding"])
     assert (gone() is None) == whole
     assert torch.equal(model["embedding"](tokens), looked_up)
@@ -104,7 +112,7 @@ def test_an_embedding_reads_the_head_that_is_tied_to_it(rows: int, width: int) -
 @packing
 def test_another_order_of_blocks_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if oneDNN had its blocks in other ways: the head stays plain, and tied."""
-    for name, value in (("_COLUMNS", 96), ("_ROWS", 32)):
+    for name, value in (("_COLUMN_BYTES", 8), ("_ROWS", 32)):
         model = tied(320, 64)
         with monkeypatch.context() as patched:
             patched.setattr(torch_linear, name, value)
@@ -191,9 +199,18 @@ def test_a_tied_model_is_packed_whole(tmp_path: Path) -> None:
     plain.close()
 
 
-@packing
-def test_other_types_are_left_to_torch() -> None:
+def test_bfloat16_is_packed_where_the_processor_multiplies_it() -> None:
     engine = make(tiny_llama_folder(), dtype="bfloat16")
+    packed = "Packed" in kinds(engine._model._model)
+    assert packed == (torch.bfloat16 in PACKED_TYPES)
+    assert not packed or cpu_has_bfloat16()
+    assert answer(engine, PROMPTS, COUNT)
+    engine.close()
+
+
+@packing
+def test_float16_is_left_to_torch() -> None:
+    engine = make(tiny_llama_folder(), dtype="float16")
     assert "Packed" not in kinds(engine._model._model)
     engine.close()
 

@@ -24,7 +24,7 @@ from deploy.options import (
     settings_from,
     some_router_options,
 )
-from deploy.running import quiet_grpc, run, run_command
+from deploy.running import run, run_command
 from deploy.tune_command import tune
 from deploy.workers import worker_command
 from router.config import ConfigError, Settings, check_groups
@@ -32,9 +32,11 @@ from shards.config import GRACEFUL_TERMINATION_TIMEOUT_S, SECONDS_MAX
 from shards.service_manager import ServiceManager
 from tls.files import TlsError, cluster_files, incomplete, read
 
-# gRPC prepares for forks that go on in Python; ours only start other programs. To be said before
+# gRPC prepares for forks that go on in Python; ours only start other programs. It also has a line
+# for each handshake that fails, of which anybody may cause any number. Both are to be said before
 # it is imported.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def installed_version() -> str:
@@ -85,7 +87,6 @@ def serve(**options: Any) -> None:
     """
     settings = settings_of(options)
     groups = local_groups(options)
-    quiet_grpc()
     from deploy import local  # loads the router, which the other commands do not need
     from deploy.console import Console
     from deploy.further import FurtherGroups
@@ -113,7 +114,6 @@ def router(workers: tuple[str, ...], **options: Any) -> None:
           --cluster-ca ca.pem --cluster-cert head.pem --cluster-key head.key
     """
     settings = settings_of(options)
-    quiet_grpc()
     from router.remote_workers import remote_group
 
     try:

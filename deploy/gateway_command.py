@@ -15,7 +15,7 @@ from deploy.options import (
     settings_from,
     some_router_options,
 )
-from deploy.running import quiet_grpc, run
+from deploy.running import run
 from router.config import ConfigError, is_address
 from shards.service_manager import ServiceManager
 
@@ -66,7 +66,6 @@ def gateway(
         settings = settings_from({**options, "grpc_port": 0})
     except ConfigError as error:
         raise UserError(str(error)) from error
-    quiet_grpc()
     from deploy.console import Console, Urls
     from router.gateway import serve
 

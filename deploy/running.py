@@ -54,15 +54,6 @@ def _give_up_unwritten_lines() -> None:
         os.close(nowhere)
 
 
-def quiet_grpc() -> None:
-    """Keeps gRPC from writing a line of its own for each connection that fails.
-
-    Clients may cause any number of them, and of workers the log says why. To be called before gRPC
-    is imported.
-    """
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-
-
 def run(main: Coroutine[Any, Any, None]) -> None:
     """Runs until served out; what the user can mend becomes one line."""
     import uvloop

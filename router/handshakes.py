@@ -49,5 +49,5 @@ def _certain(said: str) -> str | None:
             return f"its certificate is not by the CA in --cluster-ca ({cause})"
         return f"its certificate is refused ({cause or 'no more is known'})"
     if "handshake failed" in said or "security handshaker" in said:
-        return f"no TLS with it: {said.partition('last error: ')[2] or said}"
+        return f"no TLS with it: {said.partition('last error: unknown: ')[2] or said}"
     return None

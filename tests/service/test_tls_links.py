@@ -11,6 +11,7 @@ from router import remote_workers
 from router.app import Router
 from router.change import ChangeError, Problem
 from router.config import GroupSpec, Settings
+from router.handshakes import mismatch
 from router.link import (
     ClosedError,
     Link,
@@ -131,6 +132,26 @@ async def test_an_expired_certificate_is_called_that(bench: Bench, ours: Authori
     assert "its certificate is refused (certificate has expired)" in str(failure)
 
 
+@pytest.mark.parametrize(
+    ("details", "told"),
+    [
+        ("Peer name 10.0.0.7 is not in peer certificate", "other host names"),
+        ("Ssl handshake failed: ... CERTIFICATE_VERIFY_FAILED: self signed certificate", "not by"),
+        ("Tls handshake failed (TSI_PROTOCOL_FAILURE)", "no TLS with it: tls handshake failed"),
+        ("Failed to create security handshaker.", "no TLS with it"),
+        ("Failed to connect to remote host: Connection refused", None),
+    ],
+)
+def test_what_other_releases_of_grpc_say_is_understood(details: str, told: str | None) -> None:
+    found = mismatch(f"failed to connect; last error: UNKNOWN: {details}", encrypted=True)
+    if told is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.certain
+        assert told in found.text
+
+
 async def test_where_nobody_is_nothing_is_said_of_certificates(
     bench: Bench, ours: Authority
 ) -> None:
@@ -203,6 +224,19 @@ async def test_a_group_that_is_not_believed_is_not_added(
     monkeypatch.setattr(remote_workers, "REACH_S", 0.1)
     with pytest.raises(ChangeError, match="it may expect --cluster-ca"):
         await RemoteWorkers(1).start(address, lambda *_: None)
+
+
+async def test_two_authorities_in_one_file_are_both_believed(
+    bench: Bench, ours: Authority, theirs: Authority, tmp_path: Path
+) -> None:
+    """So a cluster moves from one to the other, process by process."""
+    bundle = tmp_path / "both.pem"
+    bundle.write_bytes(ours.ca.read_bytes() + theirs.ca.read_bytes())
+    for name, worker, head in (("one", ours, theirs), ("two", theirs, ours)):
+        address = await bench.start(name, at=TCP, cluster=worker.identity(name, ca=bundle))
+        link = Link(address, 1, head.identity("head", ca=bundle))
+        await link.describe()
+        await link.close()
 
 
 async def test_a_router_reconnects_with_what_its_files_hold_by_then(

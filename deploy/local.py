@@ -16,7 +16,7 @@ from deploy.groups import LocalGroup
 from deploy.live import LocalWorkers
 from deploy.ranks import first_ranks, group_spec
 from deploy.supervisor import Supervisor
-from router import app
+from router import app, tracing
 from router.api.groups_face import offered
 from router.change import Workers
 from router.changing import Changes
@@ -71,6 +71,7 @@ async def serve(
     ``CancelledError`` on a signal while loading.
     """
     check_ports(settings)
+    tracing.check(settings)
     folder = socket_folder()
     try:
         ranks = first_ranks(groups, folder)

@@ -169,6 +169,14 @@ KNOBS = (
         "Time for running answers to end after SIGTERM or Ctrl-C; a second one ends at once.",
         field="graceful_termination_timeout_s",
     ),
+    Knob(
+        OUTPUT,
+        "otlp-endpoint",
+        "URL",
+        "Collector that gets traces, as http://HOST:4317; OpenTelemetry's variables hold, too.",
+        text=True,
+    ),
+    Knob(OUTPUT, "otlp-service-name", "NAME", "What this process is called there.", text=True),
     Knob(OUTPUT, "json-output", "", "Log lines, and the ready line, as JSON objects."),
     Knob(OUTPUT, "log-level", "LEVEL", "debug, info, warning or error."),
 )

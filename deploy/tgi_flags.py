@@ -164,6 +164,11 @@ FLAGS = (
         "Time for running answers to end after SIGTERM. Default: 90.", short="g",
     ),
     _passed(OUTPUT, "json-output", "", "Log lines as JSON objects."),
+    _passed(OUTPUT, "otlp-endpoint", "URL", "Collector that gets traces: gRPC, http://HOST:4317."),
+    _own(
+        OUTPUT, "otlp-service-name", "NAME",
+        "What the server is called there. Default: text-generation-inference.router.",
+    ),
     _own(OUTPUT, "env", "", "Shows the environment before it starts.", short="e"),
     Flag(
         "usage-stats", "LEVEL", Fate.MET, OUTPUT, "Always off: nothing is sent to anybody.",
@@ -179,8 +184,6 @@ FLAGS = (
     _ignored("shard-uds-path", "PATH", "Workers' sockets are in a new folder each time."),
     _ignored("master-addr", "ADDRESS", "Ranks meet by themselves."),
     _ignored("master-port", "PORT", "Likewise."),
-    _ignored("otlp-endpoint", "URL", "Traces are not exported; /metrics has the same times."),
-    _ignored("otlp-service-name", "NAME", "Likewise."),
     _refused(
         "trust-remote-code", "",
         "code from the hub is never run: take an engine that knows the model by itself",

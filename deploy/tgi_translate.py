@@ -23,6 +23,8 @@ VLLM_QUANTIZATIONS = {
 }
 VLLM_CACHE_TYPES = {"fp8_e4m3fn": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
 DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+# What TGI's router calls itself in traces.
+SERVICE_NAME = "text-generation-inference.router"
 # The levels of tracing's filters, by ours.
 LEVELS = {
     "trace": "debug",
@@ -65,6 +67,8 @@ def translate(given: Mapping[str, Any], env: Mapping[str, str], folder: Path) ->
     arguments += for_engine
     if path := given.get("tokenizer_config_path"):
         arguments += ["--chat-template", str(_template(Path(path), folder))]
+    if given.get("otlp_endpoint"):
+        arguments += ["--otlp-service-name", given.get("otlp_service_name") or SERVICE_NAME]
     if text := env.get("LOG_LEVEL"):
         arguments += ["--log-level", log_level(text)]
     cache = given.get("huggingface_hub_cache")

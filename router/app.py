@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Coroutine, Iterable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +26,7 @@ from router.identities import Identities
 from router.logs import configure
 from router.metrics import Metrics
 from router.service import Service
+from router.tracing import tracing_of
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +67,12 @@ class Router:
         core = Core(core_config(settings))
         self.settings = settings
         self.identities = Identities.of(settings)
+        self.tracing = tracing_of(settings, clock)
         self.metrics = Metrics(registry)
         self.driver = Driver(core, self.metrics, settings.max_concurrent_requests, clock)
         self.fleet = Fleet(settings, specs)
         self.service = Service(self.fleet, self.driver, settings)
-        self.gateways = Gateways(self.driver, self.fleet, settings)
+        self.gateways = Gateways(self.driver, self.fleet, settings, self.tracing)
         self.metrics.watch(core.snapshot, self.fleet.groups_up, self.fleet.engines)
         self.metrics.registry.register(self.gateways)
         self.groups = Groups(
@@ -85,15 +87,21 @@ class Router:
             cluster=self.identities.cluster,
         )
         self._tasks = asyncio.TaskGroup()
+        self._watching = ExitStack()
 
     def own(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Starts a task whose failure ends the router."""
         return self._tasks.create_task(work, name=name)
 
+    def _tell_of_groups(self) -> None:
+        self.tracing.groups_changed(self.fleet.groups_up())
+
     async def __aenter__(self) -> Self:
         """Starts the driver and begins to connect the groups."""
         await self._tasks.__aenter__()
         self.own(self.driver.run(), "driver")
+        if self.tracing.on:
+            self._watching.enter_context(self.fleet.watched(self._tell_of_groups))
         self.groups.start()
         return self
 
@@ -110,6 +118,9 @@ class Router:
             await self._tasks.__aexit__(kind, error, trace)
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the first; it has cancelled the others
+        finally:
+            self._watching.close()
+            await self.tracing.close()
 
 
 MakeChanges = Callable[[Router, int], AbstractAsyncContextManager[Callable[[], None]]]
@@ -158,6 +169,7 @@ async def serve(
                 settings,
                 router.gateways,
                 router.identities,
+                tracing=router.tracing,
             )
             rest = router.own(faces.run(), "rest")
             try:

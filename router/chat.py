@@ -27,6 +27,7 @@ from router.text.tools.formats import PLAIN, ToolFormat, format_of
 from router.text.tools.grammar import GrammarWriter, Thinking
 from router.text.tools.reader import ToolReader
 from router.text.tools.telling import text_of, with_tools
+from router.tracing import CALL
 
 TOOLS_MAX = 256
 NAME_CHARS_MAX = 128
@@ -71,6 +72,7 @@ class ChatService:
         Raises RequestError as ``Service.generate`` and ``Service.render_chat`` do, with OpenAI's
         names of the fields at fault.
         """
+        CALL.get().chats()
         try:
             return await self._chat(ask)
         except RequestError as error:

@@ -9,6 +9,7 @@ router computes prompts in chunks beside the running answers, in the same step, 
 interrupted and there is nothing to decide. (TGI itself ignores both where it computes in chunks.)
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import combinations
@@ -115,6 +116,10 @@ class Settings:
     cluster_port: int | None = None
     # Origins that browsers may call from. Empty: any.
     cors_allow_origin: tuple[str, ...] = ()
+    # Where traces go, http://HOST:PORT of a collector of OpenTelemetry, and what the process is
+    # called there. None: as the variables of OpenTelemetry say; without those there are no traces.
+    otlp_endpoint: str | None = None
+    otlp_service_name: str | None = None
     # Log lines as JSON objects.
     json_output: bool = False
     # The least severe level that is logged: debug, info, warning or error.
@@ -198,6 +203,9 @@ def _faults(settings: Settings) -> list[str]:
         faults.append(f"host must be an address to listen on, not {settings.host!r}")
     if settings.api_key is not None and not settings.api_key:
         faults.append("api_key must not be empty; leave it out to ask for none")
+    url = settings.otlp_endpoint
+    if url is not None and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+        faults.append(f"otlp_endpoint must be http://HOST:PORT or https://HOST:PORT, not {url!r}")
     faults += _tls_faults(settings)
     return faults + _pair_faults({name: given[name] for name in _RANGES if not ranges[name]})
 

@@ -24,6 +24,7 @@ from router.core.events import Ended, Event, Reason, Submitted, Ticked
 from router.core.snapshot import Snapshot
 from router.errors import Fault, RequestError
 from router.metrics import Lifetime, Metrics
+from router.tracing import CALL, NO_ANSWER, Answer
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,10 @@ class Driver:
         return None if channel is None else channel.life
 
     def submit(
-        self, submitted: Submitted, channel_of: Callable[[Lifetime], Channel] = Channel
+        self,
+        submitted: Submitted,
+        channel_of: Callable[[Lifetime], Channel] = Channel,
+        trace: Answer = NO_ANSWER,
     ) -> Channel:
         """Hands a request to the core. ``channel_of`` makes its channel.
 
@@ -164,7 +168,9 @@ class Driver:
         assert submitted.request not in self._channels
         count, model = len(submitted.prompt), submitted.model
         name = journal.NAME.get()
-        life = Lifetime(count, submitted.max_tokens, self._clock(), model=model, name=name)
+        now_ms, most = self._clock(), submitted.max_tokens
+        life = Lifetime(count, most, now_ms, model=model, name=name, trace=trace)
+        trace.submitted(submitted, now_ms)
         self.metrics.models.submitted(model)
         channel = self._channels[submitted.request] = channel_of(life)
         self._submissions += 1
@@ -184,6 +190,7 @@ class Driver:
         if not error.counted:
             self.metrics.refused(error)
             journal.refused(error)
+            CALL.get().refused(error)
 
     def post(self, event: Event) -> None:
         """Puts an event into the inbox. Never refused."""
@@ -307,6 +314,7 @@ class Driver:
             if channel is None:
                 continue
             life, cached = channel.life, min(admit.share_len, admit.prompt_len)
+            life.trace.admitted(plan, life, now_ms, channel.last_ms)
             life.cached_tokens = max(life.cached_tokens, cached)
             if life.admitted_ms < 0:
                 life.admitted_ms = now_ms
@@ -355,6 +363,7 @@ class Driver:
             self.metrics.ended(channel.life, reason, now_ms)
             journal.ended(request, channel.life, reason, now_ms, detail)
         self.metrics.models.ended(channel.life, reason, now_ms)
+        channel.life.trace.ended(request, channel.life, reason, now_ms)
 
     def _close_all(self, detail: str) -> None:
         now_ms = self._clock()

@@ -16,6 +16,7 @@ from router.driver import Driver
 from router.errors import Fault, RequestError
 from router.fleet import EmbedCall, Fleet, ModelCard
 from router.link import LinkDownError, UnreachableError
+from router.tracing import CALL
 from router.validation import check_vocabulary, invalid
 
 INPUTS_MAX = 256
@@ -64,7 +65,9 @@ class Embedder:
             raise RequestError(Fault.DEADLINE, text) from None
         finally:
             self._open -= 1
-        return Embedded(vectors, sum(map(len, inputs)), card.id)
+        found = Embedded(vectors, sum(map(len, inputs)), card.id)
+        CALL.get().embedded(found)
+        return found
 
     def _limit_s(self, ask: EmbedAsk) -> float:
         given = (ask.deadline_s, self._settings.request_deadline_s, DEADLINE_S)

@@ -27,6 +27,7 @@ from router.https import server_context
 from router.identities import Identities
 from router.metrics import Metrics
 from router.service import Service
+from router.tracing import OFF, Tracing
 from tls.identity import Identity
 
 BACKLOG = 4096
@@ -203,11 +204,14 @@ class Faces:
         settings: Settings,
         gateways: Gateways | None = None,
         identities: Identities | None = None,
+        *,
+        tracing: Tracing = OFF,
     ) -> "Faces":
         """Binds the ports and starts gRPC. Raises ``OSError`` with one line if one is taken.
 
         ``gateways`` serves the processes that run REST faces elsewhere, if there may be any.
-        ``identities`` are those of the settings, if they have been read already.
+        ``identities`` are those of the settings, if they have been read already; ``tracing`` is
+        told of calls.
         """
         shown = identities or Identities.of(settings)
         listener = listen(settings.host, settings.port)
@@ -221,12 +225,13 @@ class Faces:
                 gateways=gateways,
                 models=metrics.models,
                 identities=shown,
+                tracing=tracing,
             )
             cluster = await _for_cluster(gateways, settings, shown, rpc)
         except BaseException:
             listener.close()
             raise
-        app = create_app(service, fleet, metrics, settings)
+        app = create_app(service, fleet, metrics, settings, tracing)
         rest = RestFace(app, listener, identity=shown.clients)
         return cls(rest, rpc, settings.grpc_port, gateways, cluster)
 

@@ -36,6 +36,7 @@ from router.remote_link import RefusedError, RouterLink
 from router.service import Service
 from router.text.tokenizer import Tokenizer
 from router.together import all_of
+from router.tracing import tracing_of
 from router.v1 import gateway_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class Gateway(Collector):
         self.metrics.registry.register(self)
         self.ready = asyncio.Event()
         self.identities = Identities.of(settings)
+        self.tracing = tracing_of(settings, clock, schedules=False)
         self._router = router
         self._router_key = router_key
         self._core = RemoteCore()
@@ -117,6 +119,8 @@ class Gateway(Collector):
             await self._tasks.__aexit__(kind, error, trace)
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the first; it has cancelled the others
+        finally:
+            await self.tracing.close()
 
     def collect(self) -> Iterable[Metric]:
         """Yields the gauge that says whether there is a stream to the router."""
@@ -132,7 +136,7 @@ class Gateway(Collector):
         self.fleet = Fleet(settings, ())
         self.driver.requests_max = settings.max_concurrent_requests
         self.service = Service(self.fleet, self.driver, settings)
-        self.front.app = create_app(self.service, self.fleet, self.metrics, settings)
+        self.front.app = create_app(self.service, self.fleet, self.metrics, settings, self.tracing)
 
     def _welcome(self, welcome: pb.Welcome) -> None:
         try:

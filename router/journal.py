@@ -14,6 +14,7 @@ from router.core.events import Reason
 from router.errors import RequestError
 from router.logs import FIELDS
 from router.metrics import Lifetime
+from router.tracing import CALL
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def name_request(given: str) -> str:
     """Names the request of this task, as its client does if that is safe to repeat; returns it."""
     name = given if _SAFE.fullmatch(given) else f"req_{uuid4().hex}"
     NAME.set(name)
+    CALL.get().named(name)
     return name
 
 
@@ -38,6 +40,7 @@ def ended(request: int, life: Lifetime, reason: Reason, now_ms: int, detail: str
         return
     facts: dict[str, object] = {
         "request": life.name,
+        "trace_id": life.trace.trace_id,
         "sequence": request,
         "group": life.group,
         "reason": reason.value,
@@ -56,11 +59,8 @@ def ended(request: int, life: Lifetime, reason: Reason, now_ms: int, detail: str
 def refused(error: RequestError) -> None:
     """A request was turned away. Why is the client's to read: the message may repeat its words."""
     field = error.field if error.field and _FIELD.fullmatch(error.field) else None
-    _say(
-        logging.INFO,
-        "request refused",
-        {"request": NAME.get(), "reason": error.fault.value, "field": field},
-    )
+    known = {"request": NAME.get(), "trace_id": CALL.get().trace_id}
+    _say(logging.INFO, "request refused", {**known, "reason": error.fault.value, "field": field})
 
 
 def _since(from_ms: int, to_ms: int) -> int | None:

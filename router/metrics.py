@@ -25,6 +25,7 @@ from router.errors import FAULT_OF_REASON, Fault, RequestError
 from router.metrics_batches import Batches
 from router.metrics_histogram import SECONDS, TOKENS, Histogram
 from router.metrics_models import Models
+from router.tracing import NO_ANSWER, Answer
 
 ERR_OF_FAULT: dict[Fault, str] = {
     Fault.VALIDATION: "validation",
@@ -50,7 +51,7 @@ class Lifetime:
 
     ``cached_tokens`` counts the prompt tokens that a resident sequence had already computed;
     ``group`` is the latest that it was admitted to, ``model`` the one that it is for, ``name`` what
-    its client calls it.
+    its client calls it. ``trace`` is told what becomes of it.
     """
 
     prompt_tokens: int
@@ -63,6 +64,7 @@ class Lifetime:
     group: str = ""
     model: str = ""
     name: str = ""
+    trace: Answer = NO_ANSWER
 
 
 class Metrics(Collector):
@@ -244,14 +246,14 @@ class Metrics(Collector):
 def _of_groups(groups: Mapping[str, bool]) -> Iterable[Metric]:
     yield GaugeMetricFamily("roundhouse_groups", "Groups configured", value=len(groups))
     yield GaugeMetricFamily("roundhouse_groups_up", "Groups connected", value=sum(groups.values()))
-
-
     up = GaugeMetricFamily(
         "roundhouse_group_up", "Whether the group is connected", labels=["group"]
     )
     for name, connected in groups.items():
         up.add_metric([name], connected)
     yield up
+
+
 def _of_snapshot(core: Snapshot) -> Iterable[Metric]:
     """Gauges and the core's own counters."""
     held = sum(group.kv_used for group in core.groups)

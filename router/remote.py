@@ -137,6 +137,8 @@ class RemoteCore:
         if self._uplink is None or self._refusal is not None:
             return [Close(event.request, Reason.SHUTDOWN, self._refusal or UNREACHABLE)]
         wire = submit_to_wire(event, now_ms)
+        if (life := self.owner.life(event.request)) is not None:
+            wire.traceparent, wire.tracestate = life.trace.context()
         size = wire.ByteSize()
         if size > SUBMIT_BYTES_MAX:
             text = f"the request takes {size} bytes; {SUBMIT_BYTES_MAX} are the most"

@@ -24,9 +24,11 @@ from router.errors import FAULT_OF_REASON, Fault, RequestError
 from router.fleet import Fleet, ModelCard
 from router.preparing import Preparer
 from router.scores import PromptScores, next_batch
+from router.text.encoding import INLINE_CHARS, encoded
 from router.text.messages import weight
 from router.text.stop import StopMatcher
 from router.text.tokenizer import Tokenizer, TokenSpan
+from router.tracing import CALL
 from router.validation import (
     check_ask,
     check_vocabulary,
@@ -38,9 +40,6 @@ from router.validation import (
     with_adapter,
 )
 
-INLINE_CHARS = 2048
-"""Texts up to this long are tokenised and laid out on the event loop: some 0.3 ms at most, less
-than a thread would add. Longer ones go to a thread, for which the loop need not wait."""
 INLINE_TOKENS = 4096
 
 Outs = dict[int, TokenOut]
@@ -63,16 +62,19 @@ class Service:
 
         Raises RequestError, with the field at fault if there is one.
         """
-        began = perf_counter()
+        began, trace = perf_counter(), CALL.get().answer()
         try:
             card = self._fleet.model(ask.model)
             ask = with_adapter(ask, self._fleet.adapter(ask.model))
             check_ask(ask, card, self._settings)
             prompt = await self._prompt(card, ask)
+            trace.tokenised()
             work = self._work(card, ask, prompt)
-            await self._preparer.prepare(card.id, ask)
+            if ask.params.constraint is not None:
+                await self._preparer.prepare(card.id, ask)
+                trace.compiled()
             self._driver.metrics.validated(perf_counter() - began)
-            channel = self._driver.submit(work.submitted)
+            channel = self._driver.submit(work.submitted, trace=trace)
         except RequestError as error:
             self._driver.refused(error)
             raise
@@ -126,12 +128,7 @@ class Service:
     ) -> list[TokenSpan]:
         """The tokens of a text and where each is, in code points. Raises RequestError."""
         encode = self.card(model).tokenizer.encode_offsets
-        try:
-            if len(text) <= INLINE_CHARS:
-                return encode(text, add_special_tokens)
-            return await asyncio.to_thread(encode, text, add_special_tokens)
-        except ValueError as error:
-            raise invalid(f"`inputs` cannot be tokenised: {error}", "text") from error
+        return await encoded(encode, text, add_special_tokens, "text")
 
     async def detokenize(
         self, model: ModelCard | str | None, ids: Sequence[int], skip_special_tokens: bool = True
@@ -152,13 +149,7 @@ class Service:
         ids: Sequence[int]
         if isinstance(ask.prompt, str):
             encode = card.tokenizer.encode
-            try:
-                if len(ask.prompt) <= INLINE_CHARS:
-                    ids = encode(ask.prompt, ask.add_special_tokens)
-                else:
-                    ids = await asyncio.to_thread(encode, ask.prompt, ask.add_special_tokens)
-            except ValueError as error:
-                raise invalid(f"`inputs` cannot be tokenised: {error}", "prompt") from error
+            ids = await encoded(encode, ask.prompt, ask.add_special_tokens, "prompt")
         else:
             ids = ask.prompt
         return tuple(ids if ask.truncate is None else ids[-ask.truncate :])

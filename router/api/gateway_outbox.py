@@ -163,3 +163,4 @@ class GatewayChannel(Channel):
     def _begin(self) -> None:
         self._begun = True
         self._outbox.start(self._request, self.life)
+        self.life.trace.begun()

@@ -44,6 +44,7 @@ from router.gateway_wire import (
     submitted_of,
 )
 from router.link import LinkDownError
+from router.tracing import OFF, Tracing
 from router.v1 import gateway_pb2 as pb
 from router.validation import PRIORITY_MAX, check_vocabulary, invalid
 from shards.v1.shard_pb2 import Embedding, EmbedResponse, PrepareResponse, TokenizerChunk
@@ -66,12 +67,13 @@ class Attached:
     ``left`` counts the requests that it had when it left.
     """
 
-    def __init__(self, driver: Driver, fleet: Fleet) -> None:
+    def __init__(self, driver: Driver, fleet: Fleet, tracing: Tracing) -> None:
         self.outbox = Outbox()
         self.closing = False
         self.left = 0
         self._driver = driver
         self._fleet = fleet
+        self._tracing = tracing
         self._open: dict[int, int] = {}
 
     @property
@@ -113,7 +115,8 @@ class Attached:
         try:
             submitted = self._checked(wire)
             channel_of = partial(GatewayChannel, self.outbox, wire.request, self._open)
-            self._driver.submit(submitted, channel_of)
+            trace = self._tracing.forwarded(wire.traceparent, wire.tracestate)
+            self._driver.submit(submitted, channel_of, trace)
         except RequestError as error:
             reason = REASON_OF_FAULT.get(error.fault, Reason.ENGINE_FAILED)
             self.outbox.close(wire.request, reason, error.message)
@@ -143,10 +146,13 @@ class Attached:
 class Gateways(Collector):
     """The gateways that are attached. Serves the methods of the service."""
 
-    def __init__(self, driver: Driver, fleet: Fleet, settings: Settings) -> None:
+    def __init__(
+        self, driver: Driver, fleet: Fleet, settings: Settings, tracing: Tracing = OFF
+    ) -> None:
         self._driver = driver
         self._fleet = fleet
         self._settings = settings
+        self._tracing = tracing
         self._keys = ApiKeys(settings.api_key)
         self._attached: list[Attached] = []
         self._calls = 0
@@ -183,7 +189,7 @@ class Gateways(Collector):
                 text = f"{GATEWAYS_MAX} gateways are attached, which is the most a router takes"
                 raise RequestError(Fault.OVERLOADED, text)
             hello = await _hello(messages)
-            gateway = Attached(self._driver, self._fleet)
+            gateway = Attached(self._driver, self._fleet, self._tracing)
             log.info("gateway %s is attached, version %s", context.peer(), hello.version[:40])
             with self._known(gateway):
                 await context.write(self._welcome())

@@ -7,6 +7,7 @@ from router.api import fmaas, grpc_health, grpc_inference, kserve
 from router.api.gateway_server import Gateways
 from router.api.grpc_health import Health
 from router.api.grpc_inference import Inference
+from router.api.grpc_tracing import Traced
 from router.auth import ApiKeys
 from router.chat import ChatService
 from router.config import Settings
@@ -16,6 +17,7 @@ from router.gateway_wire import SERVICE as GATEWAY
 from router.identities import Identities
 from router.metrics_models import Models
 from router.service import Service
+from router.tracing import OFF, Tracing
 from tls.identity import Identity
 from tls.wire import listen
 
@@ -49,17 +51,19 @@ async def start(
     models: Models | None = None,
     *,
     identities: Identities | None = None,
+    tracing: Tracing = OFF,
 ) -> grpc.aio.Server:
     """Starts serving on ``settings.host`` and ``grpc_port``; the caller stops it.
 
     ``chats`` answers conversations; None means one on top of the service. ``gateways`` serves the
     processes that run REST faces elsewhere, if there may be any; ``models`` is what requests are
-    counted in; ``identities`` are those of the settings, if they have been read already. Raises
-    OSError, with one line, if the port cannot be had.
+    counted in; ``identities`` are those of the settings, if they have been read already;
+    ``tracing`` is told of calls. Raises OSError, with one line, if the port cannot be had.
     """
     shown = identities or Identities.of(settings)
     bytes_max = 0 if gateways is None else MESSAGE_BYTES_MAX
-    server = grpc.aio.server(options=_options(settings, bytes_max))
+    watching = [Traced(tracing, SERVICES)] if tracing.on else []
+    server = grpc.aio.server(interceptors=watching, options=_options(settings, bytes_max))
     keys = ApiKeys(settings.api_key)
     chats = chats or ChatService(service)
     handlers = {

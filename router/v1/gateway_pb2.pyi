@@ -56,7 +56,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "model", "prompt", "max_tokens", "stop_tokens", "needs", "priority", "deadline_ms", "sampling", "adapter")
+    __slots__ = ("request", "model", "prompt", "max_tokens", "stop_tokens", "needs", "priority", "deadline_ms", "sampling", "adapter", "traceparent", "tracestate")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,8 @@ class Submit(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     request: int
     model: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
@@ -77,7 +79,9 @@ class Submit(_message.Message):
     deadline_ms: int
     sampling: _shard_pb2.Sampling
     adapter: str
-    def __init__(self, request: _Optional[int] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., needs: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., sampling: _Optional[_Union[_shard_pb2.Sampling, _Mapping]] = ..., adapter: _Optional[str] = ...) -> None: ...
+    traceparent: str
+    tracestate: str
+    def __init__(self, request: _Optional[int] = ..., model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., needs: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., sampling: _Optional[_Union[_shard_pb2.Sampling, _Mapping]] = ..., adapter: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
 
 class End(_message.Message):
     __slots__ = ("request", "reason")

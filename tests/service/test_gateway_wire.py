@@ -26,7 +26,7 @@ from shards.v1.shard_pb2 import Constraint, Sampling
 OF_A_PROCESS = {
     *("host", "port", "grpc_port", "api_key", "cors_allow_origin", "json_output", "log_level"),
     *("tls_cert", "tls_key", "tls_client_ca", "cluster_ca", "cluster_cert", "cluster_key"),
-    "graceful_termination_timeout_s",
+    *("graceful_termination_timeout_s", "otlp_endpoint", "otlp_service_name"),
 }
 """What a gateway has settings of its own for."""
 OF_THE_ROUTER = {

@@ -74,7 +74,12 @@ async def house_in(
         chosen = Settings(host="127.0.0.1", port=0, grpc_port=0, **settings)
         async with Router(chosen, [GroupSpec("g", None, (address,))]) as router:
             faces = await Faces.start(
-                router.service, router.fleet, router.metrics, chosen, router.gateways
+                router.service,
+                router.fleet,
+                router.metrics,
+                chosen,
+                router.gateways,
+                tracing=router.tracing,
             )
             rest = router.own(faces.run(), "rest")
             await router.fleet.wait_ready()

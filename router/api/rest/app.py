@@ -34,6 +34,7 @@ from router.config import Settings
 from router.fleet import Fleet
 from router.metrics import Metrics
 from router.service import Service
+from router.tracing import OFF, Tracing
 
 DESCRIPTION = "Text generation: the interfaces of TGI, OpenAI and Anthropic."
 
@@ -41,12 +42,21 @@ DESCRIPTION = "Text generation: the interfaces of TGI, OpenAI and Anthropic."
 class _App(FastAPI):
     """Remembers the server's ``send`` for streams, see ``EventWriter``; names every answer."""
 
+    tracing = OFF
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[SERVER_SEND] = send
-        await super().__call__(scope, receive, naming(scope, send))
+        with self.tracing.rest(scope) as call:
+            await super().__call__(scope, receive, call.sending(naming(scope, send)))
 
 
-def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Settings) -> FastAPI:
+def create_app(
+    service: Service,
+    fleet: Fleet,
+    metrics: Metrics,
+    settings: Settings,
+    tracing: Tracing = OFF,
+) -> FastAPI:
     """Returns the ASGI application that serves REST. It holds no state of its own."""
     app = _App(
         title="Roundhouse",
@@ -55,6 +65,7 @@ def create_app(service: Service, fleet: Fleet, metrics: Metrics, settings: Setti
         docs_url=None,
         redoc_url=None,
     )
+    app.tracing = tracing
     keys = ApiKeys(settings.api_key)
     context = Context(service, fleet, metrics, settings, keys, ChatService(service))
     app.include_router(tgi_routes(context))

@@ -41,6 +41,7 @@ from shards.service_manager import ServiceManager
     *("hostname", "port", "api-key", "cors-allow-origin"),
     *("tls-cert", "tls-key", "tls-client-ca", *CLUSTER),
     *("graceful-termination-timeout", "json-output", "log-level"),
+    *("otlp-endpoint", "otlp-service-name"),
 )
 def gateway(
     router: str, router_api_key: str | None, reuse_port: bool, own_port: int | None, **options: Any

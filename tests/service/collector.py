@@ -29,7 +29,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Span:
-    """One span. ``trace``, ``id`` and ``parent`` are hexadecimal digits; no parent is empty."""
+    """One span. ``trace``, ``id`` and ``parent`` are hexadecimal digits; no parent is empty.
+
+    ``state`` is what W3C's ``tracestate`` says.
+    """
 
     name: str
     kind: str
@@ -41,6 +44,7 @@ class Span:
     end_ns: int
     attributes: dict[str, Any]
     failed: bool
+    state: str = ""
     events: list[Event] = field(default_factory=list)
 
     def event(self, name: str) -> dict[str, Any]:
@@ -104,6 +108,7 @@ def _span(span: Wire, service: str) -> Span:
         span.end_time_unix_nano,
         _plain(span.attributes),
         span.status.code == Status.STATUS_CODE_ERROR,
+        span.trace_state,
         events,
     )
 

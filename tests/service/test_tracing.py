@@ -63,7 +63,7 @@ async def test_a_call_is_a_span_with_its_answer_below_it(
         assert answer.status_code == 200
     call = collector.one("POST /generate")
     assert (call.kind, call.service, call.failed) == ("server", "roundhouse", False)
-    assert (call.trace, call.parent) == (TRACE, CALLER)
+    assert (call.trace, call.parent, call.state) == (TRACE, CALLER, "mine=7")
     assert call.attributes == {
         "http.request.method": "POST",
         "http.route": "/generate",
@@ -325,7 +325,7 @@ async def test_through_a_gateway_it_is_one_trace(tmp_path: Path, collector: Coll
     )
     assert answer.attributes["gen_ai.usage.output_tokens"] == 6
     assert [one.name for one in collector.below(answer)] == ["queue", "prefill", "decode"]
-    assert {span.trace for span in collector.spans} == {TRACE}
+    assert {(span.trace, span.state) for span in collector.spans} == {(TRACE, "mine=7")}
 
 
 async def test_a_router_traces_what_comes_from_a_gateway_that_does_not(

@@ -95,6 +95,7 @@ class Group:
         self._silences: int | None = None
         self._told = deque[str](maxlen=CAUSES_KEPT)
         self._retired = False
+        self._returns = True
         self._settled = asyncio.Event()
         self._refusal = ""
         self._trial_s: float | None = None
@@ -114,13 +115,15 @@ class Group:
         if self._refusal:
             raise MismatchError(self._refusal)
 
-    def retire(self, *, at_once: bool = False) -> bool:
+    def retire(self, *, at_once: bool = False, returns: bool = False) -> bool:
         """Lets ``run`` end with the present life, which gets no more requests, if there is one.
 
         Returns whether there is. ``at_once``: what runs there has to go now, even if no other group
-        can take it.
+        can take it. ``returns``: another of its name is likely to come up, so what only it can do
+        waits for that.
         """
         self._retired = True
+        self._returns = returns
         if self._life is None:
             return False
         self._leave(at_once)
@@ -183,7 +186,7 @@ class Group:
             log.info("group %s takes no more requests", self.spec.name)
         life.leaving = True
         self._fleet.leaving(self.spec.name)
-        self._inbox.post(GroupLeaving(self.spec.name, life.epoch, at_once))
+        self._inbox.post(GroupLeaving(self.spec.name, life.epoch, at_once, self._returns))
 
     def _listen_for(self, failure: Exception) -> None:
         """Notices when workers that were given up do not answer any more, though they are there.

@@ -13,6 +13,7 @@ from itertools import count
 from typing import Literal
 
 from router.config import GroupSpec, Settings, check_groups
+from router.core.events import GroupGone
 from router.core.snapshot import GroupSnapshot, Snapshot
 from router.driver import Driver
 from router.fleet import Fleet, GroupCard, MismatchError
@@ -132,10 +133,11 @@ class Groups:
         instead. Cancelled, the group goes on leaving. Raises ``KeyError`` if there is none.
         """
         task = self._tasks[name]
-        await self.retire(name, limit_s, at_once=at_once)
+        await self._retire(name, limit_s, at_once=at_once, returns=False)
         if self._tasks.get(name) is task:  # another call may have been as fast
             del self._groups[name], self._tasks[name]
             self._driver.detach(name)
+            self._driver.post(GroupGone(name))
             self._fleet.forget(name)
             self._metrics.batches.forget(name)
 
@@ -144,8 +146,11 @@ class Groups:
 
         So requests for its model are taken, and wait. ``add`` may put another in its place.
         """
+        await self._retire(name, limit_s, at_once=at_once, returns=True)
+
+    async def _retire(self, name: str, limit_s: float, *, at_once: bool, returns: bool) -> None:
         group, task = self._groups[name], self._tasks[name]
-        if group.retire(at_once=at_once):
+        if group.retire(at_once=at_once, returns=returns):
             await asyncio.wait((task,), timeout=limit_s)
         task.cancel()
         await asyncio.wait((task,))

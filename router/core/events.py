@@ -72,12 +72,21 @@ class GroupDown:
 class GroupLeaving:
     """A group is to go: it gets no more requests, and what runs there moves on.
 
-    What no other group can take ends there; with ``at_once`` all of it waits in line instead.
+    What no other group can take ends there; with ``at_once`` all of it waits in line instead. If it
+    ``returns``, what only it can do may wait until it is up again.
     """
 
     group: str
     epoch: int
     at_once: bool = False
+    returns: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GroupGone:
+    """A group that is down will not come up again, unless one of that name is added."""
+
+    group: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,4 +144,4 @@ class Ticked:
     """Time has passed; ``wake_at`` was reached."""
 
 
-Event = GroupUp | GroupDown | GroupLeaving | Submitted | Ended | StepDone | Ticked
+Event = GroupUp | GroupDown | GroupLeaving | GroupGone | Submitted | Ended | StepDone | Ticked

@@ -12,11 +12,13 @@ forms any step: otherwise one group could be stepped before the head of the line
 import heapq
 from typing import assert_never
 
+from router.core.away import Away
 from router.core.effects import Abandon, Close, Deliver, Effect, RunPlan
 from router.core.events import (
     Ended,
     Event,
     GroupDown,
+    GroupGone,
     GroupLeaving,
     GroupUp,
     Reason,
@@ -25,14 +27,13 @@ from router.core.events import (
     Ticked,
 )
 from router.core.leaving import bound, move, running, tell_left
-from router.core.ledger import Ledger
+from router.core.outcomes import untrue
 from router.core.placing import place, ranked, remove, retire
 from router.core.planning import next_plan
-from router.core.prefix import PrefixTree
 from router.core.refusing import able, refusal_of
-from router.core.scoring import doubt, news
+from router.core.scoring import news
 from router.core.snapshot import Counters, Snapshot, take_snapshot
-from router.core.state import CoreConfig, Group, Sequence
+from router.core.state import CoreConfig, Group, Sequence, new_group
 from router.core.stranded import Stranded
 from router.core.waiting import WaitingLine
 
@@ -48,6 +49,9 @@ class Core:
         self._groups: dict[str, Group] = {}
         self._deadlines: list[tuple[int, int]] = []
         self._stranded = Stranded(config.resume_timeout_ms)
+        self._away = Away(config)
+        # Whether groups have come or gone since those who were set aside were thought of.
+        self._regrouped = False
         self._arrivals = 0
 
     def observe(self, now_ms: int, event: Event) -> list[Effect]:
@@ -62,9 +66,12 @@ class Core:
             case GroupUp():
                 self._group_up(event)
             case GroupDown():
-                return self._group_down(event.group, event.epoch)
+                return self._group_down(now_ms, event.group, event.epoch)
             case GroupLeaving():
                 return self._group_leaving(event)
+            case GroupGone():
+                self._away.forget(event.group)
+                self._regrouped = True
             case Ticked():
                 pass
             case _:
@@ -73,7 +80,7 @@ class Core:
 
     def plan(self, now_ms: int) -> list[Effect]:
         """Decides all that can be decided now. Called again at once, it returns nothing."""
-        effects = self._expire(now_ms)
+        effects = self._expire(now_ms) + self._reconsider()
         while True:
             for group in self._groups.values():
                 self._move_on(group)
@@ -90,7 +97,10 @@ class Core:
     def wake_at(self) -> int | None:
         """The instant at which ``plan`` has to be called even if nothing happens, or None."""
         answers = [group.answer_due_ms(self.config) for group in self._groups.values()]
-        due = [at for at in (*answers, self._stranded.due_ms()) if at is not None]
+        # A group that is away is given up for those who wait for it, if there are any.
+        aside = any(line.hopes() for line in self._lines.values())
+        lone = (self._stranded.due_ms(), self._away.due_ms() if aside else None)
+        due = [at for at in (*answers, *lone) if at is not None]
         while self._deadlines and self._deadlines[0][1] not in self._live:
             heapq.heappop(self._deadlines)
         if self._deadlines:
@@ -115,17 +125,34 @@ class Core:
         end = len(facts.prompt) + facts.max_tokens
         sequence = Sequence(facts, (arrived_ms, self._arrivals), list(facts.prompt), end)
         refusal = self._refusal(sequence)
+        waits = self._waits_aside(sequence)
+        if refusal is None and waits and self._crowded_aside():
+            detail = "too many requests wait for a worker that is away"
+            refusal = Close(sequence.id, Reason.OVERLOADED, detail)
         if refusal is not None:
             return [refusal]
         self._live[facts.request] = sequence
         self._line_of(sequence).add(sequence)
+        if waits:
+            self._line_of(sequence).set_aside(sequence.id)
         if facts.deadline_ms is not None:
             heapq.heappush(self._deadlines, (facts.deadline_ms, facts.request))
         return []
 
     def _refusal(self, sequence: Sequence) -> Close | None:
-        """Why no group that serves the model could ever run the sequence, if that is so."""
-        return refusal_of(self._serving(sequence.facts.model), sequence)
+        """Why no group could ever run the sequence, of those that are up or to come up again."""
+        refusal = refusal_of(self._serving(sequence.facts.model), sequence)
+        expected = self._expected(sequence.facts.model) if refusal is not None else ()
+        return None if any(able(group, sequence) for group in expected) else refusal
+
+    def _waits_aside(self, sequence: Sequence) -> bool:
+        """Whether groups are up, and none of them is of use."""
+        return bool(self._serving(sequence.facts.model)) and not self._able(sequence)
+
+    def _crowded_aside(self) -> bool:
+        """Whether those that are set aside leave only half of the places to all others."""
+        aside = sum(len(line.aside()) for line in self._lines.values())
+        return 2 * aside >= self.config.requests_max
 
     def _ended(self, event: Ended) -> list[Effect]:
         if event.request not in self._live:
@@ -166,14 +193,14 @@ class Core:
             due_ms = group.answer_due_ms(self.config)
             if due_ms is not None and due_ms <= now_ms:
                 detail = f"no answer to a plan within {self.config.step_deadline_ms} ms"
-                effects += self._abandon(group, detail)
+                effects += self._abandon(now_ms, group, detail)
+        self._regrouped |= self._away.give_up(now_ms)
         return effects
 
     def _give_up(self, now_ms: int) -> list[Close]:
         """Ends answers that have begun and had no group to go on in for too long."""
         served = {group.up.model for group in self._groups.values() if not group.leaving}
-        lines = self._lines.items()
-        waits = [line.aside() if model in served else line.begun() for model, line in lines]
+        waits = [line.begun(aside=model in served) for model, line in self._lines.items()]
         over = self._stranded.give_up(now_ms, [one for line in waits for one in line])
         return [self._close(one, Reason.WORKER_LOST, self._stranded.detail) for one in over]
 
@@ -181,21 +208,16 @@ class Core:
 
     def _group_up(self, event: GroupUp) -> None:
         assert event.group not in self._groups, "a group came up twice"
-        limits, config = event.limits, self.config
-        kv_tokens = min(limits.kv_tokens, config.kv_tokens_max or limits.kv_tokens)
-        step_tokens = min(limits.step_tokens_max, config.step_tokens_max or limits.step_tokens_max)
-        # Every running sequence can then decode in every step: none has to take turns.
-        batch = min(limits.sequences_max, step_tokens, config.sequences_max or step_tokens)
-        ledger = Ledger(kv_tokens, limits.page_tokens)
-        self._groups[event.group] = Group(event, ledger, PrefixTree(), batch, step_tokens)
-        if event.model in self._lines:
-            self._lines[event.model].recall()
+        self._groups[event.group] = new_group(event, self.config)
+        self._away.forget(event.group)
+        self._regrouped = True
 
-    def _group_down(self, name: str, epoch: int) -> list[Effect]:
+    def _group_down(self, now_ms: int, name: str, epoch: int) -> list[Effect]:
         group = self._groups.get(name)
         if group is None or group.up.epoch != epoch:
             return []
         del self._groups[name]
+        self._away.went(now_ms, group)
         effects: list[Effect] = []
         for sequence in [*group.decoding.values(), *group.filling.values()]:
             was_resident = sequence.admitted
@@ -221,7 +243,8 @@ class Core:
         group = self._groups.get(event.group)
         if group is None or group.up.epoch != event.epoch:
             return []
-        group.leaving = True
+        group.leaving, group.returns = True, event.returns
+        self._regrouped = True
         return self._turn_out(group) if event.at_once else []
 
     def _turn_out(self, group: Group) -> list[Effect]:
@@ -248,10 +271,10 @@ class Core:
                     self.counters.moved += admitted
                     self._wait_again(displaced)
 
-    def _abandon(self, group: Group, detail: str) -> list[Effect]:
+    def _abandon(self, now_ms: int, group: Group, detail: str) -> list[Effect]:
         """Gives up a group that cannot be trusted, before its links notice anything."""
         name, epoch = group.up.group, group.up.epoch
-        return [Abandon(name, epoch, detail), *self._group_down(name, epoch)]
+        return [Abandon(name, epoch, detail), *self._group_down(now_ms, name, epoch)]
 
     def _serving(self, model: str) -> list[Group]:
         """The groups in which a sequence of the model may be placed."""
@@ -260,6 +283,11 @@ class Core:
             for group in self._groups.values()
             if group.up.model == model and not group.leaving
         ]
+
+    def _expected(self, model: str) -> list[Group]:
+        """Those that serve the model no more, and are likely to do so again."""
+        leaving = [one for one in self._groups.values() if one.leaving and one.returns]
+        return [*self._away.of(model), *(one for one in leaving if one.up.model == model)]
 
     def _able(self, sequence: Sequence) -> list[Group]:
         return [group for group in self._serving(sequence.facts.model) if able(group, sequence)]
@@ -270,9 +298,9 @@ class Core:
         group = self._groups.get(event.group)
         if group is None or group.up.epoch != event.epoch:
             return []
-        fault = _untrue(group, event)
+        fault = untrue(group, event)
         if fault is not None:
-            return self._abandon(group, fault)
+            return self._abandon(now_ms, group, fault)
         group.in_flight.popleft()
         group.answered_ms = now_ms
         return self._deliver(group, event) + self._failed(group, event)
@@ -330,33 +358,32 @@ class Core:
         for sequence in sequences:
             self._line_of(sequence).add(sequence)
 
+    def _reconsider(self) -> list[Effect]:
+        """Puts those back into line for whom a group is of use by now, and ends who has no hope."""
+        if not self._regrouped:
+            return []
+        self._regrouped = False
+        effects: list[Effect] = []
+        for sequence in [one for line in self._lines.values() for one in line.aside()]:
+            if not self._waits_aside(sequence):
+                self._line_of(sequence).recall(sequence.id)
+            elif not sequence.produced and (refusal := self._refusal(sequence)) is not None:
+                effects.append(self._close(sequence, refusal.reason, refusal.detail))
+        return effects
+
     def _place_from(self, line: WaitingLine) -> list[Effect]:
         """Places the head of the line for as long as there is room; nobody overtakes it."""
         effects: list[Effect] = []
         while (head := line.head()) is not None:
-            refusal = self._refusal(head)
-            if refusal is not None and head.produced:
-                line.set_aside(head.id)  # who could go on with it may only be away
-                continue
-            if refusal is not None:
-                effects.append(self._close(head, refusal.reason, refusal.detail))
+            if self._waits_aside(head):
+                refusal = self._refusal(head)
+                if refusal is None or head.produced:
+                    line.set_aside(head.id)  # who could run it is away, or may be
+                else:
+                    effects.append(self._close(head, refusal.reason, refusal.detail))
                 continue
             groups = ranked(self._able(head), head, self.config)
             if not any(place(group, head, self.config) for group in groups):
                 break
             line.remove(head.id)
         return effects
-
-
-def _untrue(group: Group, event: StepDone) -> str | None:
-    """Why the outcome cannot be an answer to the oldest plan in flight, if it cannot."""
-    if not group.in_flight or group.in_flight[0].plan_id != event.plan_id:
-        return f"an outcome for plan {event.plan_id} came out of turn"
-    if len(event.sequences) != len(event.tokens):
-        return f"plan {event.plan_id} drew tokens for nobody"
-    due = dict(group.in_flight[0].samples)
-    for request, _ in event.failures:
-        due.pop(request, None)
-    if len(event.sequences) != len(due) or due.keys() != set(event.sequences):
-        return f"plan {event.plan_id} did not draw one token for each sequence that was due"
-    return doubt(group, event)

@@ -125,7 +125,8 @@ class Group:
     the plan that draws their first token of this life. ``donors`` hold finished ones, the one used
     least recently first. ``drops`` wait for the next plan. ``answered_ms`` is when the latest
     outcome came: only then does the group begin with the plan after it. While ``leaving`` it gets
-    no more requests; ``left`` says that its last one is known to be gone.
+    no more requests; ``left`` says that its last one is known to be gone. One that ``returns`` is
+    likely to come up again.
     """
 
     up: GroupUp
@@ -142,6 +143,7 @@ class Group:
     answered_ms: int = 0
     leaving: bool = False
     left: bool = False
+    returns: bool = True
 
     @property
     def running(self) -> int:
@@ -172,3 +174,13 @@ class Group:
         sequence = self.placed(request) or self.donors.get(request)
         assert sequence is not None
         return sequence
+
+
+def new_group(up: GroupUp, config: CoreConfig) -> Group:
+    """A group that has just come up: of its limits and the router's, the smaller ones count."""
+    limits = up.limits
+    kv_tokens = min(limits.kv_tokens, config.kv_tokens_max or limits.kv_tokens)
+    step_tokens = min(limits.step_tokens_max, config.step_tokens_max or limits.step_tokens_max)
+    # Every running sequence can then decode in every step: none has to take turns.
+    batch = min(limits.sequences_max, step_tokens, config.sequences_max or step_tokens)
+    return Group(up, Ledger(kv_tokens, limits.page_tokens), PrefixTree(), batch, step_tokens)

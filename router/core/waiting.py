@@ -5,7 +5,7 @@ later by a head start for each step of lower priority. Within a priority this is
 first served; a more urgent request overtakes those that came at most one head start before it, so
 none starves. A request that comes back (its worker was lost, or its memory was needed) keeps its
 number, and is therefore at the front again. One that none of the present groups could go on with is
-set aside, where it holds up nobody, until another group comes up.
+set aside, where it holds up nobody, until one comes up that can.
 """
 
 import heapq
@@ -45,11 +45,9 @@ class WaitingLine:
         self.remove(request)
         self._aside[request] = sequence
 
-    def recall(self) -> None:
-        """Puts those who were set aside back into their places."""
-        aside, self._aside = self._aside, {}
-        for sequence in aside.values():
-            self.add(sequence)
+    def recall(self, request: int) -> None:
+        """Puts one who was set aside back into its place."""
+        self.add(self._aside.pop(request))
 
     def head(self) -> Sequence | None:
         """The first of the line, who stays in it."""
@@ -60,14 +58,18 @@ class WaitingLine:
             heapq.heappop(self._heap)
         return None
 
-    def begun(self) -> list[Sequence]:
-        """Those who came back with a part of their answer."""
-        members = (sequence for sequence in self._members.values() if sequence.produced)
-        return [*self.aside(), *members]
+    def begun(self, *, aside: bool) -> list[Sequence]:
+        """Those who came back with a part of their answer: all, or of those set ``aside`` alone."""
+        members = () if aside else self._members.values()
+        return [one for one in (*self._aside.values(), *members) if one.produced]
 
     def aside(self) -> list[Sequence]:
         """Those who were set aside."""
         return list(self._aside.values())
+
+    def hopes(self) -> bool:
+        """Whether one of them has shown nothing, and waits only for a group that may come again."""
+        return any(not sequence.produced for sequence in self._aside.values())
 
     def _tidy(self) -> None:
         """Drops the traces of removed members once they outnumber the members."""

@@ -10,6 +10,8 @@ from router.core.state import CoreConfig
 from tests.sim.worker import Worker, digest_of, draw, ensure, follow
 from tests.sim.world import GroupSpec
 
+_HOPELESS = (Reason.UNSUPPORTED, Reason.TOO_LONG)
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -87,6 +89,7 @@ class GroupBook:
     budget_left: int = 0
     idle_plans: dict[int, int] = field(default_factory=dict)
     leaving: bool = False
+    returns: bool = True
 
     def due_ms(self, config: CoreConfig) -> int | None:
         """When the answer to the oldest plan in flight is due, if there is one."""
@@ -139,6 +142,7 @@ class Books:
         self.requests: dict[int, Request] = {}
         self.open: dict[int, Request] = {}
         self.groups: dict[str, GroupBook] = {}
+        self.away: dict[str, tuple[int, GroupBook]] = {}
         self.due: dict[int, Reason] = {}
         self.waits: dict[int, int] = {}
         self.stranded: dict[int, int] = {}
@@ -177,22 +181,27 @@ class Books:
         request.open = False
         request.failed = close.reason is Reason.ENGINE_FAILED
         del self.open[request.id]
+        self.seen["hope is over"] += request.id in self.aside and close.reason in _HOPELESS
+        self.aside.discard(request.id)
         self.seen[f"close {close.reason.value}"] += 1
         return request
 
     def _check_refusal(self, request: Request, close: Close) -> None:
         groups = self.serving(request.model)
         able = any(group.able(request) for group in groups)
+        hopeless = self.hopeless(request) and not request.tokens
         having = [group for group in groups if group.has_adapter(request)]
         lacking = any(set(request.facts.needs) - set(group.features) for group in having)
         lacking = lacking or not having
         match close.reason:
             case Reason.OVERLOADED:
-                true = len(self.open) - 1 >= self.config.requests_max
+                true = len(self.open) - 1 >= self.config.requests_max or (
+                    self.waits_aside(request) and self.crowded_aside()
+                )
             case Reason.UNSUPPORTED:
-                true = bool(groups) and not able and lacking and not request.tokens
+                true = hopeless and lacking
             case Reason.TOO_LONG:
-                true = bool(groups) and not able and not lacking and not request.tokens
+                true = hopeless and not lacking
             case Reason.WORKER_LOST:  # set aside in this turn, behind a group that is of no use
                 since = self.stranded.get(request.id, self.now)
                 late = since + self.config.resume_timeout_ms <= self.now
@@ -208,6 +217,26 @@ class Books:
             group for group in self.groups.values() if group.model == model and not group.leaving
         ]
 
+    def expected(self, model: int) -> list[GroupBook]:
+        """Groups that are not to be had now, and are likely to come up again."""
+        leaving = [one for one in self.groups.values() if one.leaving and one.returns]
+        away = [group for _, group in self.away.values()]
+        return [group for group in (*leaving, *away) if group.model == model]
+
+    def waits_aside(self, request: Request) -> bool:
+        """Whether there are groups, none of which could run the request."""
+        groups = self.serving(request.model)
+        return bool(groups) and not any(group.able(request) for group in groups)
+
+    def hopeless(self, request: Request) -> bool:
+        """Whether no group that is expected could, either."""
+        expected = self.expected(request.model)
+        return self.waits_aside(request) and not any(group.able(request) for group in expected)
+
+    def crowded_aside(self) -> bool:
+        """Whether those who wait for a group that is away have half of all places."""
+        return len(self.aside) * 2 >= self.config.requests_max
+
     def resident(self, group: GroupBook, plan_id: int) -> dict[int, Request]:
         """The open requests that were resident in a group when it got this plan."""
         return {
@@ -220,7 +249,7 @@ class Books:
 
     def lost(self, group: GroupBook) -> None:
         """A life of a group is over; what must become of those who were resident there."""
-        del self.groups[group.name]
+        self.went(group)
         for request in list(self.open.values()):
             if request.home is not group:
                 continue
@@ -238,6 +267,12 @@ class Books:
             else:
                 self.seen["resume" if request.tokens else "retry"] += 1
 
+    def went(self, group: GroupBook) -> None:
+        """A group is not up any more."""
+        del self.groups[group.name]
+        if group.returns:
+            self.away[group.name] = self.now + self.config.resume_timeout_ms, group
+
     def moved_on(self, request: Request, elsewhere: bool) -> None:
         """It has left the group where it was resident, for another one or for the line."""
         group = request.home
@@ -250,6 +285,7 @@ class Books:
 
     def expect(self) -> None:
         """The beginning of a turn: whose time is over has to end in it."""
+        self.away = {name: pair for name, pair in self.away.items() if pair[0] > self.now}
         for request in self.open.values():
             deadline = request.facts.deadline_ms
             if deadline is not None and deadline <= self.now:

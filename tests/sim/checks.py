@@ -4,40 +4,14 @@ Most of it is computed anew from the books and the simulated workers. Where it l
 core, it is to compare the core's account with theirs.
 """
 
-from collections.abc import Sequence as Seq
-
 from router.core.effects import Close, RunPlan
-from router.core.events import PROMPT_LOGPROBS, Reason
-from router.core.ledger import Account
+from router.core.events import Reason
 from router.core.scheduler import Core
 from router.core.state import Group, Sequence
 from tests.sim.books import Books, GroupBook, Request
+from tests.sim.sharing import check_sharing, common, known_of, scores, shared_now
+from tests.sim.turn import Places, Turn, account_of, pinned
 from tests.sim.worker import ensure
-
-Places = dict[int, Group | None]
-
-
-class Turn:
-    """What the core looked like before a call of ``plan``, to be compared with after."""
-
-    def __init__(self, core: Core) -> None:
-        self.places: Places = {number: sequence.group for number, sequence in core._live.items()}
-        self.donors = {name: list(group.donors) for name, group in core._groups.items()}
-        self.pinned = {name: pinned(group) for name, group in core._groups.items()}
-        self.ran = {name for name, group in core._groups.items() if group.running}
-        self.lives = dict(core._groups)
-        self.reserved = {
-            number: sequence.account.reserved
-            for number, sequence in core._live.items()
-            if sequence.account is not None
-        }
-        self.preempted = core.counters.preempted
-
-
-def pinned(group: Group) -> set[int]:
-    """Those whose memory a placed sequence is yet to share."""
-    accounts = [s.account for s in group.filling.values() if not s.admitted]
-    return {a.parent.holder for a in accounts if a is not None and a.parent is not None}
 
 
 def check_plan(books: Books, group: GroupBook, plan: RunPlan) -> None:
@@ -67,19 +41,6 @@ def check_plan(books: Books, group: GroupBook, plan: RunPlan) -> None:
     _check_victims(books, plan, running)
 
 
-def count_shares(books: Books, plan: RunPlan) -> None:
-    """Counts the kinds of shares that there are."""
-    for admit in plan.admits:
-        if admit.share_len:
-            source = books.requests[admit.share_from]
-            ensure(not source.failed, "a share of a sequence that is known to have failed")
-            books.seen["share from running" if source.open else "share from finished"] += 1
-            books.seen["share after a loss"] += len(admit.tokens) > admit.prompt_len
-            books.seen["share of an answer"] += admit.share_len > len(source.facts.prompt)
-            books.seen["share with an adapter"] += bool(admit.adapter)
-            books.seen["share from a scored prompt"] += source.scores_prompt
-
-
 def _check_victims(books: Books, plan: RunPlan, running: list[int]) -> None:
     """Whoever is preempted is last in line of those that run."""
     home = books.groups[plan.group]
@@ -104,9 +65,9 @@ def check_kept(books: Books, core: Core, close: Close) -> None:
     if resident is None or not resident.computed or not group.up.limits.shares_prefix:
         return
     wanted = any(
-        not member.admitted and _common(resident.tokens, member.tokens) > resident.computed
+        not member.admitted and common(resident.tokens, member.tokens) > resident.computed
         for member in group.filling.values()
-        if member.facts.adapter == resident.adapter and not _scores(member)
+        if member.facts.adapter == resident.adapter and not scores(member)
     )
     scarce = group.up.limits.donor_tokens_max is not None
     ensure(
@@ -126,7 +87,7 @@ def check_turn(books: Books, core: Core, before: Turn) -> None:
         _check_progress(books, books.groups[name], group, {} if preempted else before.places)
         if before.lives.get(name) is group and not preempted:
             _check_evictions(books, group, before)
-            _check_sharing(books, group, before)
+            check_sharing(books, group, before)
     if not preempted:
         _check_line(books, core, before, waiting)
     _check_heads(books, core, waiting)
@@ -158,7 +119,7 @@ def _check_memory(book: GroupBook, group: Group) -> None:
     ensure(len(members) == len(group.tree._ends), "the tree holds what is gone")
     charged = used = 0
     for member in members:
-        account = _account(member)
+        account = account_of(member)
         charged += ledger.charge_of(account)
         ensure(account.reserved <= member.end, f"{member.id} reserves more than it can use")
         resident = worker.residents.get(member.id)
@@ -176,11 +137,6 @@ def _check_memory(book: GroupBook, group: Group) -> None:
     admitted = {member.id for member in members if member.admitted}
     ensure(admitted == worker.residents.keys(), "the worker holds other sequences")
     ensure(worker.kv_used + used == charged, "the ledger is not what the worker holds")
-
-
-def _account(member: Sequence) -> Account:
-    assert member.account is not None
-    return member.account
 
 
 def _check_progress(books: Books, book: GroupBook, group: Group, stood: Places) -> None:
@@ -201,7 +157,7 @@ def _check_progress(books: Books, book: GroupBook, group: Group, stood: Places) 
 
 def _check_waits(books: Books, book: GroupBook, group: Group, sequence: Sequence) -> bool:
     """Whether a placed sequence could have been admitted with the latest plan."""
-    account = _account(sequence)
+    account = account_of(sequence)
     if account.parent is None:
         books.seen["heir not admitted yet"] += sequence.id in books.waits
         return book.budget_left > 0
@@ -230,7 +186,7 @@ def _check_evictions(books: Books, group: Group, before: Turn) -> None:
     for donor in former[: max(gone, default=0)]:
         if donor in group.donors and donor not in before.pinned[group.up.group]:
             ensure(
-                _shared_now(books, group, donor, before),
+                shared_now(books, group, donor, before),
                 f"{donor} was to go before {former[gone[-1]]}",
             )
 
@@ -240,77 +196,8 @@ def _grown(group: Group, before: Turn) -> bool:
     members = (*group.filling.values(), *group.decoding.values())
     return any(
         before.places.get(member.id) is not group
-        or _account(member).reserved > before.reserved[member.id]
+        or account_of(member).reserved > before.reserved[member.id]
         for member in members
-    )
-
-
-def _check_sharing(books: Books, group: Group, before: Turn) -> None:
-    """Whoever was placed shares as much as one of those who stay has, and that one counts as used.
-
-    Only beside others that run: for the sake of the only one, what it was to share is given up.
-    """
-    members = group.members()
-    placed = [member for member in members if before.places.get(member.id) is not group]
-    new = {member.id for member in placed} - group.donors.keys()
-    if len(new) == group.running or not group.up.limits.shares_prefix:
-        return
-    for member in placed:
-        if member.id not in new or _scores(member):
-            continue
-        known = {m.id: _known(group, m) for m in members if _alike(m, member)}
-        share = _share(books, member)
-        others = {number: _common(known[number], member.tokens) for number in known.keys() - new}
-        most = max(others.values(), default=0)
-        best = group.ledger.whole_pages(min(most, len(member.tokens) - 1))
-        ensure(share >= best or best < books.config.share_tokens_min, f"{member.id} shares less")
-        donors = [
-            number
-            for number in known
-            if number != member.id and 0 < share <= _common(known[number], member.tokens)
-        ]
-        scarce = group.up.limits.donor_tokens_max is not None
-        if len(donors) == 1 and donors[0] in group.donors and not scarce:
-            after = list(group.donors)[list(group.donors).index(donors[0]) + 1 :]
-            used = all(_shared_now(books, group, donor, before) for donor in after)
-            ensure(used, f"donor {donors[0]} was used, and does not count as used")
-
-
-def _known(group: Group, member: Sequence) -> Seq[int]:
-    """What others can count on: the prompt of one who runs, and what a donor has computed."""
-    return member.tokens[: member.scheduled] if member.id in group.donors else member.facts.prompt
-
-
-def _alike(member: Sequence, other: Sequence) -> bool:
-    """Whether both are computed with the same adapter, so that they could share."""
-    return member.facts.adapter == other.facts.adapter
-
-
-def _scores(member: Sequence) -> bool:
-    """Whether all of its prompt has to be computed."""
-    return PROMPT_LOGPROBS in member.facts.needs
-
-
-def _share(books: Books, member: Sequence) -> int:
-    """How much it started with. As an heir, it owns that by now and its account shares less."""
-    return books.requests[member.id].shared if member.admitted else _account(member).share_len
-
-
-def _common(known: Seq[int], tokens: Seq[int]) -> int:
-    """How many tokens two lists begin with in common."""
-    pairs = zip(known, tokens, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(known), len(tokens)))
-
-
-def _shared_now(books: Books, group: Group, donor: int, before: Turn) -> bool:
-    """Whether somebody placed in this turn begins with tokens that the donor has."""
-    known = _known(group, group.donors[donor])
-    return any(
-        before.places.get(member.id) is not group
-        and _alike(member, group.donors[donor])
-        and (share := _share(books, member)) > 0
-        and known[:share] == member.tokens[:share]
-        for member in (*group.filling.values(), *group.decoding.values())
     )
 
 
@@ -359,16 +246,16 @@ def has_room(books: Books, book: GroupBook, group: Group, head: Request) -> bool
     known = (*head.facts.prompt, *head.tokens)
     adapter = head.facts.adapter
     alike = [member for member in group.members() if member.facts.adapter == adapter]
-    common = max((_common(_known(group, member), known) for member in alike), default=0)
-    share = group.ledger.whole_pages(min(common, len(known) - 1))
+    most = max((common(known_of(group, member), known) for member in alike), default=0)
+    share = group.ledger.whole_pages(min(most, len(known) - 1))
     shares = group.up.limits.shares_prefix and share >= books.config.share_tokens_min
     shares = shares and not head.scores_prompt
     need = -(-min(head.end, tokens) // page) * page - shares * share
     held = pinned(group)
     charges = [
-        group.ledger.charge_of(_account(donor))
+        group.ledger.charge_of(account_of(donor))
         for donor in group.donors.values()
-        if donor.id not in held and not _account(donor).children
+        if donor.id not in held and not account_of(donor).children
     ]
     free = group.ledger.free + sum(charges) - max(charges, default=0)
     return need <= free and (
@@ -381,6 +268,8 @@ def _check_wake(books: Books, core: Core) -> None:
     due = [r.facts.deadline_ms for r in books.open.values() if r.facts.deadline_ms is not None]
     due += [at for group in books.groups.values() if (at := group.due_ms(books.config)) is not None]
     due += [since + books.config.resume_timeout_ms for since in books.stranded.values()]
+    if any(not books.requests[number].tokens for number in books.aside):
+        due += [until for until, _ in books.away.values()]
     wake = core.wake_at()
     ensure(
         wake == min(due, default=None), f"wake_at is {wake}, but {min(due, default=None)} is due"

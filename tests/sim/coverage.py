@@ -20,7 +20,8 @@ REQUIRED = (
     *(f"untrue: {kind}" for kind in ("gap", "overlong", "unscored")),
     *("moved", "moved in mid-answer", "turned out", "ends where it is", "left"),
     *("leaving again", "old leaving"),
-    *("stranded", "given up", "set aside"),
+    *("stranded", "given up", "set aside", "set aside without a token"),
+    *("waits for who is away", "crowded aside", "gone for good", "hope is over"),
     *("token thrown away", "priority", "two models", "needs", "resized", "follow-up"),
 )
 

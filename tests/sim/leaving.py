@@ -7,10 +7,11 @@ from random import Random
 from typing import Protocol
 
 from router.core.effects import Close, Effect, Left
-from router.core.events import Event, GroupDown, GroupLeaving, Reason
+from router.core.events import Event, GroupDown, GroupGone, GroupLeaving, Reason
 from router.core.scheduler import Core
 from tests.sim.books import Books
-from tests.sim.checks import Turn, has_room
+from tests.sim.checks import has_room
+from tests.sim.turn import Turn
 from tests.sim.worker import ensure
 from tests.sim.world import World, draw_limits
 
@@ -57,10 +58,12 @@ class Leaving:
     def schedule(self) -> None:
         """Draws who is told to leave, when, and whether at once."""
         rate = self._rng.choice((0.0, 0.4, 0.7, 0.9))
+        rate = 0.8 if self._sim.world.uneven else rate
         for spec in self._sim.world.groups:
             while self._rng.random() < rate:
                 delay_ms = self._rng.randrange(self._sim.world.spread_ms + 300)
-                self._sim.at(delay_ms, self._leave, spec.name, self._rng.random() < 0.3)
+                at_once, returns = self._rng.random() < 0.3, self._rng.random() < 0.5
+                self._sim.at(delay_ms, self._leave, spec.name, at_once, returns)
 
     def left(self, left: Left) -> None:
         """The core says that a group may go: it goes soon."""
@@ -70,18 +73,30 @@ class Leaving:
         """A group that is lost was also told to leave, of which the core hears too late."""
         self._sim.at(self._rng.randrange(60), self._old, name, epoch)
 
-    def _leave(self, name: str, at_once: bool) -> None:
+    def down(self, name: str) -> None:
+        """A group is down. Of some one hears that they will not come up again."""
+        if self._rng.random() < 0.2:
+            self._sim.at(self._rng.randrange(20), self._gone_for_good, name)
+
+    def _gone_for_good(self, name: str) -> None:
+        if name in self._sim.books.groups:
+            return
+        self._sim.seen["gone for good"] += 1
+        self._sim.books.away.pop(name, None)
+        ensure(self._sim.observe(GroupGone(name)) == [], "news of a group has effects")
+
+    def _leave(self, name: str, at_once: bool, returns: bool) -> None:
         sim, books = self._sim, self._sim.books
         group = books.groups.get(name)
         if group is None or not sim.faults_on:
             return
         sim.seen["leaving again"] += group.leaving
-        group.leaving = True
+        group.leaving, group.returns = True, returns
         for request in books.open.values():
             bound = request.tokens and not books.config.resume_streams
             if at_once and bound and request.home is group:
                 books.due[request.id] = Reason.WORKER_LOST
-        effects = sim.observe(GroupLeaving(name, group.worker.epoch, at_once))
+        effects = sim.observe(GroupLeaving(name, group.worker.epoch, at_once, returns))
         note_moves(books, sim.core, effects)
         sim.perform(effects)
         stays = any(request.home is group for request in books.open.values())
@@ -93,7 +108,7 @@ class Leaving:
         if group is None or group.worker.epoch != left.epoch:
             return
         self._sim.seen["left"] += 1
-        del self._sim.books.groups[left.group]
+        self._sim.books.went(group)
         effects = self._sim.observe(GroupDown(left.group, left.epoch))
         ensure(effects == [], "somebody misses a group that has left")
         self._sim.restart(left.group)

@@ -9,14 +9,14 @@ from tests.sim.mutation import Mutant
 LEAVING = [
     Mutant(
         "scheduler.py",
-        "event.epoch:\n            return []\n        group.leaving = True",
-        "event.epoch and False:\n            return []\n        group.leaving = True",
+        "event.epoch:\n            return []\n        group.leaving, group",
+        "event.epoch and False:\n            return []\n        group.leaving, group",
         "a new life of a group leaves for what was told to the former",
     ),
     Mutant(
         "scheduler.py",
-        "        group.leaving = True\n",
-        "",
+        "group.leaving, group.returns = True, event",
+        "group.returns = event",
         "a group that is to go stays as it is",
     ),
     Mutant(

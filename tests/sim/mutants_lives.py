@@ -78,8 +78,8 @@ SCHEDULER = [
     ),
     Mutant(
         "scheduler.py",
-        "for at in (*answers, self._stranded.due_ms())",
-        "for at in (self._stranded.due_ms(),)",
+        "for at in (*answers, *lone)",
+        "for at in lone",
         "the timer forgets the step deadline",
     ),
     Mutant(
@@ -101,25 +101,25 @@ SCHEDULER = [
         "the timer is set to the last thing due",
     ),
     Mutant(
-        "scheduler.py",
+        "state.py",
         "min(limits.kv_tokens, config.kv_tokens_max or limits.kv_tokens)",
         "limits.kv_tokens",
         "kv_tokens_max is ignored",
     ),
     Mutant(
-        "scheduler.py",
+        "state.py",
         "min(limits.step_tokens_max, config.step_tokens_max or limits.step_tokens_max)",
         "limits.step_tokens_max",
         "step_tokens_max is ignored",
     ),
     Mutant(
-        "scheduler.py",
+        "state.py",
         "batch = min(limits.sequences_max, step_tokens, config.sequences_max or step_tokens)",
         "batch = min(limits.sequences_max, config.sequences_max or limits.sequences_max)",
         "more sequences run than a step can decode",
     ),
     Mutant(
-        "scheduler.py",
+        "state.py",
         "batch = min(limits.sequences_max, step_tokens, config.sequences_max or step_tokens)",
         "batch = min(limits.sequences_max, step_tokens)",
         "sequences_max is ignored",
@@ -252,8 +252,8 @@ SCHEDULER = [
     ),
     Mutant(
         "scheduler.py",
-        "            if refusal is not None:\n                effects.append",
-        "            if False:\n                effects.append",
+        "                    effects.append(self._close(head, refusal.reason, refusal.detail))",
+        "                    break",
         "what no group can run any more blocks the line",
     ),
     Mutant(
@@ -269,25 +269,25 @@ SCHEDULER = [
         "a request is placed with another model",
     ),
     Mutant(
-        "scheduler.py",
+        "outcomes.py",
         "or group.in_flight[0].plan_id != event.plan_id:",
         "or group.in_flight[0].plan_id > event.plan_id:",
         "outcomes may come in any order",
     ),
     Mutant(
-        "scheduler.py",
+        "outcomes.py",
         "if len(event.sequences) != len(event.tokens):",
         "if False:",
         "tokens for nobody are believed",
     ),
     Mutant(
-        "scheduler.py",
+        "outcomes.py",
         "len(event.sequences) != len(due) or due.keys() != set(event.sequences):",
         "len(event.sequences) != len(due):",
         "tokens for the wrong sequences are believed",
     ),
     Mutant(
-        "scheduler.py",
+        "outcomes.py",
         "len(event.sequences) != len(due) or due.keys() != set(event.sequences):",
         "due.keys() != set(event.sequences):",
         "two tokens for one sequence are believed",

@@ -8,42 +8,29 @@ Faults stop at some time; then everything must end, for no event is left but wha
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from random import Random
 from zlib import crc32
 
 from router.core.effects import Abandon, Close, Deliver, Effect, Left, RunPlan
 from router.core.events import (
-    Ended,
     Event,
     GroupDown,
     GroupUp,
     Reason,
     StepDone,
-    Submitted,
     Ticked,
 )
 from router.core.scheduler import Core
-from tests.sim.books import Books, GroupBook, Request, group_book
-from tests.sim.checks import Turn, check_end, check_kept, check_plan, check_turn, count_shares
+from tests.sim.books import Books, GroupBook, group_book
+from tests.sim.checks import check_end, check_kept, check_plan, check_turn
+from tests.sim.clients import Clients
 from tests.sim.leaving import Leaving, check_leaving, note_moves
+from tests.sim.sharing import count_shares
 from tests.sim.stranded import add_patience, note_stranded
+from tests.sim.turn import Turn
 from tests.sim.untrue import untrue
 from tests.sim.worker import ensure
-from tests.sim.world import (
-    NO_FAULTS,
-    GroupSpec,
-    World,
-    add_adapters,
-    add_scores,
-    ask_scores,
-    draw_adapter,
-    draw_limits,
-    draw_prompt,
-    draw_request,
-    draw_tokens,
-    draw_world,
-)
+from tests.sim.world import GroupSpec, World, draw_limits, draw_world
 
 TURNS_MAX = 4000
 
@@ -55,11 +42,7 @@ class Simulation:
         self.rng = Random(seed)
         self.world: World = draw_world(self.rng)
         self.leaving = Leaving(self, Random(f"leaving {seed}"))
-        # Numbers of their own: worlds in which nobody asks for an adapter do not depend on them.
-        self.adapter_rng = Random(f"adapters {seed}")
-        add_adapters(self.adapter_rng, self.world)
-        self.scores_rng = Random(f"scores {seed}")
-        add_scores(self.scores_rng, self.world)
+        self.clients = Clients(self, seed)
         add_patience(Random(f"patience {seed}"), self.world)
         self.core = core_type(self.world.config)
         self.seen: Counter[str] = Counter()
@@ -67,7 +50,6 @@ class Simulation:
         self.trace: deque[tuple[int, object]] = deque(maxlen=keep)
         self.digest = 0
         self.events = 0
-        self.submitted = 0
         self.faults_on = True
         self._heap: list[tuple[int, int, Callable[..., None], tuple[object, ...]]] = []
         self._tie = 0
@@ -106,7 +88,7 @@ class Simulation:
         self.leaving.schedule()
         for _ in range(world.requests):
             burst = rng.random() < 0.3
-            self.at(0 if burst else rng.randrange(world.spread_ms), self._submit, None)
+            self.at(0 if burst else rng.randrange(world.spread_ms), self.clients.submit, None)
         self.at(world.spread_ms + 400, self._stop_faults)
 
     def _stop_faults(self) -> None:
@@ -243,16 +225,16 @@ class Simulation:
                 drawn = ("logprob", number, position)
                 ensure(effect.logprobs[index] == drawn, "a logprob of another token")
             if len(request.tokens) == request.stop_after:
-                self.at(self.rng.randrange(8), self._end, request, Reason.STOP_STRING)
+                self.at(self.rng.randrange(8), self.clients.end, request, Reason.STOP_STRING)
 
     def _closed(self, close: Close) -> None:
         self._note(close.request, close.reason.value)
         request = self.books.closed(close)
         if self.happens(0.05):
-            self.at(self.rng.randrange(5), self._end, request, Reason.CANCELLED)
-        more = request.tokens and self.submitted < 2 * self.world.requests
+            self.at(self.rng.randrange(5), self.clients.end, request, Reason.CANCELLED)
+        more = request.tokens and self.clients.count < 2 * self.world.requests
         if more and self.rng.random() < self.world.follow_up:
-            self.at(self.rng.randrange(30), self._submit, request)
+            self.at(self.rng.randrange(30), self.clients.submit, request)
 
     def _abandoned(self, abandon: Abandon) -> None:
         self._note(abandon.group, abandon.epoch)
@@ -268,6 +250,7 @@ class Simulation:
     def restart(self, name: str) -> None:
         self._wedged.discard(name)
         self._busy_until[name] = 0
+        self.leaving.down(name)
         spec = next(spec for spec in self.world.groups if spec.name == name)
         self.at(self.rng.randrange(self.world.down_ms_max), self._up, spec)
 
@@ -281,6 +264,7 @@ class Simulation:
             spec.limits = draw_limits(self.rng, spec.limits.page_tokens, spec.limits.kv_tokens)
         book = group_book(spec, spec.limits, epoch, self.core.config)
         self.books.groups[spec.name] = book
+        self.books.away.pop(spec.name, None)
         model = f"m{spec.model}"
         up = GroupUp(spec.name, epoch, model, "scripted", spec.limits, spec.features, spec.adapters)
         ensure(self.observe(up) == [], "news of a group has effects")
@@ -350,51 +334,3 @@ class Simulation:
         ensure(delivered == expected, f"delivered {delivered} instead of {expected}")
         self.seen["token thrown away"] += len(outcome.sequences) - len(expected)
         self.perform(effects)
-
-    # --- what clients do
-
-    def _submit(self, former: Request | None) -> None:
-        facts, model = self._draw_request(former)
-        full = len(self.books.open) >= self.world.config.requests_max
-        request = self.books.submitted(facts, model)
-        groups = self.books.serving(model)
-        hopeless = bool(groups) and not any(group.able(request) for group in groups)
-        effects = self.observe(facts)
-        ensure(len(effects) == (full or hopeless), f"{facts.request} is taken or refused wrongly")
-        self.perform(effects)
-        self._plan_ends(request)
-        self.seen["priority"] += facts.priority > 0
-        self.seen["two models"] += model > 0
-        self.seen["needs"] += bool(facts.needs)
-        self.seen["adapter"] += bool(facts.adapter)
-        self.seen["strange adapter"] += hopeless and not any(
-            group.has_adapter(request) for group in self.books.serving(model)
-        )
-
-    def _draw_request(self, former: Request | None) -> tuple[Submitted, int]:
-        self.submitted += 1
-        now, rates = self.books.now, self.world.faults if self.faults_on else NO_FAULTS
-        if former is None:
-            model, prompt = self.rng.randrange(self.world.models), draw_prompt(self.rng, self.world)
-        else:
-            self.seen["follow-up"] += 1
-            model = former.model
-            prompt = (*former.facts.prompt, *former.tokens, *draw_tokens(self.rng, 2))
-        ask = draw_request(self.rng, self.world, rates, now)
-        before = None if former is None else former.facts.adapter
-        adapter = draw_adapter(self.adapter_rng, self.world, rates, before)
-        ask = replace(ask, request=self.submitted, prompt=prompt, adapter=adapter)
-        return ask_scores(self.scores_rng, self.world, replace(ask, model=f"m{model}")), model
-
-    def _plan_ends(self, request: Request) -> None:
-        faults = self.world.faults
-        if self.happens(faults.cancel_per_request):
-            delay = self.rng.choice((0, 3, 20, 100, 300))
-            self.at(self.rng.randint(0, delay), self._end, request, Reason.CANCELLED)
-        if self.happens(faults.stop_string_per_request):
-            request.stop_after = self.rng.randint(1, 6)
-
-    def _end(self, request: Request, reason: Reason) -> None:
-        if request.open:
-            self.books.due[request.id] = reason
-        self.perform(self.observe(Ended(request.id, reason)))

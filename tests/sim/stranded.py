@@ -3,10 +3,11 @@
 from dataclasses import replace
 from random import Random
 
+from router.core.events import PROMPT_LOGPROBS
 from router.core.scheduler import Core
 from tests.sim.books import Books, Request
 from tests.sim.worker import ensure
-from tests.sim.world import World
+from tests.sim.world import FEATURES, World
 
 
 def add_patience(rng: Random, world: World) -> None:
@@ -19,6 +20,26 @@ def add_patience(rng: Random, world: World) -> None:
     world.down_ms_max *= rng.choice((1, 1, 1, 8))
     progress = rng.choice((1, 2, 4, 16))
     world.config = replace(world.config, progress_tokens_min=progress)
+    if rng.random() < 0.2:
+        _make_uneven(rng, world)
+
+
+def _make_uneven(rng: Random, world: World) -> None:
+    """Lets the first group alone do what many need, and be away often."""
+    world.uneven = True
+    if len(world.groups) <= world.models:
+        world.groups.append(replace(world.groups[0], name=f"g{len(world.groups)}"))
+    for spec in world.groups:
+        spec.features = ()
+    world.groups[0].features = (*FEATURES, PROMPT_LOGPROBS)
+    world.faults.needs_per_request = 0.4
+    world.faults.crash_per_group = 3.2
+    world.faults.deadline_per_request *= 0.3
+    world.down_ms_max = rng.choice((60, 300))
+    world.spread_ms = rng.choice((120, 300))
+    world.requests, world.answer_max = 40, 24
+    limits = {"requests_max": rng.choice((4, 8, 16)), "attempts_max": 3}
+    world.config = replace(world.config, resume_streams=True, **limits)
 
 
 def note_stranded(books: Books, core: Core) -> None:
@@ -29,9 +50,11 @@ def note_stranded(books: Books, core: Core) -> None:
         groups, aside = books.serving(request.model), set_aside(core, request)
         if aside:
             books.aside.add(number)
-            able = any(group.able(request) for group in groups)
-            ensure(request.tokens and not able, f"{number} was set aside for nothing")
-            books.seen["set aside"] += number not in former
+            hope = request.tokens or not books.hopeless(request)
+            waits = books.waits_aside(request) or not groups
+            ensure(hope and waits, f"{number} waits for nothing")
+            books.seen["set aside"] += number not in former and bool(request.tokens)
+            books.seen["set aside without a token"] += not request.tokens
         if number in line and request.tokens and (aside or not groups):
             books.seen["stranded"] += number not in former
             books.stranded[number] = former.get(number, books.now)

@@ -15,7 +15,7 @@ from tests.sim.worker import Violation
 
 WORLDS = 200
 # What rarer mutants need is left to `make sim`, which gives each as many worlds as it takes.
-MUTANT_WORLDS = 100
+MUTANT_WORLDS = 125
 RARE = 15
 
 

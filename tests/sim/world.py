@@ -57,7 +57,8 @@ class World:
     """All that is fixed before a world begins.
 
     ``adapted`` is the share of requests that ask for one of the adapters, ``scored`` of those that
-    want the log probabilities of their prompts.
+    want the log probabilities of their prompts. In an ``uneven`` one a group can do what others
+    cannot, and is often away.
     """
 
     config: CoreConfig
@@ -77,6 +78,7 @@ class World:
     resizes: bool
     adapted: float = 0.0
     scored: float = 0.0
+    uneven: bool = False
 
 
 def draw_world(rng: Random) -> World:

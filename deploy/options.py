@@ -159,8 +159,8 @@ KNOBS = (
         FAILURES,
         "resume-timeout",
         "SECONDS",
-        "How long such an answer waits for a worker while there is none, and what only a lost worker "
-        "can do for that one.",
+        "How long such an answer waits for a worker while there is none, and what only a lost "
+        "worker can do for that one.",
         field="resume_timeout_s",
     ),
     Knob(

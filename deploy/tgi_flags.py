@@ -116,7 +116,7 @@ FLAGS = (
         ),
     ),
     _own(
-        MODEL, "kv-cache-dtype", "TYPE", "8-bit numbers in the cache: with vLLM, and with llama.cpp as q8_0.",
+        MODEL, "kv-cache-dtype", "TYPE", "8-bit numbers in the cache, with llama.cpp as q8_0.",
         choices=("fp8_e4m3fn", "fp8_e5m2"),
     ),
     _own(

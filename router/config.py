@@ -89,8 +89,8 @@ class Settings:
     attempts_max: int = 3
     # Continue an answer of which the client has seen a part when its worker is lost.
     resume_streams: bool = True
-    # Seconds for which such an answer waits while no group that serves its model is up, and requests
-    # that only a lost group can run wait for that one.
+    # Seconds for which such an answer waits while no group that serves its model is up, and for
+    # which requests that only a lost group can run wait for that one.
     resume_timeout_s: float = 300.0
     # Seconds that running answers may take to end after a first SIGTERM or SIGINT.
     graceful_termination_timeout_s: float = 90.0

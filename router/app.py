@@ -147,7 +147,8 @@ async def serve(
     """Serves REST and gRPC until SIGTERM or SIGINT has been obeyed.
 
     With ``open_when_ready`` its ports are closed until a first group is up, as TGI's are, whose
-    clients try again when a connection is refused; without it, requests get a 503 until then.
+    clients try again when a connection is refused; if none can be, it ends. Without it, requests
+    get a 503 until then: workers elsewhere may be exchanged for others.
 
     The first signal stops the intake and lets running answers end, for at most
     ``graceful_termination_timeout_s``; a second one closes them at once. ``on_ready`` gets the
@@ -160,7 +161,7 @@ async def serve(
     configure(settings)
     with Signals() as signals:
         async with Router(settings, groups, silent=silent) as router:
-            if open_when_ready and not await unless(signals.first, router.fleet.wait_ready()):
+            if open_when_ready and not await unless(signals.first, router.groups.wait_first()):
                 return
             faces = await Faces.start(
                 router.service,

@@ -244,7 +244,7 @@ class Group:
             tokenizer = await asyncio.to_thread(Tokenizer.from_files, files)
         except Exception as error:  # noqa: BLE001 - a worker's file must not end the router
             cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise LinkDownError(f"{link.address}: unusable tokenizer files: {cause}") from None
+            raise MismatchError(f"{link.address}: unusable tokenizer files: {cause}") from None
         self._fleet.keep_files(card.tokenizer_sha256, files)
         return tokenizer
 

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import count
 from typing import Literal
 
-from router.config import GroupSpec, Settings, check_groups
+from router.config import ConfigError, GroupSpec, Settings, check_groups
 from router.core.events import GroupGone
 from router.core.snapshot import GroupSnapshot, Snapshot
 from router.driver import Driver
@@ -90,6 +90,21 @@ class Groups:
         """Ends all connections; whoever owns the tasks waits for them."""
         for task in self._tasks.values():
             task.cancel()
+
+    async def wait_first(self) -> None:
+        """Waits until one of them serves. Raises ``ConfigError`` if none of them can."""
+        waits = {asyncio.ensure_future(_refusal_of(group)) for group in self._groups.values()}
+        refusals = []
+        try:
+            for settled in asyncio.as_completed(waits):
+                if not (refusal := await settled):
+                    return
+                refusals.append(refusal)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+        raise ConfigError(refusals)
 
     # --- for whoever changes them
 
@@ -206,3 +221,12 @@ class Groups:
 
     def _start(self, name: str) -> None:
         self._tasks[name] = self._own(self._groups[name].run(), f"group {name}")
+
+
+async def _refusal_of(group: Group) -> str:
+    """Waits until a group serves, or cannot; returns why it cannot, or nothing."""
+    try:
+        await group.wait_up()
+    except MismatchError as error:
+        return f"group {group.spec.name} cannot serve: {error}"
+    return ""

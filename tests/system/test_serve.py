@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -296,6 +297,20 @@ def test_a_taken_port_is_one_line_that_names_it(option: str, tmp_path: Path) -> 
     assert said[-1] == told[0]
     assert str(port) in told[0]
     assert "Traceback" not in "\n".join(said)
+
+
+def test_a_group_that_can_never_serve_ends_it_with_that_line(tmp_path: Path) -> None:
+    """Its worker has loaded; what it says of itself is of no use to the router."""
+    template = tmp_path / "template.jinja"
+    template.write_bytes(b"\xff{{ messages }}")
+    with (tmp_path / "stderr").open("w") as errors:
+        process = start((*SCRIPTED, "--chat-template", str(template)), errors)
+        try:
+            assert process.wait(STOP_S) == 1
+        finally:
+            end(process)
+    (*_, last) = (tmp_path / "stderr").read_text().splitlines()
+    assert re.match(r"roundhouse: error: group scripted cannot serve: .* is not UTF-8", last)
 
 
 def test_router_and_worker_run_apart(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 
 from router.api.groups_socket import SOCKET_MODE, address_of, room_for
 from router.api.grpc_calls import STREAM, UNARY, Context, Handler, Received, handler, opened
 from router.api.grpc_errors import DOMAIN, abort_with, rich_status
+from router.api.grpc_reflection import reflect
 from router.change import ChangeError, Problem, Tell
 from router.changing import Changes
 from router.groups import State
@@ -233,7 +233,7 @@ async def _fill(server: grpc.aio.Server, changes: Changes) -> None:
     for name in ("", SERVICE):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
     names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
-    reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+    reflect(names, server)
 
 
 @contextmanager

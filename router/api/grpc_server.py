@@ -1,12 +1,12 @@
 """The gRPC port: all services, health and reflection on one server; and that for gateways alone."""
 
 import grpc.aio
-from grpc_reflection.v1alpha import reflection
 
 from router.api import fmaas, grpc_health, grpc_inference, kserve
 from router.api.gateway_server import Gateways
 from router.api.grpc_health import Health
 from router.api.grpc_inference import Inference
+from router.api.grpc_reflection import reflect
 from router.api.grpc_tracing import Traced
 from router.auth import ApiKeys
 from router.chat import ChatService
@@ -79,7 +79,7 @@ async def start(
     server.add_generic_rpc_handlers(
         tuple(grpc.method_handlers_generic_handler(*pair) for pair in handlers.items())
     )
-    reflection.enable_server_reflection((*handlers, reflection.SERVICE_NAME), server)
+    reflect(handlers, server)
     await _listen(server, settings.host, settings.grpc_port, shown.clients)
     return server
 

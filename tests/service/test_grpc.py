@@ -3,6 +3,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -333,6 +334,28 @@ async def test_reflection_lists_the_services() -> None:
         for _ in SERVICES:
             assert (await call.read()).file_descriptor_response.file_descriptor_proto
         call.cancel()
+
+
+async def test_reflection_finds_whatever_has_a_name() -> None:
+    """As ``grpcurl describe`` asks: services, methods, messages and their fields."""
+    service = "router.v1.Inference"
+    found = (f"{service}.Generate", "router.v1.GenerateRequest", "router.v1.GenerateRequest.text")
+    missing = (f"{service}.Nothing", "router.v1.Nothing.Generate", "nothing")
+    async with channel_of(FakeService()) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        call = stub.ServerReflectionInfo(
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol=name)
+            for name in (*found, *missing)
+        )
+        answers = [await call.read() for _ in (*found, *missing)]
+        call.cancel()
+    for answer in answers[: len(found)]:
+        listed = answer.file_descriptor_response.file_descriptor_proto
+        files = [FileDescriptorProto.FromString(data) for data in listed]
+        named = {f"{file.package}.{one.name}" for file in files for one in file.service}
+        assert service in named
+    for answer in answers[len(found) :]:
+        assert answer.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
 
 
 async def test_clients_may_ping_to_learn_whether_the_router_is_there(

@@ -16,7 +16,7 @@ from deploy.supervisor import Supervisor
 DEADLINE_S = 20.0
 TELL = """
 import json, os, signal, sys, time
-def tell(event, **facts): print(json.dumps({"event": event, **facts}), file=sys.stderr, flush=True)
+def tell(event, **facts): os.write(2, json.dumps({"event": event, **facts}).encode() + b"\\n")
 """
 READY = "tell('ready')\nsys.stdin.read()"
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from deploy.models import HUB_ID, ModelNotFound, reads_gguf_only
+from shards.interrupts import quietly
 
 
 def find_adapters(engine: str, pairs: Iterable[str], tgi: str) -> tuple[str, ...]:
@@ -33,6 +34,7 @@ def _locate(engine: str, name: str, place: str) -> Path:
     hub_id, _, revision = place.partition("@")
     if not HUB_ID.fullmatch(hub_id) or "/" not in hub_id or place.startswith("."):
         raise ModelNotFound(f"adapter {name}: {place} does not exist")
-    from deploy import hub  # takes half a second to import, and is rarely needed
+    with quietly():
+        from deploy import hub  # takes half a second to import, and is rarely needed
 
     return hub.fetch_adapter(hub_id, revision or None, gguf=reads_gguf_only(engine))

@@ -17,6 +17,7 @@ from deploy.options import (
 )
 from deploy.running import run
 from router.config import ConfigError, is_address
+from shards.interrupts import quietly
 from shards.service_manager import ServiceManager
 
 
@@ -67,8 +68,9 @@ def gateway(
         settings = settings_from({**options, "grpc_port": 0})
     except ConfigError as error:
         raise UserError(str(error)) from error
-    from deploy.console import Console, Urls
-    from router.gateway import serve
+    with quietly():
+        from deploy.console import Console, Urls
+        from router.gateway import serve
 
     console = Console(as_json=settings.json_output, manager=ServiceManager.taken())
     listeners = [_listener(settings.host, settings.port, reuse_port, "--port")]

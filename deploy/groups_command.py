@@ -8,6 +8,7 @@ import click
 
 from deploy.options import Decorated
 from router.config import Settings
+from shards.interrupts import quietly
 
 # Of a limit that a call gives, 0 means none; so "at once" is this.
 AT_ONCE_S = 0.001
@@ -53,7 +54,8 @@ def groups(context: click.Context, port: int, as_json: bool) -> None:
     context.obj = port
     if context.invoked_subcommand is not None:
         return
-    from deploy.groups_client import as_dict, list_groups, table
+    with quietly():
+        from deploy.groups_client import as_dict, list_groups, table
 
     answer = list_groups(port)
     click.echo(json.dumps(as_dict(answer), indent=2) if as_json else "\n".join(table(answer)))
@@ -78,8 +80,9 @@ def add(own_port: int, group: str, port: int | None, timeout: float | None) -> N
       roundhouse groups add gpu3:50061
       roundhouse groups add gpu3:50061,gpu4:50061      two ranks of one group
     """
-    from deploy.groups_client import change
-    from router.v1.groups_pb2 import AddGroupRequest
+    with quietly():
+        from deploy.groups_client import change
+        from router.v1.groups_pb2 import AddGroupRequest
 
     request = AddGroupRequest(group=group, limit_s=_limit_s(timeout))
     gone = "the group is taken away again, unless it serves already"
@@ -106,8 +109,9 @@ def remove(own_port: int, name: str, port: int | None, timeout: float | None) ->
       roundhouse groups remove group-0
       roundhouse groups remove torch --timeout 10
     """
-    from deploy.groups_client import change
-    from router.v1.groups_pb2 import RemoveGroupRequest
+    with quietly():
+        from deploy.groups_client import change
+        from router.v1.groups_pb2 import RemoveGroupRequest
 
     request = RemoveGroupRequest(name=name, limit_s=_limit_s(timeout))
     gone = f"{name} goes on leaving"
@@ -136,8 +140,9 @@ def switch(group: str, port: int, stop_first: bool, timeout: float | None) -> No
       roundhouse switch torch,dtype=float32 --stop-first --timeout 600
       roundhouse switch gpu3:50061 --port 8080         another worker of roundhouse router
     """
-    from deploy.groups_client import change
-    from router.v1.groups_pb2 import SwitchGroupsRequest
+    with quietly():
+        from deploy.groups_client import change
+        from router.v1.groups_pb2 import SwitchGroupsRequest
 
     request = SwitchGroupsRequest(group=group, stop_first=stop_first, limit_s=_limit_s(timeout))
     gone = "if the new group serves already the others go on leaving; if not, they go on serving"

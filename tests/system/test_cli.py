@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.cli import cli
+from deploy.commands import COMMANDS
+from deploy.commands import command as command_of
 from deploy.models import embedded
 from deploy.options import KNOBS, settings_from
 from router.config import Settings
@@ -46,7 +47,7 @@ def test_help_shows_every_option_with_its_variable() -> None:
 def test_without_options_every_setting_has_its_own_default(monkeypatch: pytest.MonkeyPatch) -> None:
     for knob in KNOBS:
         monkeypatch.delenv(knob.envvar, raising=False)
-    given = cli.commands["serve"].make_context("serve", []).params
+    given = command_of("serve").make_context("serve", []).params
     assert settings_from(given) == Settings()
 
 
@@ -64,19 +65,36 @@ def test_a_setting_that_is_on_can_be_turned_off(
     arguments: tuple[str, ...], variable: str, resumes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RESUME_STREAMS", variable)
-    given = cli.commands["serve"].make_context("serve", list(arguments)).params
+    given = command_of("serve").make_context("serve", list(arguments)).params
     assert settings_from(given).resume_streams is resumes
 
 
 def test_the_command_knows_the_engines_names_without_importing_any() -> None:
     """Nor what takes long to import: help and mistakes are answered at once."""
-    code = "import sys, deploy.cli; print(*sys.modules)"
+    code = "import sys, deploy.commands; deploy.commands.command('serve'); print(*sys.modules)"
     shown = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
     ).stdout.split()
     assert "shards.engines" in shown
     slow = {"numpy", "torch", "jax", "vllm", "llama_cpp", "grpc", "fastapi", "huggingface_hub"}
     assert not slow & set(shown)
+
+
+def test_help_of_all_commands_imports_none_of_them_and_says_what_theirs_does() -> None:
+    code = "import sys, deploy.commands as c; c.cli(['--help'], standalone_mode=False)"
+    code += "; print(*sys.modules)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+    *help_lines, modules = shown.splitlines()
+    assert not {place.module for place in COMMANDS.values()} & set(modules.split())
+    assert "asyncio" not in modules.split()
+    told = " ".join(" ".join(help_lines).split())
+    for name, place in COMMANDS.items():
+        assert f"{name} {place.help}" in told
+        text = command_of(name).help
+        assert text is not None
+        assert " ".join(text.partition("\n\n")[0].split()) == place.help
 
 
 def test_version() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import pytest
 
-from deploy.cli import cli
+from deploy.commands import command as command_of
 from deploy.environment import STAMP
 from deploy.groups import GROUP_KEYS, LocalGroup, local_groups
 from deploy.interpreters import interpreter_of
@@ -26,7 +26,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def options(*arguments: str) -> Mapping[str, Any]:
-    return cli.commands["serve"].make_context("serve", list(arguments)).params
+    return command_of("serve").make_context("serve", list(arguments)).params
 
 
 def groups(*arguments: str) -> list[LocalGroup]:
@@ -204,7 +204,7 @@ def test_auto_is_the_engine_that_fits_the_model_and_says_why(
 
 
 def test_every_key_of_a_group_is_an_option() -> None:
-    names = {param.name for param in cli.commands["serve"].params}
+    names = {param.name for param in command_of("serve").params}
     assert {key.replace("-", "_") for key in GROUP_KEYS} <= names
 
 

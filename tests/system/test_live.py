@@ -14,7 +14,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from deploy.cli import cli
+from deploy.commands import command as command_of
 from deploy.console import Console
 from deploy.further import FurtherGroups
 from deploy.groups import LocalGroup, local_groups
@@ -85,7 +85,7 @@ class Rig:
 @asynccontextmanager
 async def live(*arguments: str, further: type[FurtherGroups] = FurtherGroups) -> AsyncIterator[Rig]:
     """What ``serve`` with these arguments has when its own groups are ready."""
-    context = cli.commands["serve"].make_context("serve", list(arguments))
+    context = command_of("serve").make_context("serve", list(arguments))
     groups = local_groups(context.params)
     folder, console, heard = socket_folder(), Console(as_json=False), Heard()
 

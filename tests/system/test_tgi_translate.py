@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from deploy.options import UserError
+from deploy.tgi_command import shown_command
 from deploy.tgi_flags import BY_KEY, FLAGS, Fate
-from deploy.tgi_launcher import shown_command
 from deploy.tgi_translate import Translation, log_level, translate
 
 # Every flag of text-generation-inference 3.3.7.
@@ -39,7 +39,7 @@ def test_every_flag_of_tgi_is_known_and_no_other() -> None:
 
 
 def test_a_flag_that_is_passed_is_an_option_of_serve_with_the_same_variable() -> None:
-    from deploy.cli import serve
+    from deploy.serve_command import serve
 
     variables = {param.opts[0]: param.envvar for param in serve.params}
     passed = [flag for flag in FLAGS if flag.fate is Fate.PASSED]

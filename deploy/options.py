@@ -33,6 +33,14 @@ class UserError(click.ClickException):
     """Something that the user can mend; one line on standard error, exit status 1."""
 
 
+class ToldAsJson(click.ClickException):
+    """An error of a command that was to speak JSON; its one line is an object, too."""
+
+    def __init__(self, error: click.ClickException) -> None:
+        super().__init__(error.format_message())
+        self.status: int = error.exit_code
+
+
 @dataclass(frozen=True, slots=True)
 class Knob:
     """One option: where help shows it, its name, the field of ``Settings``, and what it does."""
@@ -213,6 +221,17 @@ class SectionedCommand(click.Command):
     """A command whose help groups the options under headings, in the order of ``sections``."""
 
     sections: tuple[str, ...] = SECTIONS
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs it. Its errors are told as all of its lines are."""
+        try:
+            return super().invoke(ctx)
+        except ToldAsJson:
+            raise
+        except click.ClickException as error:
+            if ctx.params.get("json_output"):
+                raise ToldAsJson(error) from error
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes one block of options for each heading."""

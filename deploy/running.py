@@ -1,6 +1,7 @@
 """How commands are run to their end."""
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 import click
 
-from deploy.options import UserError
+from deploy.options import ToldAsJson, UserError
 from router.config import ConfigError
 from shards.interrupts import STATUS, end_quietly, interrupt, quietly
 
@@ -22,15 +23,32 @@ def run_command(command: click.Command, name: str) -> None:
         status = command.main(prog_name=name, standalone_mode=False)
     except click.ClickException as error:
         end_quietly()
-        line = " ".join(error.format_message().split())
-        click.echo(f"{name}: error: {line}", err=True)
-        sys.exit(error.exit_code)
+        _tell(name, error)
+        sys.exit(error.status if isinstance(error, ToldAsJson) else error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(STATUS)
     finally:
         end_quietly()
         _give_up_unwritten_lines()
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _tell(name: str, error: click.ClickException) -> None:
+    """The one line: of a command that was to speak JSON as an object, as its log's lines are."""
+    line = " ".join(error.format_message().split())
+    if not (isinstance(error, ToldAsJson) or _json_is_asked_for()):
+        click.echo(f"{name}: error: {line}", err=True)
+        return
+    from router.logs import formatter
+
+    record = logging.LogRecord(name, logging.ERROR, "", 0, line, None, None)
+    click.echo(formatter(as_json=True).format(record), err=True)
+
+
+def _json_is_asked_for() -> bool:
+    """Whether a command line that could not be read asks for it, or the environment does."""
+    given = os.environ.get("JSON_OUTPUT", "").strip().lower()
+    return "--json-output" in sys.argv or given in ("1", "true", "t", "yes", "y", "on")
 
 
 def _hold_standard_streams() -> None:

@@ -1,5 +1,6 @@
 """The ``roundhouse`` command: help, and one line for each thing that a user can get wrong."""
 
+import json
 import os
 import subprocess
 import sys
@@ -143,3 +144,35 @@ def test_a_model_file_that_was_cut_short_is_one_line_that_names_it(tmp_path: Pat
     with whole.open("rb") as file:
         path.write_bytes(file.read(whole.stat().st_size // 2))
     assert str(path) in only_line(roundhouse("serve", str(path), PORT="0", GRPC_PORT="0"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("serve", "./no-such.gguf"), "model file ./no-such.gguf does not exist"),
+        (("serve", "--no-such-option"), "--no-such-option"),
+        (("serve", "--max-batch-size=-1"), "max_batch_size (sequences)"),
+        (("router", "--worker", "nowhere"), "nowhere"),
+        (("gateway", "--router", "nowhere"), "nowhere"),
+        (("serve", "--engine", "scripted", "--engine-option", "a=b"), "unknown engine option a"),
+    ],
+)
+@pytest.mark.parametrize("way", ["typed", "variable"])
+def test_a_command_that_speaks_json_fails_in_json(
+    arguments: tuple[str, ...], told: str, way: str
+) -> None:
+    typed = (*arguments, "--json-output") if way == "typed" else arguments
+    env = {} if way == "typed" else {"JSON_OUTPUT": "true"}
+    found = roundhouse(*typed, PORT="0", GRPC_PORT="0", **env)
+    assert found.returncode in (1, 2)
+    lines = [json.loads(line) for line in found.stderr.splitlines()]
+    assert [line["level"] for line in lines].count("ERROR") == 1
+    assert lines[-1]["target"] == "roundhouse"
+    assert told in lines[-1]["message"]
+
+
+def test_a_config_file_can_ask_for_json_too(tmp_path: Path) -> None:
+    path = tmp_path / "roundhouse.toml"
+    path.write_text('model = "./no-such.gguf"\njson-output = true\n')
+    (line,) = roundhouse("serve", "--config", str(path)).stderr.splitlines()
+    assert "no-such.gguf" in json.loads(line)["message"]

@@ -1,16 +1,17 @@
 """Router and workers on this machine, as one command: what ``roundhouse serve`` runs."""
 
 import asyncio
-import shutil
+import os
 import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, closing
 from pathlib import Path
 
 from deploy.console import Console, Urls
 from deploy.control import SOCKET_PATH_MAX, control_socket
+from deploy.folders import PREFIX, SUFFIX, folder_for_run
 from deploy.further import FurtherGroups
 from deploy.groups import LocalGroup
 from deploy.live import LocalWorkers
@@ -27,13 +28,10 @@ OnReady = Callable[[int, int], None]
 """Called with the ports of REST and gRPC."""
 
 
-def socket_folder() -> Path:
-    """A new folder that only this user can enter, with a path short enough for sockets."""
-    folder = Path(tempfile.mkdtemp(prefix="roundhouse-"))
-    if len(str(folder / "999-9999.sock").encode()) > SOCKET_PATH_MAX:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="roundhouse-", dir="/tmp"))
-    return folder
+def socket_folder() -> AbstractContextManager[Path]:
+    """A new folder for this run, with a path short enough for sockets."""
+    longest = Path(tempfile.gettempdir()) / f"{PREFIX}12345678{SUFFIX}" / "999-9999.sock"
+    return folder_for_run("/tmp" if len(os.fsencode(longest)) > SOCKET_PATH_MAX else "")  # noqa: S108
 
 
 def check_ports(settings: Settings) -> None:
@@ -72,8 +70,7 @@ async def serve(
     """
     check_ports(settings)
     tracing.check(settings)
-    folder = socket_folder()
-    try:
+    with closing(console), socket_folder() as folder:
         ranks = first_ranks(groups, folder)
         specs = [group_spec(group, ranks[group.name]) for group in groups]
         supervisor = Supervisor(ranks, console.tell)
@@ -81,9 +78,6 @@ async def serve(
         on_ready = _announcer(settings, groups[0].model.model_id, console)
         changes = controlled(lambda _: workers)
         await _together(settings, specs, supervisor, on_ready, changes, console.stopping)
-    finally:
-        console.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 async def route(settings: Settings, groups: tuple[GroupSpec, ...], console: Console) -> None:

@@ -7,14 +7,13 @@ What only tunes is named in one warning, what would change answers is refused (`
 import os
 import platform
 import shlex
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from deploy.folders import folder_for_run
 from deploy.hardware import detect
 from deploy.options import SectionedCommand
 from deploy.tgi_flags import FLAGS, SECTIONS
@@ -54,8 +53,8 @@ def launch(**values: Any) -> None:
         in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
     }
     chosen = {key: value for key, value in values.items() if key in given}
-    with tempfile.TemporaryDirectory(prefix="roundhouse-tgi-") as folder:
-        found = translate(chosen, os.environ, Path(folder))
+    with folder_for_run() as folder:
+        found = translate(chosen, os.environ, folder)
         if values["env"]:
             click.echo(environment(found), err=True)
         _warn(found, as_json="--json-output" in found.arguments)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deploy.folders import folder_for_run
 from deploy.tune_load import LoadError, Tally, measure
 from deploy.tune_progress import Progress
 from deploy.tune_report import config_text
@@ -146,8 +146,8 @@ class Tuner:
 
     async def _measure(self, candidate: Candidate, place: str) -> Result:
         """Starts a server, loads it with the traffic, and ends it."""
-        with tempfile.TemporaryDirectory(prefix="roundhouse-tune-") as folder:
-            config, log = Path(folder) / "candidate.toml", Path(folder) / "server.log"
+        with folder_for_run() as folder:
+            config, log = folder / "candidate.toml", folder / "server.log"
             config.write_text(config_text(self.subject, candidate))
             try:
                 async with self._loaded(config, log, place) as served:

@@ -2,11 +2,10 @@
 
 import asyncio
 import os
-import shutil
 import sys
 import threading
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,13 +86,13 @@ async def live(*arguments: str, further: type[FurtherGroups] = FurtherGroups) ->
     """What ``serve`` with these arguments has when its own groups are ready."""
     context = command_of("serve").make_context("serve", list(arguments))
     groups = local_groups(context.params)
-    folder, console, heard = socket_folder(), Console(as_json=False), Heard()
+    console, heard = Console(as_json=False), Heard()
 
     def news(one: Any) -> None:
         console.tell(one)
         heard(one)
 
-    try:
+    with closing(console), socket_folder() as folder:
         supervisor = Supervisor(first_ranks(groups, folder), news)
         made = further(context, groups[0].model.model_id)
         async with running(supervisor):
@@ -104,9 +103,6 @@ async def live(*arguments: str, further: type[FurtherGroups] = FurtherGroups) ->
             yield rig
         assert not rig.running()
         assert not list(folder.iterdir())
-    finally:
-        console.close()
-        shutil.rmtree(folder)
 
 
 async def described(address: str) -> pb.DescribeResponse:

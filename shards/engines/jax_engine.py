@@ -16,7 +16,6 @@ Engine options (``--engine-option key=value``):
 - ``argmax``: ``host`` or ``device``.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +35,7 @@ from shards.engines.base import (
     Progress,
     Scheduling,
 )
+from shards.engines.host_memory import memory_bytes
 from shards.engines.jax_attention import KERNEL_HEAD_DIM, Attention
 from shards.engines.jax_config import LlamaConfig
 from shards.engines.jax_mesh import AXIS, join
@@ -146,8 +146,7 @@ class JaxEngine(PagedEngine):
         stats = self._group.device.memory_stats()
         if stats and "bytes_limit" in stats:
             return cache_share(stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // per_token
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        room = int(memory * KV_MEMORY_SHARE) // per_token
+        room = int(memory_bytes() * KV_MEMORY_SHARE) // per_token
         return min(room, max(KV_TOKENS_MAX, whole.length_max // 8))
 
     def _head_dim(self, config: LlamaConfig) -> int:

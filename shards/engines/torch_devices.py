@@ -4,7 +4,6 @@ A device is what the installed torch reports: CUDA (NVIDIA, or AMD through ROCm,
 calls cuda), XPU (Intel), HPU (Gaudi, if Habana's package is installed), MPS (Apple), else the CPU.
 """
 
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from shards.engines.base import ModelError
+from shards.engines.host_memory import memory_bytes
 from shards.filters import Floats
 
 KV_TOKENS_MAX = 32768
@@ -159,8 +159,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def kv_tokens_default(device: Device, bytes_per_token: int, length_trained: int, page: int) -> int:
     """Tokens of KV cache when nobody says, in whole pages: what the memory holds, within reason."""
     if device.kind == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        room = int(memory * CPU_MEMORY_SHARE) // bytes_per_token
+        room = int(memory_bytes() * CPU_MEMORY_SHARE) // bytes_per_token
         room = min(room, max(KV_TOKENS_MAX, length_trained // 8))
     else:
         free, _total = torch.accelerator.get_memory_info(device.torch)

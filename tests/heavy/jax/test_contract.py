@@ -234,6 +234,18 @@ def test_the_cache_leaves_room_for_programs() -> None:
     assert cache_share(gib // 2) == 0
 
 
+def test_without_a_size_the_cache_follows_this_ranks_part_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = []
+    for mib in (64, 32):
+        monkeypatch.setattr("shards.engines.jax_engine.memory_bytes", lambda mib=mib: mib << 20)
+        engine = make(kv_tokens=0, sequences_max=1)
+        sizes.append(engine.describe().kv_tokens)
+        engine.close()
+    assert sizes[0] // 16 * 8 == sizes[1] > 0  # in whole pages of 8
+
+
 def test_loading_reports_progress() -> None:
     seen: list[float] = []
     load("jax", options(sequences_max=1), seen.append).close()

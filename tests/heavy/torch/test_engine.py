@@ -210,6 +210,14 @@ def test_the_cache_takes_whole_pages_within_reason() -> None:
     assert kv_tokens_default(CPU, 1 << 50, 2048, 16) == 16
 
 
+def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank's tokens take only its heads' part of the bytes; without that it would take all."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    whole = kv_tokens_default(CPU, 1 << 24, 1 << 30, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert kv_tokens_default(CPU, 1 << 23, 1 << 30, 1) == whole
+
+
 def test_a_gguf_file_names_its_ends() -> None:
     ends = {f"tokenizer.ggml.{end}_token_id": n for end, n in (("eos", 2), ("eom", 8), ("eot", 7))}
     assert gguf_ends(ends) == (2, 7, 8)

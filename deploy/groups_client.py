@@ -83,14 +83,16 @@ def change(port: int, call: Call, interrupted: str) -> str:
     ``interrupted`` is what is said after a Ctrl-C. Raises ``UserError``.
     """
     with server_on(port) as server, Shown() as shown:
-        stream: Any = call(server)
+        stream: Any = None
         last = ""
         try:
+            stream = call(server)
             for progress in stream:
                 last = progress.line
                 shown.tell(progress.line, progress.loaded)
         except KeyboardInterrupt:
-            stream.cancel()
+            if stream is not None:
+                stream.cancel()
             shown.close()
             click.echo(f"interrupted: {interrupted}", err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None

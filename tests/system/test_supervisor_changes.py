@@ -24,7 +24,7 @@ from tests.system.test_supervisor import (
     running,
     spec,
 )
-from tests.system.test_supervisor_groups import STUCK, is_ready, pids_of
+from tests.system.test_supervisor_groups import STUCK, gone, is_ready, pids_of
 
 LOADS = "tell('loading', fraction=0.5)\nsys.stdin.read()"
 # Says that it was asked to leave, and stays.
@@ -69,16 +69,6 @@ def is_asked(news: News) -> bool:
 def started_by(heard: Heard, worker: str) -> list[int]:
     """All processes that a worker has told of: itself and its children."""
     return [pid_of(news) for news in heard.all if is_pid(news) and news.worker == worker]
-
-
-async def gone(pids: list[int]) -> None:
-    """Waits for the end of killed processes: the kernel's to make, and nobody's who is here to see.
-
-    The supervisor waits for workers, and kills what they have started.
-    """
-    async with asyncio.timeout(DEADLINE_S):
-        while any(map(runs, pids)):
-            await asyncio.sleep(0.005)
 
 
 def deaths(heard: Heard) -> list[str]:

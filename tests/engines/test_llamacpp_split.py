@@ -12,14 +12,11 @@ import pytest
 from shards.engines.base import Engine, ModelError, Plan, PlanError, SamplingParams
 from shards.engines.llama_sizes import part_tokens
 from shards.engines.llamacpp import LlamaCppEngine
-from tests.engines.contract import EngineContract, admit, decode, fill
-from tests.engines.contract_grammar import GrammarContract
-from tests.engines.contract_prompts import PromptContract
+from tests.engines.contract import admit, decode
+from tests.engines.contract_split import PART, PROMPTS, SplitContract
 from tests.engines.unrounded import make_llamacpp, make_unrounded
 from tests.heavy.models import smollm2_gguf
 
-PROMPTS = [[(7 * n + 13 * k) % 250 for k in range(24 + 7 * n)] for n in range(2, 6)]
-PART = 512
 # In nats: what float32 adds up in another order.
 EQUAL = 1e-3
 
@@ -38,29 +35,11 @@ def unified() -> Iterator[Engine]:
     engine.close()
 
 
-class TestContract(GrammarContract, PromptContract, EngineContract):
+class TestContract(SplitContract):
     @pytest.fixture
     def engine(self, split: Engine) -> Engine:
         split.reset()
         return split
-
-    @pytest.fixture
-    def prompts(self) -> list[list[int]]:
-        return PROMPTS
-
-    def test_kv_budget_counts_shared_tokens_once(
-        self, engine: Engine, prompts: list[list[int]]
-    ) -> None:
-        """There is no common budget: all may be full at once, whatever they share."""
-        info = engine.describe()
-        tokens = (prompts[0] * PART)[:PART]
-        fill(engine, 1, tokens)
-        for number in range(2, info.sequences_max + 1):
-            made = admit(number, tokens, share_from=number - 1, share_len=PART - 32)
-            engine.step(Plan(admits=[made], work=[(number, 32)]))
-        with pytest.raises(PlanError, match="sequences_max"):
-            fill(engine, 20, prompts[1])
-        fill(engine, 21, tokens, drops=[1])
 
 
 def test_each_sequence_has_an_equal_part_for_itself(split: Engine) -> None:

@@ -24,6 +24,7 @@ from shards.engines.base import Engine, Plan, SamplingParams
 from tests.engines.contract import EngineContract, admit
 from tests.engines.contract_grammar import GrammarContract
 from tests.engines.contract_prompts import PromptContract
+from tests.engines.contract_split import PART, SplitContract
 from tests.engines.unrounded import make_llamacpp, make_unrounded
 from tests.heavy.models import smollm2_gguf
 from tests.heavy.tiny_gguf import tiny_llama_gguf
@@ -90,12 +91,12 @@ class TestContract(GrammarContract, PromptContract, EngineContract):
 
 @pytest.fixture(scope="module")
 def divided() -> Iterator[Engine]:
-    engine = make_unrounded(DEVICE, 12 * 512, kv="split")
+    engine = make_unrounded(DEVICE, 12 * PART, kv="split")
     yield engine
     engine.close()
 
 
-class TestContractOfDividedCache(TestContract):
+class TestContractOfDividedCache(SplitContract):
     @pytest.fixture
     def engine(self, divided: Engine) -> Engine:
         divided.reset()

@@ -89,6 +89,13 @@ def number(title: str, expression: str, what_to_do: str, unit: str, steps: Steps
     return Panel("stat", title, what_to_do, (Query(expression, title),), unit, steps, width=3)
 
 
+def part_of_cache(title: str, what_to_do: str, tokens: str) -> Panel:
+    """What some tokens take of each group's cache."""
+    part = f"max by (group) ({gauge(tokens)} / {gauge('roundhouse_kv_tokens_total')})"
+    query = Query(part, "{{group}}")
+    return Panel("timeseries", title, what_to_do, (query,), "percentunit", width=6, most=1)
+
+
 HEALTHY = Row(
     "Is it healthy?",
     (
@@ -255,37 +262,17 @@ ASKED = Row(
 MEMORY = Row(
     "Memory",
     (
-        Panel(
-            "timeseries",
+        part_of_cache(
             "KV memory in use, by group",
             "Share of a group's cache that running requests hold. At 100 % for long, with "
             "preemptions: raise --kv-tokens, lower --max-batch-size, or add a group.",
-            (
-                Query(
-                    f"max by (group) ({gauge('roundhouse_kv_tokens_used')} / "
-                    f"{gauge('roundhouse_kv_tokens_total')})",
-                    "{{group}}",
-                ),
-            ),
-            "percentunit",
-            width=6,
-            most=1,
+            "roundhouse_kv_tokens_used",
         ),
-        Panel(
-            "timeseries",
+        part_of_cache(
             "KV memory kept to share, by group",
             "Share of a group's cache that ended answers keep for requests that begin alike. It "
             "is given up first when memory runs out.",
-            (
-                Query(
-                    f"max by (group) ({gauge('roundhouse_kv_tokens_cached')} / "
-                    f"{gauge('roundhouse_kv_tokens_total')})",
-                    "{{group}}",
-                ),
-            ),
-            "percentunit",
-            width=6,
-            most=1,
+            "roundhouse_kv_tokens_cached",
         ),
         Panel(
             "timeseries",

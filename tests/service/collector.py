@@ -13,6 +13,8 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as ser
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Wire
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
+# A trace that a caller has begun, and its span: the identifiers of W3C's own example.
+TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 KINDS = {
     Wire.SPAN_KIND_SERVER: "server",
     Wire.SPAN_KIND_CLIENT: "client",

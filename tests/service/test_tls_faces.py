@@ -27,16 +27,6 @@ SHORT = {"inputs": "x", "parameters": {"max_new_tokens": 3}}
 ENDLESS = {"inputs": "x", "parameters": {"max_new_tokens": 5000}}
 
 
-@pytest.fixture
-def ours(tmp_path: Path) -> Authority:
-    return Authority(tmp_path, "ours")
-
-
-@pytest.fixture
-def theirs(tmp_path: Path) -> Authority:
-    return Authority(tmp_path, "theirs")
-
-
 def port_of(house: House) -> int:
     return int(house.url.rpartition(":")[2])
 

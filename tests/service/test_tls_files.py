@@ -15,11 +15,6 @@ from tls.identity import Identity
 from tls.wire import stays_here
 
 
-@pytest.fixture
-def ours(tmp_path: Path) -> Authority:
-    return Authority(tmp_path, "ours")
-
-
 def told(files: Files) -> str:
     with pytest.raises(TlsError) as caught:
         read(files)

@@ -22,16 +22,6 @@ from tests.service.test_rest_router import house_in
 SHORT = {"inputs": "x", "parameters": {"max_new_tokens": 20}}
 
 
-@pytest.fixture
-def ours(tmp_path: Path) -> Authority:
-    return Authority(tmp_path, "ours")
-
-
-@pytest.fixture
-def theirs(tmp_path: Path) -> Authority:
-    return Authority(tmp_path, "theirs")
-
-
 class Cluster:
     """The port of a router for gateways, and its settings."""
 

@@ -1,7 +1,7 @@
 """Traces of a real router and gateway before the scripted engine, as a real collector gets them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -13,23 +13,16 @@ import pytest
 from router.config import GroupSpec
 from router.v1 import router_pb2 as pb
 from router.v1.router_pb2_grpc import InferenceStub
-from tests.service.collector import Collector, collecting
+from tests.service.collector import CALLER, TRACE, Collector
 from tests.service.fakes import until
 from tests.service.gateways import gateway_before
 from tests.service.test_rest_router import House, house_in
 from tests.service.ways import WAYS, Wish
 
-TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = {"traceparent": f"00-{TRACE}-{CALLER}-01", "tracestate": "mine=7"}
 ASK = {"inputs": "hello", "parameters": {"max_new_tokens": 6, "temperature": 0.5, "seed": 7}}
 ENDLESS = {"inputs": "x", "parameters": {"max_new_tokens": 5000}}
 SLOW = {"step_ms": "2"}
-
-
-@pytest.fixture
-def collector() -> Iterator[Collector]:
-    with collecting() as collector:
-        yield collector
 
 
 @asynccontextmanager

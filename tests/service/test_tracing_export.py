@@ -17,21 +17,14 @@ import pytest
 from router.config import ConfigError, Settings
 from router.tracing import OFF, tracing_of
 from router.tracing_export import _LINES, LINE_EVERY_S
-from tests.service.collector import Collector, collecting
+from tests.service.collector import CALLER, TRACE, Collector
 from tests.service.fakes import until
 from tests.service.gateways import gateway_before
 from tests.service.test_rest_router import House, house_in
 
-TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
 ASK = {"inputs": "hello", "parameters": {"max_new_tokens": 6}}
 NOBODY = "http://127.0.0.1:9"
-
-
-@pytest.fixture
-def collector() -> Iterator[Collector]:
-    with collecting() as collector:
-        yield collector
 
 
 @asynccontextmanager

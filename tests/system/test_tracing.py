@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from deploy.tgi_translate import translate
-from tests.service.collector import Collector, collecting
+from tests.service.collector import CALLER, TRACE, Collector, collecting
 from tests.system.server import Server, eventually, gateway, serving
 from tests.system.test_cli import only_line, roundhouse
 from tests.system.test_tgi_launcher import launched
 
 SCRIPTED = ("--engine", "scripted", "--engine-option", "step_ms=5")
-TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
 SHORT = {"inputs": "Count", "parameters": {"max_new_tokens": 8}}
 NOBODY = "http://127.0.0.1:9"

@@ -64,7 +64,10 @@ def groups(context: click.Context, port: int, as_json: bool) -> None:
 @groups.command()
 @click.argument("group", metavar="GROUP")
 @_SAME_PORT
-@_timeout("Seconds until it has to serve; then it is taken away again. Default: no limit.")
+@_timeout(
+    "Seconds until it has to serve, downloads included; then it is taken away again, and what is "
+    "being downloaded goes on. Default: no limit."
+)
 @click.pass_obj
 def add(own_port: int, group: str, port: int | None, timeout: float | None) -> None:
     """Start a group beside the others, and wait until it serves.
@@ -125,7 +128,7 @@ def remove(own_port: int, name: str, port: int | None, timeout: float | None) ->
     "--stop-first", is_flag=True,
     help="End the others first, if a device cannot hold both; requests wait meanwhile.",
 )  # fmt: skip
-@_timeout("Seconds until the new group has to serve. Default: no limit.")
+@_timeout("Seconds until the new group has to serve, downloads included. Default: no limit.")
 def switch(group: str, port: int, stop_first: bool, timeout: float | None) -> None:
     """Put a new group in the place of all others that serve its model, while requests run.
 

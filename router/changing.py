@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 from router.change import ChangeError, Problem, Tell, Workers
-from router.group_steps import Steps, at_once, listed, model_of, shown
+from router.group_steps import Limit, Steps, at_once, listed, model_of, shown
 from router.groups import Groups, State
 from router.under_way import Change, OneAtATime, Own, Work
 
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 LIMIT_S_MAX = 31_536_000.0
 CLOSING = "the server is shutting down"
+DOWNLOADING = ": its files were not here; what is being downloaded goes on, so try again later"
 
 
 class Changes:
@@ -46,14 +47,16 @@ class Changes:
     async def add(self, text: str, limit_s: float, tell: Tell) -> None:
         """Starts a group beside the others and waits until it serves.
 
-        ``limit_s`` is how many seconds that may take, 0: any. Raises ``ChangeError``; then nothing
-        is left of it. Cancelled before it serves, it takes the group away again.
+        ``limit_s`` is how many seconds that may take, downloads included, 0: any. Raises
+        ``ChangeError``; then nothing is left of it. Cancelled before it serves, it takes the group
+        away again.
         """
         _check_limit(limit_s)
 
         async def work(change: Change) -> None:
-            await self._workers.check(text, tell)
-            await self._steps.bring_up(change, text, limit_s, tell)
+            limit = Limit(limit_s)
+            await self._check(text, limit, tell)
+            await self._steps.bring_up(change, text, limit, tell)
 
         await self._make(f"adding {shown(text)}", work)
 
@@ -82,11 +85,12 @@ class Changes:
         _check_limit(limit_s)
 
         async def work(change: Change) -> None:
-            await self._workers.check(text, tell)
+            limit = Limit(limit_s)
+            await self._check(text, limit, tell)
             if stop_first:
-                await self._stop_and_switch(change, text, limit_s, tell)
+                await self._stop_and_switch(change, text, limit, tell)
             else:
-                await self._switch(change, text, limit_s, tell)
+                await self._switch(change, text, limit, tell)
 
         await self._make(f"switching to {shown(text)}", work)
 
@@ -121,6 +125,11 @@ class Changes:
             raise ChangeError(Problem.IMPOSSIBLE, CLOSING)
 
     # --- what stands against a change
+
+    async def _check(self, text: str, limit: Limit, tell: Tell) -> None:
+        """Has the description of a group looked at, and fetched what it needs, in that time."""
+        async with limit.over(text, DOWNLOADING):
+            await self._workers.check(text, tell)
 
     def _check_removable(self, name: str) -> None:
         """Raises ``ChangeError`` if there is no such group, or none that could stand in for it."""
@@ -171,9 +180,9 @@ class Changes:
 
     # --- one group in the place of others
 
-    async def _switch(self, change: Change, text: str, limit_s: float, tell: Tell) -> None:
+    async def _switch(self, change: Change, text: str, limit: Limit, tell: Tell) -> None:
         """The new group first, so that there is always one that serves."""
-        new = await self._steps.bring_up(change, text, limit_s, tell)
+        new = await self._steps.bring_up(change, text, limit, tell)
         others = [one for one in self._groups.states() if one.spec.name != new.spec.name]
         await self._check_place(new, dict.fromkeys(filter(None, map(model_of, others))))
         former = [one.spec.name for one in others if model_of(one) == model_of(new)]
@@ -181,7 +190,7 @@ class Changes:
         await at_once(self._steps.remove(name, self._limit_s, tell) for name in former)
         tell(_in_place(new, former), 1.0)
 
-    async def _stop_and_switch(self, change: Change, text: str, limit_s: float, tell: Tell) -> None:
+    async def _stop_and_switch(self, change: Change, text: str, limit: Limit, tell: Tell) -> None:
         """The former groups stand down first, and come back if the new one cannot serve."""
         former, model = self._check_stoppable()
         change.hold()  # a group that is half gone is of no use to anybody
@@ -189,7 +198,7 @@ class Changes:
             tell(f"ending {listed(former)}; requests wait", 0.0)
             await at_once(map(self._steps.stand_down, former))
             await change.let_go()
-            new = await self._steps.bring_up(change, text, limit_s, tell, former)
+            new = await self._steps.bring_up(change, text, limit, tell, former)
             if model:
                 await self._check_place(new, (model,))
         except BaseException as failure:

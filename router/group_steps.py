@@ -5,8 +5,8 @@ Each either comes to its end or leaves nothing behind; ``router.changing`` puts 
 
 import asyncio
 import logging
-from collections.abc import Collection, Coroutine, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from router.change import ChangeError, Problem, Tell, Workers
@@ -26,6 +26,29 @@ SHOWN_MAX = 200
 """Characters that are repeated of what somebody has written."""
 
 
+class Limit:
+    """How long a new group may take until it serves, from now on. ``seconds`` of 0: any time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until = asyncio.get_running_loop().time() + seconds if seconds else None
+
+    @asynccontextmanager
+    async def over(self, text: str, more: str = "") -> AsyncIterator[None]:
+        """Ends what is within when the time is over. Raises ``ChangeError`` that says so.
+
+        ``text`` is the group's, and ``more`` what there is to say of what was ended.
+        """
+        try:
+            async with asyncio.timeout_at(self._until) as timeout:
+                yield
+        except TimeoutError:
+            if not timeout.expired():
+                raise
+            late = f"{shown(text)} did not serve within {self._seconds:g} s{more}"
+            raise ChangeError(Problem.IMPOSSIBLE, late) from None
+
+
 class Steps:
     """What can be done with one group, of the router and of whoever has its workers."""
 
@@ -34,7 +57,7 @@ class Steps:
         self._workers = workers
 
     async def bring_up(
-        self, change: Change, text: str, limit_s: float, tell: Tell, former: Collection[str] = ()
+        self, change: Change, text: str, limit: Limit, tell: Tell, former: Collection[str] = ()
     ) -> State:
         """Starts a group and waits until it serves. Failed or taken back, it leaves nothing.
 
@@ -44,20 +67,17 @@ class Steps:
         spec: GroupSpec | None = None
         joined = False
         try:
-            async with asyncio.timeout(limit_s or None) as limit:
+            async with limit.over(text):
                 spec = await self._workers.start(text, tell)
                 self._join(spec)
                 joined = True
                 await self._wait_up(spec, tell)
-        except BaseException as failure:
+        except BaseException:
             change.hold()
             if spec is not None and spec.name in former:
                 await self.stand_down(spec.name)
             elif spec is not None:
                 await (self.take_away if joined else self._workers.end)(spec.name)
-            if isinstance(failure, TimeoutError) and limit.expired():
-                late = f"{shown(text)} did not serve within {limit_s:g} s"
-                raise ChangeError(Problem.IMPOSSIBLE, late) from None
             raise
         change.hold()
         state = self.find(spec.name)

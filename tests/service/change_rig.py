@@ -128,6 +128,7 @@ class FakeWorkers:
     ends_them: bool = True
     running: set[str] = field(default_factory=set)
     began: list[str] = field(default_factory=list)
+    downloaded: asyncio.Event = field(default_factory=gate)
     loading: asyncio.Event = field(default_factory=gate)
     ending: asyncio.Event = field(default_factory=gate)
     check_error: str = ""
@@ -136,6 +137,7 @@ class FakeWorkers:
     again_errors: dict[str, str] = field(default_factory=dict)
 
     async def check(self, text: str, tell: Tell) -> None:
+        await self.downloaded.wait()
         if self.check_error:
             raise ChangeError(Problem.INVALID, self.check_error)
 

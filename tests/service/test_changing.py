@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from router.change import Problem
+from router.changing import DOWNLOADING
 from router.group_steps import AT_ONCE_S
 from tests.service.change_rig import LIMIT_S, leave, over, rig_of
 from tests.service.fakes import until
@@ -82,13 +83,14 @@ async def test_a_group_that_cannot_serve_beside_the_others_is_taken_away() -> No
         assert rig.serving == (["old"], ["old"])
 
 
-@pytest.mark.parametrize("held", ["loading", "connecting"])
+@pytest.mark.parametrize("held", ["downloaded", "loading", "connecting"])
 async def test_a_group_that_takes_too_long_is_taken_away(held: str) -> None:
     async with rig_of("old") as rig:
-        gate = rig.workers.loading if held == "loading" else rig.groups.connecting
+        gate = rig.groups.connecting if held == "connecting" else getattr(rig.workers, held)
         gate.clear()
         line = await rig.refused(IMPOSSIBLE, rig.changes.add("new", 0.01, rig.tell))
-        assert line == "new did not serve within 0.01 s"
+        more = DOWNLOADING if held == "downloaded" else ""
+        assert line == f"new did not serve within 0.01 s{more}"
         assert rig.groups.names() == ("old",)
         assert rig.serving == (["old"], ["old"])
 

@@ -83,6 +83,15 @@ async def test_the_former_groups_are_started_again_if_the_new_one_cannot_serve(
         assert "starting the former groups again: a, b" in rig.lines
 
 
+async def test_what_is_not_downloaded_in_time_ends_nobody() -> None:
+    async with rig_of("a", "b") as rig:
+        rig.workers.downloaded.clear()
+        line = await rig.refused(IMPOSSIBLE, rig.changes.switch("new", True, 0.01, rig.tell))
+        assert line.startswith("new did not serve within 0.01 s: its files were not here")
+        assert rig.groups.removals == []
+        assert rig.serving == (["a", "b"], ["a", "b"])
+
+
 async def test_a_former_group_that_does_not_come_back_is_told() -> None:
     async with rig_of("a", "b") as rig:
         rig.workers.start_errors["new"] = "no room"

@@ -32,6 +32,7 @@ from router.tracing import CALL
 TOOLS_MAX = 256
 NAME_CHARS_MAX = 128
 _NAME = re.compile(rf"[\w.-]{{1,{NAME_CHARS_MAX}}}")
+_CUT = "CUT_THE_PROMPT_HERE"
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
 
 
@@ -145,9 +146,11 @@ class ChatService:
             "add_generation_prompt": ask.opening and not ask.continuing,
             **({"tools": entries} if entries and native else {}),
         }
+        if ask.continuing:
+            shown = [*shown[:-1], _marked(shown[-1])]
         prompt = await self._service.render_chat(card, shown, *_given(name), **variables)
         if ask.continuing:
-            prompt = _cut_behind(prompt, shown[-1])
+            prompt = _cut_behind(prompt, text_of(shown[-1]["content"]))
         return _laid(ask, card, prompt, template, form)
 
 
@@ -318,16 +321,30 @@ def _has_begun(ask: ChatAsk) -> bool:
     return last.get("role") == "assistant" and not last.get("tool_calls")
 
 
-def _cut_behind(text: str, last: Mapping[str, Any]) -> str:
-    """A laid out conversation up to the end of its last message's content.
+def _marked(last: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message with a mark behind its text, whose end is then found for sure.
+
+    The text itself may be found in what closes the message, too: `<` or `end` in `<|im_end|>`.
+    Raises _NotShownError if there is no text.
+    """
+    text = text_of(last["content"]).rstrip()
+    if not text:
+        raise _NotShownError
+    marked: Any = text + _CUT
+    if isinstance(last["content"], list):
+        marked = [{"type": "text", "text": marked}]
+    return {**last, "content": marked}
+
+
+def _cut_behind(text: str, last: str) -> str:
+    """A laid out conversation up to the end of its last message's text, which ends in the mark.
 
     Raises _NotShownError if it is not there.
     """
-    content = text_of(last["content"]).strip()
-    at = text.rfind(content) if content else -1
+    at = text.rfind(last.strip())
     if at < 0:
         raise _NotShownError
-    return text[: at + len(content)]
+    return text[: at + len(last.strip()) - len(_CUT)]
 
 
 def _invalid(message: str, field: str) -> RequestError:

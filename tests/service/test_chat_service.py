@@ -312,6 +312,18 @@ async def test_going_on_with_the_last_message() -> None:
     assert (got.reasoning, got.text) == ("so", "Yes")
 
 
+@pytest.mark.parametrize("begun", ["e", "<", "end", "<|im_end|>", "T", "x\nCUT_THE_PROMPT_HERE"])
+@pytest.mark.parametrize("template", [CHATML, HERMES, LLAMA, MISTRAL])
+async def test_the_prompt_ends_behind_a_begun_answer_whatever_it_is(
+    template: str, begun: str
+) -> None:
+    """Not in the marker that closes its message, where the same letters stand."""
+    chat, service = chats(template, said("a"))
+    head = str((await chat.render(ChatAsk(USER)))[1])
+    await answer(chat, ChatAsk((*USER, {"role": "assistant", "content": begun}), continuing=True))
+    assert service.asks[0].prompt == head + begun
+
+
 BEGUN = {"role": "assistant", "content": "Once upon "}
 MADE = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
 LOUD = CHATML.replace("m.content", "m.content | upper")

@@ -32,6 +32,10 @@ from router.tracing import CALL
 TOOLS_MAX = 256
 NAME_CHARS_MAX = 128
 _NAME = re.compile(rf"[\w.-]{{1,{NAME_CHARS_MAX}}}")
+_PARTS: tuple[tuple[str, type, str], ...] = (
+    ("properties", Mapping, "an object"),
+    ("required", list, "a list"),
+)
 _CUT = "CUT_THE_PROMPT_HERE"
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
 
@@ -237,6 +241,10 @@ def _check_tools(tools: tuple[Tool, ...]) -> None:
         if tool.parameters.get("type", "object") != "object":
             text = f"`{where}.parameters` must be the schema of an object"
             raise _invalid(text, f"{where}.parameters")
+        for part, kind, name in _PARTS:
+            if not isinstance(tool.parameters.get(part), kind | None):
+                field = f"{where}.parameters.{part}"
+                raise _invalid(f"`{field}` must be {name}", field)
         if not is_shallow(tool.entry):
             raise _invalid(f"`tools.{number}` is nested too deeply", f"tools.{number}")
 

@@ -114,6 +114,18 @@ def test_references_within_a_schema_stay_what_they_are() -> None:
     assert not accepts(made, call % '"3"')
 
 
+EMPTY = {"hermes": '{"name": "f", "arguments": {}}', "qwen-tags": "<function=f>\n</function>"}
+
+
+@pytest.mark.parametrize("form", EMPTY)
+def test_null_for_what_a_schema_has_none_of(form: str) -> None:
+    """As clients in Go write it."""
+    writer = GrammarWriter(FORMS[form], TOKENIZER.token_id)
+    schema = {"type": "object", "properties": None, "required": None}
+    made = writer.calls([tool("f", schema)], "tool_choice", several=False, thinking=None)
+    assert accepts(made, f"<tool_call>\n{EMPTY[form]}\n</tool_call>")
+
+
 TRIP: dict[str, Any] = {
     "type": "object",
     "properties": {

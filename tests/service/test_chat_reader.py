@@ -265,6 +265,72 @@ def test_the_beginning_of_a_forced_call_is_no_text() -> None:
         assert read(HERMES, CALL[:end]) == (CALL[:end], [], False)
 
 
+OPTIONAL = [
+    {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    {"oneOf": [{"$ref": "#/$defs/Code"}, {"const": None}], "default": None},
+    {"type": ["string", "null"]},
+    {"enum": ["2024", None]},
+    {"allOf": [{"$ref": "#/$defs/Code"}]},
+]
+
+
+@pytest.mark.parametrize("schema", OPTIONAL)
+@pytest.mark.parametrize("said", ["2024", "true", "{}", "1e3"])
+def test_a_tag_is_text_where_its_schema_has_text_and_not_what_it_looks_like(
+    schema: dict[str, Any], said: str
+) -> None:
+    root = {"properties": {"a": schema}, "$defs": {"Code": {"type": ["string", "null"]}}}
+    assert tag(root, said) == json.dumps(said)
+    assert tag(root, "None") == tag(root, "null") == "null"
+    assert tag(root, '"quoted"') == '"quoted"'
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        True,
+        {},
+        {"type": ["string", "integer"]},
+        {"type": "number"},
+        {"$ref": "#/elsewhere"},
+        {"$ref": "#/properties/a"},
+        {"anyOf": 7, "enum": {}, "allOf": None, "type": "integer"},
+        {"anyOf": [{"$ref": "#/properties/a"}] * 50, "allOf": [{"$ref": "#/properties/a"}] * 50},
+    ],
+)
+def test_a_tag_is_json_where_that_may_be(schema: Any) -> None:
+    assert tag({"properties": {"a": schema}}, "2024") == "2024"
+
+
+@pytest.mark.parametrize("properties", [None, {}, {"a": {"enum": 5}}, {"a": {"type": 3}}])
+def test_a_tag_needs_no_schema_that_makes_sense(properties: Any) -> None:
+    assert tag({"properties": properties}, "[1]") == "[1]"
+
+
+def tag(schema: dict[str, Any], said: str) -> str:
+    """What becomes of one value of a call as tags."""
+    reader = ToolReader(TAGS, {"f": schema})
+    reader.push(f"<tool_call>\n<function=f>\n<parameter=a>\n{said}\n</parameter>\n</function>")
+    (call,) = reader.calls
+    value: str = call.arguments.removeprefix('{"a": ').removesuffix("}")
+    return value
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        r'{"a": "\ud83d"}',
+        r'"{\"a\": \"\ud83d\"}"',
+        r'"{\"a\": \"\\ud83d\"}"',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_passed_on_in_ascii(given: str) -> None:
+    call = f'<tool_call>{{"name": "f", "arguments": {given}}}</tool_call>'
+    _, ((_, arguments),), broken = read(HERMES, call)
+    assert arguments == r'{"a": "\ud83d"}'
+    assert not broken
+
+
 def test_nesting_has_a_bound() -> None:
     deep = '{"name": "f", "arguments": ' + '{"a": ' * (DEPTH_MAX + 1)
     text, _, broken = read(PLAIN, deep)

@@ -44,6 +44,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": (tool(""),)}, "tools.0.function.name"),
     ({"tools": (tool("a b"),)}, "tools.0.function.name"),
     ({"tools": (tool("f"), tool("g", {"type": "string"}))}, "tools.1.function.parameters"),
+    ({"tools": (tool("f", {"properties": []}),)}, "tools.0.function.parameters.properties"),
+    ({"tools": (tool("f", {"required": {"a": True}}),)}, "tools.0.function.parameters.required"),
     ({"tools": (tool("f", DEEP),)}, "tools.0.function.parameters"),
     ({"tools": (Tool("f", {}, {"function": DEEP}),)}, "tools.0"),
     ({"tools": tuple(tool(f"f{number}") for number in range(257))}, "tools"),

@@ -20,7 +20,8 @@ _AS_TAGS = frozenset(
 
 def schema_rule(parameters: Mapping[str, Any]) -> str:
     """What matches the JSON of a schema."""
-    schema = dict(parameters)
+    # Clients in Go write null for a list or an object that is empty.
+    schema = {name: value for name, value in parameters.items() if value is not None}
     if schema.keys() <= _NO_MEMBERS and not schema.get("properties"):
         # "An object", and nothing of what is in it: a function without parameters.
         schema = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -35,12 +36,13 @@ def tag_rules(tool: Tool, number: int) -> Iterator[str]:
     """
     schema = tool.parameters
     _check(tool, schema, _WITH_TAGS)
+    needed = schema.get("required") or ()
     parts = [literal(f"<function={tool.name}>\n")]
-    for place, (key, value) in enumerate(schema.get("properties", {}).items()):
+    for place, (key, value) in enumerate((schema.get("properties") or {}).items()):
         name = f"value{number}_{place}"
         tag = literal(f"<parameter={key}>\n")
         part = f"{tag} {name}"
-        parts.append(part if key in schema.get("required", ()) else f"({part})?")
+        parts.append(part if key in needed else f"({part})?")
         yield from _value_rules(tool, name, value, schema)
     yield f"call{number}: " + " ".join([*parts, literal("</function>")])
 

@@ -47,7 +47,7 @@ class ObjectScanner:
         """Takes the next character, returns how strict JSON writes it; None if it cannot stand.
 
         The two differ for line breaks and other control characters in strings, which models write
-        as they are and which JSON wants escaped.
+        as they are and which JSON wants escaped, and for halves of surrogate pairs.
         """
         match self._at:
             case _At.STRING:
@@ -66,7 +66,7 @@ class ObjectScanner:
             self._at = _At.COLON if self._is_key else _At.NEXT
         elif char == "\\":
             self._at = _At.ESCAPE
-        elif char < " ":
+        elif char < " " or "\ud800" <= char <= "\udfff":
             return json.dumps(char)[1:-1]
         return char
 

@@ -1,7 +1,8 @@
 """One tool call written as tags, as Qwen3-Coder and Qwen 3.5 do.
 
 ``<function=f><parameter=a>text</parameter>...</function>``: text stands as it is, everything else
-as JSON. Which of the two a value is, the function's schema says. What is passed on is JSON.
+as JSON. Which of the two a value is, the function's schema says; where it may be either, as for
+`string | null`, what is JSON of another type is text. What is passed on is JSON.
 """
 
 import json
@@ -16,6 +17,18 @@ _FUNCTION, _PARAMETER = "<function=", "<parameter="
 _END, _OVER = "</parameter>", "</function>"
 _TAG_CHARS_MAX = 256
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
+_DEPTH_MAX = 32
+_KINDS: dict[type, str] = {
+    str: "string",
+    int: "number",
+    float: "number",
+    bool: "boolean",
+    type(None): "null",
+    list: "array",
+    dict: "object",
+}
+ANY = frozenset(_KINDS.values())
+"""All types of JSON."""
 Schema = Mapping[str, Any]
 
 
@@ -33,6 +46,7 @@ class TagCall:
         "_count",
         "_given",
         "_held",
+        "_kinds",
         "_open",
         "_schemas",
         "_seen",
@@ -50,6 +64,7 @@ class TagCall:
         self._held = ""
         self._open: list[str] = []  # a value that is no text, so far
         self._text: Schema | None = None  # the schema of a value that is text
+        self._kinds = ANY  # what a value that is no text may be
         self._seen: set[str] = set()
         self._count = 0
         self.name: str | None = None
@@ -102,8 +117,10 @@ class TagCall:
 
     def _begin(self, key: str) -> None:
         self.name = self._given
-        schema = self._schemas[self._given].get("properties", {}).get(key, {})
+        root = self._schemas[self._given]
+        schema = (root.get("properties") or {}).get(key, {})
         self._text = schema if is_text(schema) else None
+        self._kinds = kinds_of(schema, root)
         before = ", " if self._seen else "{"
         self._seen.add(key)
         self.taken.append(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
@@ -132,7 +149,7 @@ class TagCall:
 
     def _end(self, text: str) -> None:
         self._pass(text)
-        value = '"' if self._text is not None else _value("".join(self._open))
+        value = '"' if self._text is not None else _value("".join(self._open), self._kinds)
         self.taken.append(value)
         self._held, self._at = "", _At.BETWEEN
 
@@ -145,14 +162,18 @@ def _possible(held: str) -> int:
     return 0
 
 
-def _value(text: str) -> str:
-    """JSON as it is, Python's words as JSON's, and everything else as a text."""
+def _value(text: str, kinds: frozenset[str]) -> str:
+    """JSON as it is, Python's words as JSON's, and everything else as a text.
+
+    What would be JSON of another type than the schema wants is a text, if that may be.
+    """
     text = text.strip()
+    word = _PYTHON.get(text, text)
     try:
-        json.loads(text, parse_constant=_refused)
+        kind = _KINDS[type(json.loads(word, parse_constant=_refused))]
     except (ValueError, RecursionError):
-        return _PYTHON.get(text) or json.dumps(text, ensure_ascii=False)
-    return text
+        return json.dumps(text, ensure_ascii=False)
+    return word if kind in kinds or "string" not in kinds else json.dumps(text, ensure_ascii=False)
 
 
 def _refused(word: str) -> None:
@@ -164,9 +185,63 @@ def is_text(schema: Any) -> bool:
     if not isinstance(schema, Mapping):
         return False
     options = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if options is not None and not (isinstance(options, list) and options):
+        return False
     if options is not None and "type" not in schema:
         return all(isinstance(option, str) for option in options)
     return bool(schema.get("type") == "string")
+
+
+def kinds_of(schema: Any, root: Schema) -> frozenset[str]:
+    """The types that a schema allows, integers as numbers; all of them where that is not seen.
+
+    ``root`` has what a schema refers to.
+    """
+    return _kinds(schema, root, {}, _DEPTH_MAX)
+
+
+def _kinds(
+    schema: Any, root: Schema, known: dict[int, frozenset[str]], depth: int
+) -> frozenset[str]:
+    """As ``kinds_of``. Each part is looked at once, however often others refer to it."""
+    if not isinstance(schema, Mapping) or depth == 0:
+        return ANY
+    if id(schema) in known:
+        return known[id(schema)]
+    known[id(schema)] = ANY  # for what refers to itself
+    found = _own_kinds(schema)
+    for word in ("anyOf", "oneOf"):
+        if isinstance(schema.get(word), list):
+            branches = (_kinds(one, root, known, depth - 1) for one in schema[word])
+            found &= frozenset[str]().union(*branches)
+    whole = schema.get("allOf")
+    for one in [*(whole if isinstance(whole, list) else ()), _referred(schema, root)]:
+        found &= _kinds(one, root, known, depth - 1)
+    known[id(schema)] = found
+    return found
+
+
+def _own_kinds(schema: Schema) -> frozenset[str]:
+    """The types that a schema names itself, and those of the values that it lists."""
+    found, given = ANY, schema.get("type")
+    if given is not None:
+        names = given if isinstance(given, list) else [given]
+        found &= {"number" if name == "integer" else str(name) for name in names}
+    options = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(options, list):
+        found &= {_KINDS.get(type(option), "") for option in options}
+    return found
+
+
+def _referred(schema: Schema, root: Schema) -> Any:
+    """What a schema refers to within its root; None if it does not, or to something else."""
+    at: Any = root
+    path = schema.get("$ref")
+    if not isinstance(path, str) or not path.startswith("#/"):
+        return None
+    for part in path[2:].split("/"):
+        at = at.get(part) if isinstance(at, Mapping) else None
+    return at
 
 
 def written(function: Mapping[str, Any]) -> str:

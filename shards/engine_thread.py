@@ -4,6 +4,9 @@ The loop puts jobs on a queue; they run in order. Answers go back to the session
 belongs to, by one ``call_soon_threadsafe`` each. While a step runs, the next plan already waits on
 the queue, so the engine does not wait for the loop between steps.
 
+The next step may even be under way on the device before the last one is answered (``OpenSteps``);
+whatever else is asked of the engine finds all steps finished.
+
 A job that cannot be done is answered in its place in the order: whatever was asked before it is
 answered first.
 """
@@ -32,6 +35,7 @@ from shards.engines.base import (
     Vectors,
 )
 from shards.grammar import FEATURE, Grammar, TokenizerError, grammar_for
+from shards.open_steps import OpenSteps
 from shards.wire import Digest
 
 _T = TypeVar("_T")
@@ -121,6 +125,11 @@ class _Step:
 
 
 @dataclass(frozen=True, slots=True)
+class _Done:
+    """The device is done with a step that was open."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Finish:
     session: Session
     end: End
@@ -131,7 +140,7 @@ class _Stop:
     pass
 
 
-_Job = _Begin | _Step | _Finish | _Stop | EmbedJob
+_Job = _Begin | _Step | _Done | _Finish | _Stop | EmbedJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +173,7 @@ class EngineThread:
         self._jobs: Queue[_Job] = Queue(maxsize=JOBS_MAX)
         self._digest = Digest()
         self._session: Session | None = None
+        self._steps: OpenSteps[_Step] = OpenSteps(self._answer, self._wake)
         self._job_began: float | None = None
         self.embeds = EmbedQueue(self._enter)
         self.loaded: asyncio.Future[Loaded] = loop.create_future()
@@ -226,54 +236,71 @@ class EngineThread:
         try:
             self._serve(engine)
         finally:
+            self._steps.close()
             engine.close()
             if grammar is not None:
                 grammar.close()
 
     def _serve(self, engine: Engine) -> None:
-        while True:
-            self._job_began = None
+        going = True
+        while going:
+            # A step that is under way on the device is a job, too.
+            self._job_began = self._steps.began_s
             job = self._jobs.get()
-            self._job_began = time.monotonic()
-            match job:
-                case _Stop():
-                    return
-                case _Begin(session):
-                    engine.reset()
-                    self._digest = Digest()
-                    self._session = session
-                    self._call(session.hear, Begun())
-                case _Finish(session, end):
-                    self._end(session, end)
-                case _Step():
-                    if not job.session.over and not self._step(engine, job):
-                        return
-                case EmbedJob():
-                    if not self._embed(engine, job):
-                        return
+            self._job_began = self._job_began or time.monotonic()
+            try:
+                going = self._do(engine, job)
+            except EngineLost as error:
+                going = self._lose(str(error))
+            except Exception as error:  # noqa: BLE001 - a bug is the loss of the engine
+                traceback.print_exc()
+                going = self._lose(f"the engine failed: {type(error).__name__}: {error}")
 
-    def _step(self, engine: Engine, job: _Step) -> bool:
-        """Runs one plan; says whether the engine can go on."""
-        began = time.perf_counter()
-        try:
-            outcome = engine.step(job.plan)
-        except PlanError as error:
-            self._end(job.session, End(Ending.BAD_PLAN, f"plan {job.plan_id}: {error}"))
-            return True
-        except EngineLost as error:
-            self._lose(job.session, str(error))
-            return False
-        except Exception as error:  # noqa: BLE001 - a bug is the loss of the engine
-            traceback.print_exc()
-            self._lose(job.session, f"the engine failed: {type(error).__name__}: {error}")
-            return False
-        step_us = int((time.perf_counter() - began) * 1e6)
-        digest = self._digest.add(job.plan, outcome)
-        self._call(job.session.hear, Answer(job.epoch, job.plan_id, outcome, digest, step_us))
+    def _do(self, engine: Engine, job: _Job) -> bool:
+        """Does one job; says whether there is to be a next one."""
+        match job:
+            case _Step():
+                if not job.session.over:
+                    self._step(engine, job)
+            case _Done():
+                self._steps.finish_done()
+            case _:
+                self._steps.finish_all()
+                return self._do_alone(engine, job)
         return True
 
-    def _embed(self, engine: Engine, job: EmbedJob) -> bool:
-        """Embeds a turn of a batch, if its call still waits; says whether the engine can go on.
+    def _do_alone(self, engine: Engine, job: _Begin | _Finish | _Stop | EmbedJob) -> bool:
+        match job:
+            case _Stop():
+                return False
+            case _Begin(session):
+                engine.reset()
+                self._digest = Digest()
+                self._session = session
+                self._call(session.hear, Begun())
+            case _Finish(session, end):
+                self._end(session, end)
+            case EmbedJob():
+                self._embed(engine, job)
+        return True
+
+    def _wake(self) -> None:
+        """Says that the device is done; on another thread. In a full queue others find that out."""
+        with suppress(Full):
+            self._jobs.put_nowait(_Done())
+
+    def _step(self, engine: Engine, job: _Step) -> None:
+        try:
+            self._steps.start(engine, job, job.plan)
+        except PlanError as error:
+            self._end(job.session, End(Ending.BAD_PLAN, f"plan {job.plan_id}: {error}"))
+
+    def _answer(self, job: _Step, outcome: Outcome, step_us: int) -> None:
+        digest = self._digest.add(job.plan, outcome)
+        self._call(job.session.hear, Answer(job.epoch, job.plan_id, outcome, digest, step_us))
+
+    def _embed(self, engine: Engine, job: EmbedJob) -> None:
+        """Embeds a turn of a batch, if its call still waits.
 
         What is left of it then stands behind the plans that came meanwhile.
         """
@@ -283,18 +310,10 @@ class EngineThread:
                 job.turns = job.turns or engine.embedding(job.inputs)
                 answer = next(job.turns)
                 if answer is None and self._again(job):
-                    return True
+                    return
         except FeatureError as error:
             answer = error
-        except EngineLost as error:
-            self._lose(self._session, str(error))
-            return False
-        except Exception as error:  # noqa: BLE001 - a bug is the loss of the engine
-            traceback.print_exc()
-            self._lose(self._session, f"the engine failed: {type(error).__name__}: {error}")
-            return False
         self._call(self.embeds.answered, job, answer)
-        return True
 
     def _again(self, job: EmbedJob) -> bool:
         """Lets a job stand in the line once more, if there is a place."""
@@ -309,11 +328,13 @@ class EngineThread:
             session.over = True
             self._call(session.hear, end)
 
-    def _lose(self, session: Session | None, message: str) -> None:
-        if session is not None:
-            self._end(session, End(Ending.LOST, message))
+    def _lose(self, message: str) -> bool:
+        """Ends what there is, as nothing can be trusted any more. False: there is no next job."""
+        if self._session is not None:
+            self._end(self._session, End(Ending.LOST, message))
         self._call(self.embeds.lose, message)
         self._call(_settle, self.lost, message)
+        return False
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         """Runs a function on the loop, unless that is closed already."""

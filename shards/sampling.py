@@ -69,11 +69,26 @@ class Row(Protocol):
 
 @dataclass(slots=True)
 class Drawn:
-    """One token per row; what was asked for beside it, and faults, by index of the row."""
+    """One token per row; what was asked for beside it, and faults, by index of the row.
+
+    It is a ``Drawing`` (``shards.engines.caller``) that is done.
+    """
 
     tokens: list[int]
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        """See ``Drawing``."""
+        return True
+
+    def wait(self) -> None:
+        """See ``Drawing``."""
+
+    def take(self) -> "Drawn":
+        """See ``Drawing``."""
+        return self
 
 
 def splitmix64(value: int) -> int:

@@ -198,6 +198,49 @@ Progress = Callable[[float], None]
 """Called while loading with the fraction done, 0 to 1."""
 
 
+class Started(ABC):
+    """A step that was started, and may still be under way on the device."""
+
+    @property
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether ``finish`` would not wait."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Waits for the device, and changes nothing. The one method for any thread."""
+
+    @abstractmethod
+    def finish(self) -> Outcome:
+        """Waits for the device, and says what came of the step. Called once.
+
+        Raises ``EngineLost`` when nothing can be trusted.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Started):
+    """A step that nobody need wait for."""
+
+    outcome: Outcome
+
+    @property
+    def done(self) -> bool:
+        """See ``Started``."""
+        return True
+
+    def wait(self) -> None:
+        """See ``Started``."""
+
+    def finish(self) -> Outcome:
+        """See ``Started``."""
+        return self.outcome
+
+
+STARTED_MAX = 2
+"""Steps of one engine that may be started and not finished."""
+
+
 class Engine(ABC):
     """One engine on one device. Made loaded: a constructor that returns is ready to serve."""
 
@@ -213,6 +256,16 @@ class Engine(ABC):
         known. Raises ``PlanError`` before touching anything, ``EngineLost`` when nothing can be
         trusted; a fault of one sequence is reported in the outcome.
         """
+
+    def start(self, plan: Plan) -> Started:
+        """Does what ``step`` does, but does not wait for the device, where the engine can.
+
+        The next step may then be started before this one is finished, so that the device never
+        waits for the host: a token that is still being drawn goes into it on the device. Steps are
+        finished in the order of their starts, and before anything else is asked of the engine;
+        there are never more than ``STARTED_MAX``. Raises as ``step``.
+        """
+        return Finished(self.step(plan))
 
     @abstractmethod
     def reset(self) -> None:

@@ -3,12 +3,17 @@
 The account of sequences, the order within a step, and the bookkeeping of what was drawn are the
 same for each of them; an engine adds how a prefix is shared, how memory is let go, and the
 computation itself.
+
+A step may be started while the draws of the one before are still under way on the device. A token
+that is being drawn is known to be there, but not which one it is: until it is told, ``late`` of its
+row in that drawing stands for it among the sequence's tokens.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Protocol
 
-from shards.engines.base import Engine, Outcome, Plan
+from shards.engines.base import Engine, Outcome, Plan, Started
 from shards.grammar import Grammar
 from shards.grammar_masks import Masks
 from shards.prompt_logprobs import Scores, parts_of
@@ -19,6 +24,59 @@ Work = Sequence[tuple[Resident, int]]
 """Sequences and how many of their next tokens, behind ``computed``, are to be computed."""
 
 
+class Drawing(Protocol):
+    """Draws that may still be under way on a device."""
+
+    @property
+    def done(self) -> bool:
+        """Whether ``take`` would not wait."""
+
+    def wait(self) -> None:
+        """Waits until they are done; from any thread."""
+
+    def take(self) -> Drawn:
+        """Waits, and says what was drawn. Called once."""
+
+
+def late(row: int) -> int:
+    """What stands for a token that is being drawn in that row of a drawing, and the reverse."""
+    return -1 - row
+
+
+class Draws(Started):
+    """What the rows of a step draw, and where in their tokens that goes."""
+
+    def __init__(self, rows: Sequence[Resident], drawing: Drawing, outcome: Outcome) -> None:
+        self._rows = rows
+        self._drawing: Drawing | None = drawing
+        self._outcome = outcome
+        self._places = [len(row.tokens) for row in rows]
+        for index, row in enumerate(rows):
+            row.tokens.append(late(index))
+
+    @property
+    def done(self) -> bool:
+        """See ``Started``."""
+        return self._drawing is None or self._drawing.done
+
+    def wait(self) -> None:
+        """See ``Started``."""
+        drawing = self._drawing
+        if drawing is not None:
+            drawing.wait()
+
+    def finish(self) -> Outcome:
+        """See ``Started``."""
+        self.settle()
+        return self._outcome
+
+    def settle(self) -> None:
+        """Waits for the drawing, and makes its tokens known to the sequences, if that is to do."""
+        drawing, self._drawing = self._drawing, None
+        if drawing is not None:
+            settle(self._rows, drawing.take(), self._outcome, self._places)
+
+
 class CallerEngine(Engine):
     """Base of the engines that compute exactly what the plan says."""
 
@@ -26,6 +84,7 @@ class CallerEngine(Engine):
         self._residents = Residents(limits)
         self._scores = Scores()
         self._masks = Masks()
+        self._draws: Draws | None = None  # those of the last step
 
     def guide_with(self, grammar: Grammar) -> None:
         """See ``Engine``."""
@@ -34,11 +93,18 @@ class CallerEngine(Engine):
     def reset(self) -> None:
         """See ``Engine``."""
         self._residents.clear()
+        self._draws = None
 
     def step(self, plan: Plan) -> Outcome:
         """See ``Engine``. Sequences draw in the order of the plan's work."""
+        return self.start(plan).finish()
+
+    def start(self, plan: Plan) -> Started:
+        """See ``Engine``. An engine whose draws are always done has finished then."""
         residents = self._residents
         residents.check(plan)
+        if self._draws is not None and self._draws.done:
+            self._draws.settle()
         for sequence in plan.drops:
             self._let_go(residents.drop(sequence))
         for admit in plan.admits:
@@ -48,24 +114,29 @@ class CallerEngine(Engine):
             if admit.share_len:
                 donor = residents.by_sequence[admit.share_from]
                 self._share(donor, resident, admit.share_len)
-        outcome = Outcome()
         by_sequence = residents.by_sequence
-        work = [(by_sequence[sequence], count) for sequence, count in plan.work]
-        if work:
-            self._run(work, outcome)
-        return outcome
+        return self._run([(by_sequence[sequence], count) for sequence, count in plan.work])
 
-    def _run(self, work: Work, outcome: Outcome) -> None:
+    def _run(self, work: Work) -> Started:
+        outcome = Outcome()
+        draws = Draws((), Drawn([]), outcome)
         for part in parts_of(work):
+            draws.settle()  # there are several parts only if they score, and these wait anyway
             going = [(one, count) for one, count in part if not one.failed]
             rows = [one for one, count in going if one.computed + count == len(one.tokens)]
             self._masks.begin(rows)
-            drawn = self._compute(going, rows) if going else Drawn([])
+            drawing = self._compute(going, rows) if going else Drawn([])
             for resident, count in going:
                 self._residents.compute(resident, count)
-            if rows:
-                settle(rows, drawn, outcome)
+            draws = Draws(rows, drawing, outcome)
         self._scores.tell(outcome)
+        self._draws = draws
+        return draws
+
+    def _settle_before(self) -> None:
+        """Waits for the draws of the step before; for an engine that must know its tokens."""
+        if self._draws is not None:
+            self._draws.settle()
 
     def _let_go(self, resident: Resident) -> None:
         """Frees what the engine holds for a sequence that was dropped."""
@@ -74,17 +145,25 @@ class CallerEngine(Engine):
         """Makes a sequence start as a copy of the first ``length`` tokens of another one."""
 
     @abstractmethod
-    def _compute(self, work: Work, rows: Sequence[Resident]) -> Drawn:
+    def _compute(self, work: Work, rows: Sequence[Resident]) -> Drawing:
         """Computes the work, and draws the next token of each of ``rows``.
 
         ``rows`` are the sequences whose known tokens are all computed by this work, in its order;
         there may be none. ``Resident.computed`` still says what was computed before. An engine that
         scores prompts tells ``_scores`` of them.
+
+        An engine that returns draws before they are done takes the tokens ``late`` into its next
+        computation, from the rows of these draws, or calls ``_settle_before`` first.
         """
 
 
-def settle(rows: Sequence[Resident], drawn: Drawn, outcome: Outcome) -> None:
-    """Makes what was drawn known to the sequences, and tells it."""
+def settle(
+    rows: Sequence[Resident], drawn: Drawn, outcome: Outcome, places: Sequence[int] = ()
+) -> None:
+    """Makes what was drawn known to the sequences, and tells it.
+
+    ``places`` are those in the sequences' tokens that were kept free; none: the tokens' ends.
+    """
     for index, (row, token) in enumerate(zip(rows, drawn.tokens, strict=True)):
         if row.failed:
             continue
@@ -92,7 +171,10 @@ def settle(rows: Sequence[Resident], drawn: Drawn, outcome: Outcome) -> None:
             row.failed = True
             outcome.failures[row.sequence] = drawn.failures[index]
             continue
-        row.tokens.append(token)
+        if places:
+            row.tokens[places[index]] = token
+        else:
+            row.tokens.append(token)
         outcome.sequences.append(row.sequence)
         outcome.tokens.append(token)
         if index in drawn.logprobs:

@@ -7,7 +7,7 @@ which page is whose, sampling) is here and in ``caller``.
 from abc import abstractmethod
 from collections.abc import Sequence
 
-from shards.engines.caller import CallerEngine, Work
+from shards.engines.caller import CallerEngine, Drawing, Work
 from shards.filters import Floats
 from shards.kv import PageTables, StepLayout, lay_out
 from shards.prompt_logprobs import targets_of
@@ -35,12 +35,12 @@ class PagedEngine(CallerEngine):
     def _share(self, donor: Resident, resident: Resident, length: int) -> None:
         self._tables.share(donor.sequence, resident.sequence, length)
 
-    def _compute(self, work: Work, rows: Sequence[Resident]) -> Drawn:
+    def _compute(self, work: Work, rows: Sequence[Resident]) -> Drawing:
         layout = lay_out(self._tables, work, rows)
         self._scoring = work if len(layout.scores) else ()
         return self._draw(layout, rows)
 
-    def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawn:
+    def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawing:
         """Computes the step and draws. An engine overrides this to draw on its device."""
         logits = self._forward(layout)
         return self._sampler.draw(logits, rows) if rows else Drawn([])

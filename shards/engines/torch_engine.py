@@ -41,6 +41,7 @@ from shards.engines.base import (
     Progress,
     Scheduling,
 )
+from shards.engines.caller import Drawing
 from shards.engines.omp_cores import Cores
 from shards.engines.paged import PagedEngine
 from shards.engines.threads import ThreadControl, usable_cores
@@ -53,11 +54,12 @@ from shards.engines.torch_devices import (
     kv_tokens_default,
 )
 from shards.engines.torch_graphs import CudaCapture, DecodeGraphs, Packing, is_decode
+from shards.engines.torch_late import Greedy, Late, any_late
 from shards.engines.torch_linear import can_pack, fuse, pack
 from shards.engines.torch_model import PagedModel, length_trained
 from shards.engines.torch_norms import fuse_norms
 from shards.engines.torch_ranks import Ranks, check_split, load_slice
-from shards.engines.torch_sampling import DeviceSampler
+from shards.engines.torch_sampling import DeviceDrawing, DeviceSampler
 from shards.engines.torch_trial import trouble
 from shards.engines.torch_views import Viewer
 from shards.engines.torch_weights import Checkpoint, count_bytes
@@ -121,6 +123,7 @@ class TorchEngine(PagedEngine):
         super().__init__(self._limits)
         masked = self._kernel is None
         self._viewer = Viewer(page, self._dtype, self._device.torch, masked=masked)
+        self._late = Late(self._limits.sequences_max, self._device.torch)
         self._graphs = self._make_graphs(page) if graphs and options.world == 1 else None
         self._drawer, warnings = self._make_drawer(sample)
         self._info = self._describe(options, warnings)
@@ -200,7 +203,7 @@ class TorchEngine(PagedEngine):
         limits = self._limits
         made = DecodeGraphs(
             self._model,
-            Packing(self._model.kinds, page, self._dtype, masked=self._kernel is None),
+            Packing(self._model.kinds, page, self._dtype, self._late, masked=self._kernel is None),
             limits.sequences_max,
             -(-limits.length_max // page),
             CudaCapture(self._device.torch),
@@ -294,7 +297,7 @@ class TorchEngine(PagedEngine):
 
     # A step -------------------------------------------------------------------------------------
 
-    def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawn:
+    def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawing:
         """Draws on an accelerator if nothing but the likeliest tokens is wanted, or as asked."""
         logits = self._logits(layout)
         if len(layout.scores):
@@ -303,12 +306,19 @@ class TorchEngine(PagedEngine):
         if not rows:
             return Drawn([])
         if self._device.kind != "cpu" and all(row.plain for row in rows):
-            tokens = likeliest(logits)
-            if tokens is not None:
-                return Drawn(tokens)
+            return self._keep(Greedy(logits))
         if self._drawer is not None:
-            return self._drawer.draw(logits, rows)
+            return self._keep(self._drawer.begin(logits, rows))
+        self._settle_before()
         return self._sampler.draw(self._to_host(logits), rows)
+
+    def _keep(self, drawing: Greedy | DeviceDrawing) -> Drawing:
+        """Leaves tokens on the device for the next step, if that can begin without the host."""
+        if drawing.sure and self._ranks.world == 1:
+            self._late.keep(drawing.tokens)
+            return drawing
+        self._settle_before()
+        return drawing.take()
 
     def _forward(self, layout: StepLayout) -> Floats:
         return self._to_host(self._logits(layout)[: len(layout.draws)])
@@ -335,22 +345,12 @@ class TorchEngine(PagedEngine):
             step, tensor = self._model.step, self._viewer.tensor
             step.views = {kind: self._viewer.view(layout, kind) for kind in self._model.kinds}
             step.cells = tensor(layout.cells.astype(np.int64))
+            tokens = tensor(layout.tokens.astype(np.int64))
             return self._model.forward(
-                tensor(layout.tokens.astype(np.int64)),
+                self._late.known(tokens) if any_late(layout.tokens) else tokens,
                 tensor(layout.positions.astype(np.int64)),
                 tensor(np.concatenate((layout.draws, layout.scores)).astype(np.int64)),
             )
-
-
-def likeliest(logits: Any) -> list[int] | None:
-    """The likeliest token of each row, smaller ids first; None if a row has none.
-
-    A row that is not finite is the sampler's to report, as NaN counts as its largest value.
-    """
-    best = logits.argmax(dim=-1, keepdim=True)
-    sound = torch.isfinite(logits.gather(-1, best))
-    tokens: list[int] = torch.where(sound, best, -1)[:, 0].tolist()
-    return None if min(tokens) < 0 else tokens
 
 
 def score(logits: Any, targets: Sequence[int], top: int) -> tuple[list[float], list[Pairs]]:

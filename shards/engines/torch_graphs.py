@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shards.engines.torch_late import Late
 from shards.engines.torch_model import PagedModel
 from shards.engines.torch_views import Decodes, Kind, View, decode_mask, page_table, pages_seen
 from shards.kv import StepLayout
@@ -40,11 +41,18 @@ class Packing:
     """How decode steps are laid out in a matrix of [rows, columns] of int64."""
 
     def __init__(
-        self, kinds: Sequence[Kind], page_tokens: int, dtype: torch.dtype, *, masked: bool
+        self,
+        kinds: Sequence[Kind],
+        page_tokens: int,
+        dtype: torch.dtype,
+        late: Late,
+        *,
+        masked: bool,
     ) -> None:
         self._kinds = kinds
         self._page = page_tokens
         self._dtype = dtype
+        self._late = late
         self._masked = masked
 
     def width(self, layout: StepLayout) -> int:
@@ -91,7 +99,7 @@ class Packing:
             at += 1 + width
         model.step.cells, model.step.views = packed[:, _CELL].contiguous(), views
         every = torch.arange(rows, device=packed.device)
-        return model.forward(packed[:, _TOKEN], packed[:, _POSITION], every)
+        return model.forward(self._late.known(packed[:, _TOKEN]), packed[:, _POSITION], every)
 
 
 class DecodeGraphs:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from shards.engines.base import Logprobs, SamplingParams
 from shards.engines.torch_filters import Cut, Near, Share, cut, invert, parts, units, weigh
+from shards.engines.torch_late import Fetch
 from shards.filters import Floats
 from shards.sampling import NOT_FINITE, Drawn, Row, Sampler, adjusts, uniform
 
@@ -80,6 +81,14 @@ class Group(NamedTuple):
         return _TOPS_START + 2 * self.tops if self.kind.told else _PLAIN_END
 
 
+class Pending(NamedTuple):
+    """What the device was given to draw: its ``tokens`` there, in the order of the step's rows."""
+
+    groups: list[Group]
+    tokens: Any
+    told: Fetch | None
+
+
 class DeviceSampler:
     """Draws the rows of a step, on the device where it can and else by the host's sampler.
 
@@ -105,16 +114,25 @@ class DeviceSampler:
 
     def draw(self, logits: Any, rows: Sequence[Row]) -> Drawn:
         """As ``Sampler.draw``, of logits [rows, vocabulary] on the device, in any element type."""
-        drawn = Drawn([0] * len(rows))
+        return self.begin(logits, rows).take()
+
+    def begin(self, logits: Any, rows: Sequence[Row]) -> "DeviceDrawing":
+        """Has the device draw what it can, and waits for nothing."""
         here: list[int] = []
         there: list[int] = []
         for index, row in enumerate(rows):
             (here if serves(row) else there).append(index)
         with torch.inference_mode():
             pending = self._launch(logits, rows, here, self._width)
-            if there:
-                self._draw_there(logits, rows, there, drawn)
-            again = self._take(pending, rows, drawn)
+        return DeviceDrawing(self, logits, rows, there, pending)
+
+    def finish(self, drawing: "DeviceDrawing") -> Drawn:
+        """What a drawing is, once the device is done, with what the host has to do."""
+        logits, rows, drawn = drawing.logits, drawing.rows, Drawn([0] * len(drawing.rows))
+        with torch.inference_mode():
+            if drawing.there:
+                self._draw_there(logits, rows, drawing.there, drawn)
+            again = self._take(drawing.pending, rows, drawn)
             if again:
                 self._take(self._launch(logits, rows, again, self._vocab), rows, drawn)
         return drawn
@@ -135,10 +153,10 @@ class DeviceSampler:
 
     def _launch(
         self, logits: Any, rows: Sequence[Row], wanted: Sequence[int], width: int
-    ) -> tuple[list[Group], Any]:
+    ) -> "Pending":
         """Has the device draw some rows; does not wait for it."""
         if not wanted:
-            return [], None
+            return Pending([], torch.empty(0, dtype=torch.int64, device=logits.device), None)
         groups = self._group(rows, wanted, width)
         order = [index for group in groups for index in group.rows]
         uploaded = self._upload(self._pack(rows, order))
@@ -149,8 +167,9 @@ class DeviceSampler:
             # All rows of a step in their order need not be copied.
             every = group.rows == list(range(len(logits)))
             mine = logits if every else logits.index_select(0, given[:, _AT])
-            found.append(self._compute(mine.float(), given, group, width).reshape(-1))
-        return groups, torch.cat(found)
+            found.append(self._compute(mine.float(), given, group, width))
+        told = torch.cat([table.reshape(-1) for table in found])
+        return Pending(groups, _tokens(found, uploaded[:, _AT], len(logits)), Fetch(told))
 
     def _group(self, rows: Sequence[Row], wanted: Sequence[int], width: int) -> list[Group]:
         """Rows of a kind together, no more at once than there is scratch memory for."""
@@ -250,17 +269,14 @@ class DeviceSampler:
 
     # Back on the host ---------------------------------------------------------------------------
 
-    def _take(
-        self, pending: tuple[list[Group], Any], rows: Sequence[Row], drawn: Drawn
-    ) -> list[int]:
+    def _take(self, pending: "Pending", rows: Sequence[Row], drawn: Drawn) -> list[int]:
         """Waits for the device; fills in the rows that are sure, and returns the others."""
-        groups, found = pending
         again: list[int] = []
-        if not groups:
+        if pending.told is None:
             return again
-        flat: NDArray[np.int64] = found.cpu().numpy()
+        flat: NDArray[np.int64] = pending.told.numpy()
         start = 0
-        for group in groups:
+        for group in pending.groups:
             end = start + len(group.rows) * group.columns()
             table = flat[start:end].reshape(len(group.rows), -1)
             start = end
@@ -297,6 +313,50 @@ class DeviceSampler:
                 whole[_RANK] if sampling.ranks else 0,
             )
         return told
+
+
+class DeviceDrawing:
+    """A drawing of rows [rows, vocabulary] that was begun; see ``caller.Drawing``.
+
+    ``there`` are the rows that the host draws. ``sure`` says whether ``tokens`` are final, on the
+    device, [rows] of int64, for every row whose logits are finite: none is the host's, and none may
+    have to be drawn once more.
+    """
+
+    def __init__(
+        self,
+        sampler: DeviceSampler,
+        logits: Any,
+        rows: Sequence[Row],
+        there: Sequence[int],
+        pending: Pending,
+    ) -> None:
+        self._sampler = sampler
+        self.logits, self.rows, self.there, self.pending = logits, rows, there, pending
+        cuts = any(group.kind.draw is Draw.CUT or group.tops for group in pending.groups)
+        self.sure = not there and not cuts
+        self.tokens = pending.tokens
+
+    @property
+    def done(self) -> bool:
+        """See ``Drawing``."""
+        return self.pending.told is None or self.pending.told.done
+
+    def wait(self) -> None:
+        """See ``Drawing``."""
+        if self.pending.told is not None:
+            self.pending.told.wait()
+
+    def take(self) -> Drawn:
+        """See ``Drawing``."""
+        return self._sampler.finish(self)
+
+
+def _tokens(found: Sequence[Any], at: Any, count: int) -> Any:
+    """The tokens of some tables, in a step's ``count`` rows, as ``at`` says; 0 if not finite."""
+    table = torch.cat([one[:, :_PLAIN_END] for one in found])
+    tokens = torch.where(table[:, _STATE] == _UNSOUND, 0, table[:, _TOKEN])
+    return tokens.new_zeros(count).scatter_(0, at, tokens)
 
 
 def serves(row: Row) -> bool:

@@ -9,11 +9,21 @@ held to it; of the others the suite measures the difference, tells it, and bound
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
 
 import pytest
 
-from shards.engines.base import Engine, FeatureError, Outcome, Plan, PlanError, SamplingParams
+from shards.engines.base import (
+    STARTED_MAX,
+    Engine,
+    FeatureError,
+    Outcome,
+    Plan,
+    PlanError,
+    SamplingParams,
+    Started,
+)
 from tests.engines.contract_sampling import SamplingContract
 from tests.engines.driving import (
     GREEDY,
@@ -23,6 +33,7 @@ from tests.engines.driving import (
     decode,
     fill,
     generate,
+    overlapping,
     shareable,
 )
 
@@ -296,6 +307,23 @@ class EngineContract(SamplingContract):
         engine.reset()
         known = [*prompts[0], *unbroken[:6]]
         assert generate(engine, 2, known, 6, sampling, len(prompts[0])) == unbroken[6:]
+
+    def test_steps_that_overlap_are_as_one_after_the_other(
+        self, engine: Engine, prompts: list[list[int]]
+    ) -> None:
+        """Sequences come, go, share and draw in every way while the step before is under way."""
+        plans = overlapping(engine, prompts)
+        expected = [engine.step(plan) for plan in plans]
+        engine.reset()
+        seen: list[Outcome] = []
+        under_way: deque[Started] = deque()
+        for plan in plans:
+            if len(under_way) == STARTED_MAX:
+                seen.append(under_way.popleft().finish())
+            under_way.append(engine.start(plan))
+            with pytest.raises(PlanError, match="not resident"):
+                engine.start(Plan(work=[(99, 1)]))
+        assert [*seen, *(step.finish() for step in under_way)] == expected
 
     def test_reset_forgets(self, engine: Engine, prompts: list[list[int]]) -> None:
         engine.step(Plan(admits=[admit(1, prompts[0])], work=[(1, 5)]))

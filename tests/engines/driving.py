@@ -62,3 +62,33 @@ def fill(engine: Engine, sequence: int, tokens: Sequence[int], drops: Sequence[i
     )
     for start in range(limit, len(tokens), limit):
         engine.step(Plan(work=[(sequence, min(limit, len(tokens) - start))]))
+
+
+def overlapping(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Plan]:
+    """Steps in which sequences of all kinds come, draw, share and go, without a pause."""
+    features = engine.describe().features
+    first, second, third = prompts[:3]
+    warm = SamplingParams(temperature=0.8, seed=5)
+    penal = told = SEEDED
+    if {"penalties", "min_tokens"} <= set(features):
+        penal = SamplingParams(temperature=0.7, seed=6, repetition_penalty=1.2, min_tokens=3)
+    if "logprobs" in features:
+        told = SamplingParams(temperature=0.6, seed=7, logprobs=True, top_logprobs=2)
+    share = shareable(engine, len(first))
+    known = [*first[:share], *second]
+    fifth = admit(5, known, told, share_from=1 if share else 0, share_len=share)
+    return [
+        Plan(admits=[admit(1, first)], work=[(1, len(first))]),
+        Plan(admits=[admit(2, second, warm)], work=[(1, 1), (2, len(second))]),
+        Plan(work=[(2, 1), (1, 1)]),
+        Plan(admits=[admit(3, third, SEEDED)], work=[(1, 1), (2, 1), (3, 10)]),
+        Plan(work=[(3, len(third) - 10), (1, 1), (2, 1)]),
+        Plan(work=[(1, 1), (2, 1), (3, 1)]),
+        Plan(drops=[2], admits=[admit(4, second, penal)], work=[(1, 1), (3, 1), (4, len(second))]),
+        *[Plan(work=[(1, 1), (3, 1), (4, 1)])] * 4,
+        Plan(admits=[fifth], work=[(1, 1), (5, len(known) - share), (4, 1), (3, 1)]),
+        Plan(work=[(5, 1), (3, 1)]),
+        Plan(drops=[4, 3], work=[(5, 1), (1, 1)]),
+        *[Plan(work=[(1, 1), (5, 1)])] * 3,
+        Plan(drops=[1, 5]),
+    ]

@@ -75,12 +75,13 @@ def fake() -> fake_sglang.Engine:
 class TestContract(EngineContract):
     """The suite without what SGLang has no word for, and the router is told so.
 
-    Prefixes are shared by its own cache, without a word of the router; a new lease would forget
-    which tokens a penalty has seen.
+    Prefixes are shared by its own cache, without a word of the router, and what a step computes is
+    its own affair; a new lease would forget which tokens a penalty has seen.
     """
 
     test_shared_prefix_is_as_computed = None
     test_generated_tokens_can_be_shared = None
+    test_steps_that_overlap_are_as_one_after_the_other = None
     test_kv_budget_counts_shared_tokens_once = None
     test_goes_on_beside_others_and_from_a_shared_prefix = None
     test_penalties_go_on_anywhere = None

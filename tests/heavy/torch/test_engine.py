@@ -16,7 +16,6 @@ from shards.engines.torch_devices import (
     cpu_has_bfloat16,
     kv_tokens_default,
 )
-from shards.engines.torch_engine import likeliest
 from shards.engines.torch_weights import gguf_ends
 from tests.heavy.models import smollm2_gguf, tiny_llama_folder
 from tests.heavy.torch.made import make
@@ -81,14 +80,6 @@ def test_a_reset_leaves_no_bad_numbers_either() -> None:
     engine.step(Plan(admits=[Admit(1, tokens, 20, GREEDY)], work=[(1, 19)]))
     assert engine.step(Plan(work=[(1, 1)])).sequences == [1]
     engine.close()
-
-
-def test_the_likeliest_token_is_found_where_the_logits_are() -> None:
-    logits = torch.tensor([[0.0, 3.0, 3.0], [5.0, -1.0, 2.0]])
-    assert likeliest(logits) == [1, 0]
-    assert likeliest(logits.bfloat16()) == [1, 0]
-    for bad in ("nan", "inf", "-inf"):
-        assert likeliest(torch.cat((logits, torch.full((1, 3), float(bad))))) is None
 
 
 # What is refused --------------------------------------------------------------------------------

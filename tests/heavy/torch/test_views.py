@@ -191,9 +191,8 @@ def test_a_padded_step_computes_what_the_plain_one_does(window: int) -> None:
         captured.append(packed.shape)
         return run_directly(packed, compute)
 
-    graphs = DecodeGraphs(
-        model, Packing(model.kinds, 16, torch.float32, masked=True), 8, 64, capture
-    )
+    packing = Packing(model.kinds, 16, torch.float32, engine._late, masked=True)
+    graphs = DecodeGraphs(model, packing, 8, 64, capture)
     for number in (1, 2, 3):
         tokens = list(range(3, 3 + 15 * number))
         made = Admit(number, tokens, len(tokens), SamplingParams())

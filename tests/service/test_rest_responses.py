@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from router.ask import Chunk, Finish, TokenOut
 from router.core.events import Reason
-from router.errors import Fault, RequestError, TooLongError
+from router.errors import Fault, RequestError
 from tests.service.chat_bench import HERMES, THINKER, TemplateService, said, tokenizer
 from tests.service.fake_service import FakeFleet, Step, words
 from tests.service.rest_server import client_of, serving
@@ -347,39 +347,3 @@ async def test_a_failure_before_the_first_event_has_its_status() -> None:
     async with sdk(service) as client:
         with pytest.raises(openai.RateLimitError):
             await client.responses.create(model="m/one", input="Hi")
-
-
-class Narrow(TemplateService):
-    """Has room for prompts of so many characters."""
-
-    room = 150
-
-    async def generate(self, ask: Any) -> Any:
-        if len(ask.prompt) > self.room:
-            raise TooLongError("`inputs` must have less", "prompt")
-        return await super().generate(ask)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_what_is_too_long_is_cut_only_if_that_is_asked_for(stream: bool) -> None:
-    service = Narrow(words())
-    service.fleet = FakeFleet()
-    service.fleet.tokenizer = tokenizer(HERMES)
-    turn = [{"role": "user", "content": "old " * 10}, {"role": "assistant", "content": "a"}]
-    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
-    output = {"type": "function_call_output", "call_id": "c", "output": "old " * 10}
-    items = [{"role": "system", "content": "s"}, *turn, call, output,
-             {"role": "user", "content": "new"}]  # fmt: skip
-    status, got = await posted(service, input=items, stream=stream)
-    assert (status, got["error"]["param"]) == (400, "input")
-    assert "`input`" in got["error"]["message"]
-    async with client_of(service) as client:
-        body = {"input": items, "truncation": "auto", "stream": stream}
-        response = await client.post("/v1/responses", json=body)
-    assert response.status_code == 200
-    prompt = str(service.asks[-1].prompt)
-    assert "system\ns<" in prompt
-    assert "user\nnew<" in prompt
-    assert "old" not in prompt
-    status, _ = await posted(service, input="new " * 100, truncation="auto", stream=stream)
-    assert status == 400

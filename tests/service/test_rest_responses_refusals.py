@@ -56,6 +56,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("thoughts", [None, 5, "a", {}, [5], [{"text": 5}]])
+async def test_thoughts_that_are_none_are_left_out(thoughts: Any) -> None:
+    item = {"type": "reasoning", "summary": [], "content": thoughts}
+    status, _ = await posted(
+        model(HERMES, said("a")), input=[item, {"role": "user", "content": "b"}]
+    )
+    assert status == 200
+
+
 @pytest.mark.parametrize(("change", "field"), REFUSED)
 async def test_what_is_refused_is_named(change: dict[str, Any], field: str) -> None:
     service = model(HERMES, said("a"))

@@ -23,13 +23,14 @@ from router.api.rest.models_openai import OpenAIError, SamplingFields
 from router.api.rest.openai_hints import hints_of
 from router.api.rest.openai_tools import Choice, chosen
 from router.api.rest.openapi import error_answers, request_body, stream_answer
+from router.api.rest.responses_cut import cut_to_fit
 from router.api.rest.responses_input import messages_of, tools_of
 from router.api.rest.responses_shapes import Recorder, written
 from router.api.rest.sse import EventStream, EventWriter, known_fault
 from router.ask import Constraint
 from router.chat import ChatGeneration
 from router.conversation import ChatAsk, ToolMode
-from router.errors import RequestError, TooLongError
+from router.errors import RequestError
 from router.fleet import ModelCard
 from router.text import constraints
 from router.text.messages import is_shallow
@@ -156,14 +157,9 @@ class ResponsesRoute:
 
     async def start(self, body: m.ResponsesRequest, ask: ChatAsk) -> ChatGeneration:
         """Submits a chat, with fewer messages if it is too long and may be cut."""
-        while True:
-            try:
-                return await self._context.chat.chat(ask)
-            except TooLongError:
-                shorter = _shortened(ask) if body.truncation == "auto" else None
-                if shorter is None:
-                    raise
-                ask = shorter
+        if body.truncation == "auto":
+            ask = await cut_to_fit(self._context, ask)
+        return await self._context.chat.chat(ask)
 
 
 class _Stream:
@@ -238,25 +234,6 @@ def _hints(body: m.ResponsesRequest, model: ModelCard) -> dict[str, Any]:
         verbosity=None if body.text is None else body.text.verbosity,
     )
     return hints_of(hints, model)
-
-
-def _shortened(ask: ChatAsk) -> ChatAsk | None:
-    """The chat without its oldest turn, or None if only the system's and the last one are left.
-
-    A turn is a message that is not the system's, with the results of the tools that it called.
-    """
-    messages = [*ask.messages]
-    first = next(
-        (at for at, one in enumerate(messages) if one["role"] not in ("system", "developer")), None
-    )
-    if first is None:
-        return None
-    behind = first + 1
-    while behind < len(messages) and messages[behind]["role"] == "tool":
-        behind += 1
-    if behind >= len(messages):
-        return None
-    return replace(ask, messages=messages[:first] + messages[behind:])
 
 
 def _echo(body: m.ResponsesRequest) -> dict[str, Any]:

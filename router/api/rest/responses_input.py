@@ -136,7 +136,8 @@ def _thoughts(item: Json) -> str:
     """The thoughts themselves, or if there are none their summary."""
     for field in ("content", "summary"):
         parts = item.get(field)
-        texts = [part.get("text") for part in parts or () if isinstance(part, dict)]
+        listed = parts if isinstance(parts, list) else ()
+        texts = [part.get("text") for part in listed if isinstance(part, dict)]
         if texts:
             return "\n\n".join(text for text in texts if isinstance(text, str))
     return ""

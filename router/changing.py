@@ -88,7 +88,8 @@ class Changes:
             limit = Limit(limit_s)
             await self._check(text, limit, tell)
             if stop_first:
-                await self._stop_and_switch(change, text, limit, tell)
+                with self._groups.expecting():
+                    await self._stop_and_switch(change, text, limit, tell)
             else:
                 await self._switch(change, text, limit, tell)
 

@@ -107,6 +107,7 @@ class Fleet:
         self._embed_calls: dict[str, EmbedCall] = {}
         self._prepare_calls: dict[str, PrepareCall] = {}
         self._ready = asyncio.Event()
+        self._expecting = False
         self.turns = Turns(self._specs)
 
     # --- for users
@@ -175,6 +176,15 @@ class Fleet:
             for spec in self._specs
         }
 
+    @property
+    def healthy(self) -> bool:
+        """Whether some model takes requests, which may have to wait for a group that is coming."""
+        return any(map(self.takes, self._models.values()))
+
+    def takes(self, model: ModelCard) -> bool:
+        """Whether a group of the model is up, or one is coming in the place of those that were."""
+        return self._expecting or any(group.ready for group in model.groups)
+
     def engines(self) -> Mapping[str, str]:
         """For each group that has ever come up, the name of its engine."""
         return self._engines
@@ -188,6 +198,11 @@ class Fleet:
     def groups(self) -> list[tuple[GroupSpec, GroupCard | None]]:
         """Every configured group, and what it last said of itself, if it has ever come up."""
         return [(spec, self._cards.get(spec.name)) for spec in self._specs]
+
+    @property
+    def expecting(self) -> bool:
+        """Whether a group is coming for which others have been ended."""
+        return self._expecting
 
     def tokenizer_files(self, sha256: str) -> Mapping[str, bytes] | None:
         """The tokenizer files with this hash, by name, if some group has fetched them."""
@@ -209,6 +224,12 @@ class Fleet:
         self._specs = [*(one for one in self._specs if one.name != spec.name), spec]
         self.turns.add(spec)
         self._rebuild()
+
+    def expect(self, coming: bool) -> None:
+        """A group is coming for which others are ended, or that is over, in whatever way."""
+        if coming is not self._expecting:
+            self._expecting = coming
+            self._tell_watchers()
 
     def forget(self, name: str) -> None:
         """A group is gone for good, and its model too, if no other group has had it."""
@@ -321,6 +342,9 @@ class Fleet:
             if card is not None:
                 members.setdefault(card.model, []).append(card)
         self._models = {name: self._model_of(name, cards) for name, cards in members.items()}
+        self._tell_watchers()
+
+    def _tell_watchers(self) -> None:
         for changed in self._watchers:
             changed()
 

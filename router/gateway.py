@@ -168,7 +168,8 @@ class Gateway(Collector):
             self.fleet.up(card, tokenizer, embed, prepare)
             if not card.ready or self._closing:
                 self.fleet.down(card.name)
-        if any(self.fleet.groups_up().values()):
+        self.fleet.expect(fleet.expecting and not self._closing)
+        if self.fleet.healthy:
             self.ready.set()
 
     def _list(self, specs: tuple[GroupSpec, ...], carded: Collection[str]) -> None:
@@ -196,6 +197,7 @@ class Gateway(Collector):
 
     def _all_down(self) -> None:
         """Nobody can be reached any more; what the groups said of themselves stays known."""
+        self.fleet.expect(False)
         for name, up in self.fleet.groups_up().items():
             if up:
                 self.fleet.down(name)

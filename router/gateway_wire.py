@@ -70,9 +70,12 @@ def unknown_to(limits: pb.Limits) -> frozenset[str]:
     return frozenset(feature for name, feature in _FEATURE_OF.items() if not limits.HasField(name))
 
 
-def fleet_to_wire(groups: Iterable[tuple[GroupSpec, GroupCard | None]]) -> pb.Fleet:
-    """All configured groups, and what is known of each."""
+def fleet_to_wire(
+    groups: Iterable[tuple[GroupSpec, GroupCard | None]], *, expecting: bool = False
+) -> pb.Fleet:
+    """All configured groups, what is known of each, and whether one is coming for ended ones."""
     return pb.Fleet(
+        expecting=expecting,
         groups=[
             pb.FleetGroup(
                 name=spec.name,
@@ -80,7 +83,7 @@ def fleet_to_wire(groups: Iterable[tuple[GroupSpec, GroupCard | None]]) -> pb.Fl
                 card=None if card is None else _card_to_wire(card),
             )
             for spec, card in groups
-        ]
+        ],
     )
 
 

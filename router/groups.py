@@ -6,7 +6,8 @@ Removing drains: what runs in the group moves to others as they have room (``rou
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -70,6 +71,7 @@ class Groups:
         self._metrics = metrics
         self._dial = partial(Link, slots=settings.plans_in_flight_max + 2, cluster=cluster)
         self._trial_s = settings.step_deadline_s
+        self._expecting_s = settings.resume_timeout_s
         self._snapshot = snapshot
         self._own = own
         self._silent = silent
@@ -162,6 +164,21 @@ class Groups:
         So requests for its model are taken, and wait. ``add`` may put another in its place.
         """
         await self._retire(name, limit_s, at_once=at_once, returns=True)
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Within, groups are ended for one that is coming; requests wait, so the router is healthy.
+
+        It is for as long as answers that have begun wait: ``resume_timeout_s``.
+        """
+        loop = asyncio.get_running_loop()
+        self._fleet.expect(True)
+        given_up = loop.call_later(self._expecting_s, self._fleet.expect, False)
+        try:
+            yield
+        finally:
+            given_up.cancel()
+            self._fleet.expect(False)
 
     async def _retire(self, name: str, limit_s: float, *, at_once: bool, returns: bool) -> None:
         group, task = self._groups[name], self._tasks[name]

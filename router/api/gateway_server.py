@@ -94,7 +94,7 @@ class Attached:
 
     def tell_fleet(self) -> None:
         """Tells the gateway what the fleet is like now."""
-        self.outbox.tell(pb.ToGateway(fleet=fleet_to_wire(self._fleet.groups())))
+        self.outbox.tell(pb.ToGateway(fleet=_told(self._fleet)))
 
     def close(self) -> None:
         """Takes no more requests; the stream ends after the last one."""
@@ -260,7 +260,7 @@ class Gateways(Collector):
             self._calls -= 1
 
     def _welcome(self) -> pb.ToGateway:
-        limits, fleet = limits_to_wire(self._settings), fleet_to_wire(self._fleet.groups())
+        limits, fleet = limits_to_wire(self._settings), _told(self._fleet)
         return pb.ToGateway(welcome=pb.Welcome(limits=limits, fleet=fleet))
 
     @contextmanager
@@ -283,6 +283,11 @@ class Gateways(Collector):
                 yield known
             except LinkDownError as error:
                 raise RequestError(Fault.WORKER_LOST, str(error)) from None
+
+
+def _told(fleet: Fleet) -> pb.Fleet:
+    """The fleet as it is now, on the wire."""
+    return fleet_to_wire(fleet.groups(), expecting=fleet.expecting)
 
 
 def _not_up(group: str) -> RequestError:

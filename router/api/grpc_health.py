@@ -28,8 +28,7 @@ class Health:
         states = health_pb2.HealthCheckResponse.ServingStatus
         if service not in self._known:
             return health_pb2.HealthCheckResponse(status=states.SERVICE_UNKNOWN)
-        up = any(self._fleet.groups_up().values())
-        status = states.SERVING if up else states.NOT_SERVING
+        status = states.SERVING if self._fleet.healthy else states.NOT_SERVING
         return health_pb2.HealthCheckResponse(status=status)
 
     async def check(

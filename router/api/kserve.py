@@ -30,7 +30,6 @@ from router.api.kserve_models import (
     VERSION,
     config_of,
     index_of,
-    is_ready,
     metadata_of,
     statistics_of,
 )
@@ -117,7 +116,7 @@ class InferenceService:
         self, request: Received[pb.ServerReadyRequest], context: Context
     ) -> pb.ServerReadyResponse:
         """Tells whether some model can take requests."""
-        return pb.ServerReadyResponse(ready=any(self._fleet.groups_up().values()))
+        return pb.ServerReadyResponse(ready=self._fleet.healthy)
 
     async def model_ready(
         self, request: Received[pb.ModelReadyRequest], context: Context
@@ -125,7 +124,7 @@ class InferenceService:
         """Tells whether a model can take requests; one that nobody knows cannot."""
         async with opened(request, context) as known:
             try:
-                ready = is_ready(self._card(known.name, known.version))
+                ready = self._fleet.takes(self._card(known.name, known.version))
             except RequestError:
                 ready = False
             return pb.ModelReadyResponse(ready=ready)

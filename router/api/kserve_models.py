@@ -103,17 +103,12 @@ def index_of(fleet: Fleet, only_ready: bool) -> pb.RepositoryIndexResponse:
     """Returns the list of models."""
     response = pb.RepositoryIndexResponse()
     for card in fleet.models():
-        if is_ready(card):
+        if fleet.takes(card):
             response.models.add(name=card.id, version=VERSION, state="READY")
         elif not only_ready:
             reason = "none of its workers is up"
             response.models.add(name=card.id, version=VERSION, state="UNAVAILABLE", reason=reason)
     return response
-
-
-def is_ready(card: ModelCard) -> bool:
-    """Whether some group can take requests for the model."""
-    return any(group.ready for group in card.groups)
 
 
 def _platform(card: ModelCard) -> str:

@@ -156,10 +156,12 @@ class Limits(_message.Message):
     def __init__(self, max_concurrent_requests: _Optional[int] = ..., max_best_of: _Optional[int] = ..., max_stop_sequences: _Optional[int] = ..., max_top_n_tokens: _Optional[int] = ..., max_input_tokens: _Optional[int] = ..., max_total_tokens: _Optional[int] = ..., max_batch_prefill_tokens: _Optional[int] = ..., max_batch_total_tokens: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., waiting_served_ratio: _Optional[float] = ..., max_waiting_tokens: _Optional[int] = ..., max_client_batch_size: _Optional[int] = ..., payload_limit: _Optional[int] = ..., request_deadline_s: _Optional[float] = ..., disable_grammar_support: bool = ..., watermark_gamma: _Optional[float] = ..., watermark_delta: _Optional[float] = ..., watermark_key: _Optional[int] = ...) -> None: ...
 
 class Fleet(_message.Message):
-    __slots__ = ("groups",)
+    __slots__ = ("groups", "expecting")
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTING_FIELD_NUMBER: _ClassVar[int]
     groups: _containers.RepeatedCompositeFieldContainer[FleetGroup]
-    def __init__(self, groups: _Optional[_Iterable[_Union[FleetGroup, _Mapping]]] = ...) -> None: ...
+    expecting: bool
+    def __init__(self, groups: _Optional[_Iterable[_Union[FleetGroup, _Mapping]]] = ..., expecting: bool = ...) -> None: ...
 
 class FleetGroup(_message.Message):
     __slots__ = ("name", "model", "card")

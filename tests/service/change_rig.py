@@ -1,8 +1,8 @@
 """Changes over groups and workers that behave as the real ones do, with gates and failures."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,7 @@ class FakeGroups:
         self.removals: list[tuple[str, float, bool]] = []
         self.waiting = 3
         self.broken = ""
+        self.coming = False
 
     def serve(self, name: str) -> None:
         """A group that is up already."""
@@ -96,6 +97,14 @@ class FakeGroups:
         await asyncio.sleep(0)
         entry.state = "down"
         entry.retired = True
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        self.coming = True
+        try:
+            yield
+        finally:
+            self.coming = False
 
     def states(self) -> list[State]:
         return [

@@ -175,6 +175,13 @@ class FakeFleet:
     def groups_up(self) -> dict[str, bool]:
         return {"g0": self.up and self.known}
 
+    def takes(self, model: ModelCard) -> bool:
+        return self.up
+
+    @property
+    def healthy(self) -> bool:
+        return self.up and self.known
+
     def adapter(self, name: str | None) -> str:
         return ""
 

@@ -20,8 +20,10 @@ async def test_the_former_groups_may_be_ended_first() -> None:
         assert rig.workers.running == {"new"}, "the device is free for it"
         assert rig.groups.names() == ("a", "b"), "requests for their model wait"
         assert rig.groups.up() == []
+        assert rig.groups.coming, "the server is healthy"
         rig.workers.loading.set()
         await switch
+        assert not rig.groups.coming
         assert rig.serving == (["new"], ["new"])
         assert rig.groups.names() == ("new",)
         assert rig.lines[0] == "ending a, b; requests wait"

@@ -112,6 +112,7 @@ def test_a_groups_card_survives(kept: int | None) -> None:
     wire = pb.Fleet.FromString(fleet_to_wire(specs).SerializeToString())
     assert specs_from_wire(wire) == (GroupSpec("g", "m", ()), GroupSpec("h", None, ()))
     assert [group.HasField("card") for group in wire.groups] == [True, False]
+    assert [fleet_to_wire(specs, expecting=one).expecting for one in (False, True)] == [False, True]
     assert card_from_wire("g", wire.groups[0].card) == card
 
 

@@ -179,6 +179,17 @@ def test_with_stop_first_streams_wait_and_go_on(tmp_path: Path) -> None:
         assert tokens == unbroken(server, counting())
 
 
+def test_with_stop_first_probes_find_a_healthy_server_all_the_time(tmp_path: Path) -> None:
+    with serving(tmp_path, *SLOW) as server, ThreadPoolExecutor() as pool:
+        former, seen = server.worker_pid(), list[int]()
+        done = pool.submit(change, server, "switch", "scripted,name=second", "--stop-first")
+        while not done.done():
+            seen.append(server.client.get("/health").status_code)
+        assert done.result().returncode == 0, done.result().stderr
+        assert not alive(former)
+        assert set(seen) == {200}
+
+
 def test_with_stop_first_a_failure_brings_the_former_group_back(tmp_path: Path) -> None:
     with serving(tmp_path, *SLOW) as server:
         former = server.worker_pid()

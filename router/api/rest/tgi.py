@@ -141,7 +141,7 @@ class TgiRoutes:
 
     async def health(self) -> Response:
         """Answers 200 when some model can take requests, 503 when none can. Load plays no part."""
-        if any(group.ready for model in self._context.fleet.models() for group in model.groups):
+        if self._context.fleet.healthy:
             return Response(status_code=200)
         value = {"error": "unhealthy", "error_type": "healthcheck"}
         answer = json_response(value)

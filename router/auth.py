@@ -52,4 +52,5 @@ class ApiKeys:
 
 
 def _bytes(value: str | bytes) -> bytes:
-    return value if isinstance(value, bytes) else value.encode()
+    """What was sent: headers are read as Latin-1, whatever their bytes mean."""
+    return value if isinstance(value, bytes) else value.encode("latin-1", "replace")

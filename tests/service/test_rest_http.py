@@ -125,6 +125,24 @@ async def test_the_key_guards_what_runs_the_model(path: str) -> None:
         assert (await client.get("/info")).status_code == 200
 
 
+async def test_a_key_may_have_any_letters() -> None:
+    async with client_of(FakeService(), Settings(api_key="schlüssel")) as client:
+        for key, status in (("schlüssel", 200), ("schlussel", 401)):
+            headers = {"authorization": f"Bearer {key}".encode()}
+            answer = await client.post("/generate", json={"inputs": "x"}, headers=headers)
+            assert answer.status_code == status
+
+
+async def test_what_can_be_got_can_be_asked_for_without_its_body() -> None:
+    """As probes of load balancers do it, and TGI answers them."""
+    async with serving(FakeService()) as url, httpx.AsyncClient(base_url=url) as client:
+        for path in ("/health", "/", "/ping", "/info", "/metrics", "/v1/models", "/docs"):
+            got, head = await client.get(path), await client.head(path)
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-length"] == got.headers["content-length"]
+        assert (await client.head("/generate")).status_code == 405
+
+
 async def test_unknown_paths_and_methods_are_json_errors() -> None:
     async with client_of(FakeService()) as client:
         assert (await client.get("/nowhere")).json()["error_type"] == "validation"

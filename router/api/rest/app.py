@@ -40,14 +40,18 @@ DESCRIPTION = "Text generation: the interfaces of TGI, OpenAI and Anthropic."
 
 
 class _App(FastAPI):
-    """Remembers the server's ``send`` for streams, see ``EventWriter``; names every answer."""
+    """Remembers the server's ``send`` for streams, see ``EventWriter``; names every answer.
+
+    What can be got can be asked for by HEAD, as in TGI; the server leaves the body out.
+    """
 
     tracing = OFF
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[SERVER_SEND] = send
+        routed = {**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope
+        routed[SERVER_SEND] = send
         with self.tracing.rest(scope) as call:
-            await super().__call__(scope, receive, call.sending(naming(scope, send)))
+            await super().__call__(routed, receive, call.sending(naming(routed, send)))
 
 
 def create_app(

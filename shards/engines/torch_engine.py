@@ -9,6 +9,8 @@ Engine options (``--engine-option key=value``):
 
 - ``page_tokens``: tokens in one page of KV cache, a power of two. Default: 16.
 - ``graphs``: ``on`` (default) or ``off``: replay decode steps on CUDA as captured graphs.
+- ``compile``: ``on`` or ``off``: compile layers for decode steps that are replayed. Default: where
+  these are captured on CUDA and Triton is installed.
 - ``attention``: of sequences that decode: ``kernel`` (default on CUDA, if Triton is installed) or
   ``gather``.
 - ``pack``: ``on`` or ``off``: keep weights in the order in which a CPU's kernels read them.
@@ -24,8 +26,7 @@ Engine options (``--engine-option key=value``):
 import shards.engines.torch_spin  # noqa: F401 - before torch, whose threads read what it says
 
 # isort: split
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ from shards.engines.caller import Drawing
 from shards.engines.omp_cores import Cores
 from shards.engines.paged import PagedEngine
 from shards.engines.threads import ThreadControl, usable_cores
+from shards.engines.torch_choices import choose_kernel, compiles, packs
 from shards.engines.torch_devices import (
     Device,
     ToHost,
@@ -53,9 +55,16 @@ from shards.engines.torch_devices import (
     dtype_name,
     kv_tokens_default,
 )
-from shards.engines.torch_graphs import CudaCapture, DecodeGraphs, Packing, is_decode
+from shards.engines.torch_graphs import (
+    Capture,
+    CudaCapture,
+    DecodeGraphs,
+    Packing,
+    is_decode,
+    run_directly,
+)
 from shards.engines.torch_late import Greedy, Late, any_late
-from shards.engines.torch_linear import can_pack, fuse, pack
+from shards.engines.torch_linear import fuse, pack
 from shards.engines.torch_model import PagedModel, length_trained
 from shards.engines.torch_norms import fuse_norms
 from shards.engines.torch_ranks import Ranks, check_split, load_slice
@@ -75,6 +84,8 @@ SEQUENCES_MAX = 64
 STEP_TOKENS_MAX = 256
 ACCELERATOR_STEP_TOKENS_MAX = 2048
 PEER_TIMEOUT_S = 5.0
+# Share of the progress that is loading of weights, if layers are compiled then.
+LOADING = 0.6
 # Kinds of devices that draw tokens themselves, unasked.
 DRAWING = ("cuda", "xpu", "hpu")
 _FEATURES = (
@@ -96,6 +107,7 @@ class TorchEngine(PagedEngine):
         extras = Extras("torch", options.extra)
         page = extras.whole("page_tokens", PAGE_TOKENS)
         graphs = extras.choice("graphs", "on", ("on", "off")) == "on"
+        compiled = extras.choice("compile", "auto", ("auto", "on", "off"))
         attention = extras.choice("attention", "auto", ("auto", "kernel", "gather"))
         fused = extras.choice("fuse", "auto", ("auto", "on", "off"))
         packed = extras.choice("pack", "auto", ("auto", "on", "off"))
@@ -109,50 +121,32 @@ class TorchEngine(PagedEngine):
         self._to_host = ToHost()
         self._checkpoint = Checkpoint(options.model)
         self._dtype = choose_dtype(options.dtype, self._checkpoint.stored_dtype, self._device)
-        packing = self._packs(packed)
+        compiling = compiles(compiled, self._device, graphs=graphs, world=options.world)
+        packing = packs(packed, self._device, self._dtype, compiling=compiling)
         self._control = ThreadControl(_threads(options, self._device))
         self._cores = Cores()
         self._set_threads()
         check_split(self._checkpoint.config, options.world, self._checkpoint.where)
         self._ranks = Ranks(options, self._device, peer_timeout_s)
         fusing = fused == "on" or (fused == "auto" and (packing or self._device.kind != "cpu"))
-        self._kernel = self._choose_kernel(attention)
-        self._model, self._weight_bytes = self._load(progress, fusing, packing)
+        self._kernel = choose_kernel(attention, self._device)
+        share = LOADING if compiling else 1.0
+        self._model, self._weight_bytes = self._load(lambda x: progress(share * x), fusing, packing)
         self._limits = self._limit(options, page)
         self._model.make_cache(self._limits.kv_tokens // page, page)
         super().__init__(self._limits)
         masked = self._kernel is None
         self._viewer = Viewer(page, self._dtype, self._device.torch, masked=masked)
         self._late = Late(self._limits.sequences_max, self._device.torch)
-        self._graphs = self._make_graphs(page) if graphs and options.world == 1 else None
+        self._graphs: DecodeGraphs | None = None
+        lacking: tuple[str, ...] = ()
+        if graphs and options.world == 1 and (compiling or self._device.kind == "cuda"):
+            rest = (lambda x: progress(share + (1.0 - share) * x)) if compiling else None
+            self._graphs, lacking = self._make_graphs(page, rest)
         self._drawer, warnings = self._make_drawer(sample)
-        self._info = self._describe(options, warnings)
+        self._info = self._describe(options, (*lacking, *warnings))
         self._control.start()
         progress(1.0)
-
-    def _packs(self, wanted: str) -> bool:
-        """Whether weights are packed; asked for where they cannot be, that is refused."""
-        able = self._device.kind == "cpu" and can_pack(self._dtype)
-        if wanted == "on" and not able:
-            raise ModelError(
-                f"torch: engine option pack=on: this torch has no packed products of"
-                f" {dtype_name(self._dtype)} for this {self._device.kind}; leave it out"
-            )
-        return able and wanted != "off"
-
-    def _choose_kernel(self, wanted: str) -> Callable[..., Any] | None:
-        """What attends for decoding sequences; None: pages are gathered."""
-        able = self._device.kind == "cuda" and find_spec("triton") is not None
-        if wanted == "gather" or (wanted == "auto" and not able):
-            return None
-        if not able:
-            raise ModelError(
-                f"torch: engine option attention=kernel needs CUDA and Triton, and this is"
-                f" {self._device.kind}; leave it out"
-            )
-        from shards.engines.torch_kernel import PagedKernel
-
-        return PagedKernel(self._device.torch)
 
     def _load(self, progress: Progress, fusing: bool, packing: bool) -> tuple[PagedModel, int]:
         device = self._device.torch
@@ -197,17 +191,20 @@ class TorchEngine(PagedEngine):
             vocab_size=self._model.vocab_size,
         )
 
-    def _make_graphs(self, page: int) -> DecodeGraphs | None:
-        if self._device.kind != "cuda":
-            return None
-        limits = self._limits
-        made = DecodeGraphs(
-            self._model,
-            Packing(self._model.kinds, page, self._dtype, self._late, masked=self._kernel is None),
-            limits.sequences_max,
-            -(-limits.length_max // page),
-            CudaCapture(self._device.torch),
-        )
+    def _make_graphs(
+        self, page: int, compiling: Progress | None
+    ) -> tuple[DecodeGraphs, tuple[str, ...]]:
+        """Decode steps as they are replayed, and what to warn of; compiled if that has progress."""
+        limits, device, masked = self._limits, self._device.torch, self._kernel is None
+        lacking: tuple[str, ...] = ()
+        packing = Packing(self._model.kinds, page, self._dtype, self._late, masked=masked)
+        capture: Capture = CudaCapture(device) if device.type == "cuda" else run_directly
+        if compiling is not None:
+            from shards.engines.torch_compile import compiled
+
+            capture, lacking = compiled(capture, self._model, packing, limits, device, compiling)
+        pages = -(-limits.length_max // page)
+        made = DecodeGraphs(self._model, packing, limits.sequences_max, pages, capture)
         try:
             made.warm()
         except RuntimeError as error:
@@ -215,7 +212,7 @@ class TorchEngine(PagedEngine):
                 f"torch: decode steps of this model cannot be captured as graphs:"
                 f" {str(error).splitlines()[0]}; start it with --engine-option graphs=off"
             ) from error
-        return made
+        return made, lacking
 
     def _make_drawer(self, wanted: str) -> tuple[DeviceSampler | None, tuple[str, ...]]:
         """What draws on the device, or None, and what to warn of. All ranks get the same."""

@@ -32,6 +32,14 @@ def bucket(count: int, least: int, most: int) -> int:
     return min(size, most)
 
 
+def row_buckets(most: int) -> list[int]:
+    """All buckets of up to ``most`` rows, smaller ones first."""
+    rows = [bucket(1, ROWS_MIN, most)]
+    while rows[-1] < most:
+        rows.append(bucket(rows[-1] + 1, ROWS_MIN, most))
+    return rows
+
+
 def is_decode(layout: StepLayout) -> bool:
     """Whether each sequence has one token and draws."""
     return len(layout.draws) == len(layout.tokens) == len(layout.lengths) and not len(layout.scores)
@@ -136,10 +144,7 @@ class DecodeGraphs:
     def warm(self) -> None:
         """Captures the graphs of short sequences. The largest go first, as they share memory."""
         width = bucket(1, PAGES_MIN, self._pages_max)
-        rows = [bucket(1, ROWS_MIN, self._rows_max)]
-        while rows[-1] < self._rows_max:
-            rows.append(bucket(rows[-1] + 1, ROWS_MIN, self._rows_max))
-        for count in reversed(rows):
+        for count in reversed(row_buckets(self._rows_max)):
             if (count, width) not in self._replays:
                 self._replays[count, width] = self._captured(count, width)
 

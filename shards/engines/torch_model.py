@@ -34,7 +34,7 @@ _UNKNOWN = ("position_bias", "block_indices", "indices", "sinks")
 _BATCH_ROPES = ("dynamic", "longrope")
 _PROBE_TOKENS = 12
 # The probe's logits must point the same way; rounding alone keeps 16-bit types above 0.999.
-_AGREEMENT_MIN = 0.99
+AGREEMENT_MIN = 0.99
 
 transformers.AttentionInterface.register(NAME, attend)
 
@@ -159,12 +159,25 @@ class PagedModel:
             del module.roundhouse
         agreement = nn.functional.cosine_similarity(seen.float(), expected.float()).item()
         layers = model.config.get_text_config().num_hidden_layers
-        if len(probe.found) != layers or not agreement > _AGREEMENT_MIN:
+        if len(probe.found) != layers or not agreement > AGREEMENT_MIN:
             raise ModelError(
                 f"model {where}: its attention does more than the torch engine can page"
                 f" ({len(probe.found)} of {layers} layers seen, agreement {agreement:.3f})"
             )
         return probe.found
+
+    def blocks(self) -> list[Any]:
+        """The decoder layers: modules in a list, each with one that attends. Empty if unclear."""
+        attending = {id(module) for module in self._modules}
+        listed = [module for module in self._model.modules() if isinstance(module, nn.ModuleList)]
+        found = [
+            child
+            for child in (child for several in listed for child in several)
+            if sum(id(module) in attending for module in child.modules()) == 1
+        ]
+        inner = {id(module) for child in found for module in child.modules() if module is not child}
+        found = [child for child in found if id(child) not in inner]
+        return found if len(found) == len(self._modules) else []
 
     def bytes_per_token(self) -> int:
         """KV cache of one token over all layers of this rank."""
@@ -186,6 +199,8 @@ class PagedModel:
     def forward(self, tokens: Any, positions: Any, rows: Any) -> Any:
         """Logits [rows, vocabulary] behind some tokens of a flat batch; all arguments are int64."""
         more = {"logits_to_keep": rows} if self._keeps else {}
+        # As a column of a matrix, positions would tell compiled layers how wide that is.
+        positions = positions.contiguous()
         with torch.inference_mode():
             logits = self._model(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False, **more

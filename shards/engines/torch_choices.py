@@ -1,0 +1,68 @@
+"""What the torch engine does unasked, and what it refuses when it is asked for."""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from shards.engines.base import ModelError
+from shards.engines.torch_devices import Device, dtype_name
+from shards.engines.torch_linear import can_pack
+
+if TYPE_CHECKING:
+    from shards.engines.torch_kernel import PagedKernel
+
+_COMPILES = ("cuda", "cpu")
+
+
+def packs(wanted: str, device: Device, dtype: torch.dtype, *, compiling: bool) -> bool:
+    """Whether weights are packed: ``wanted`` is ``on``, ``off`` or ``auto``.
+
+    Raises ``ModelError`` where they are wanted and cannot be.
+    """
+    able = device.kind == "cpu" and can_pack(dtype)
+    if wanted == "on" and not able:
+        raise ModelError(
+            f"torch: engine option pack=on: this torch has no packed products of"
+            f" {dtype_name(dtype)} for this {device.kind}; leave it out"
+        )
+    if wanted == "on" and compiling:
+        raise ModelError(
+            "torch: engine option compile=on: packed weights cannot be compiled; leave out"
+            " compile=on or pack=on"
+        )
+    return able and wanted != "off" and not compiling
+
+
+def compiles(wanted: str, device: Device, *, graphs: bool, world: int) -> bool:
+    """Whether layers are compiled: ``wanted`` is ``on``, ``off`` or ``auto``; see ``packs``."""
+    if wanted == "auto":
+        captured = device.kind == "cuda" and graphs and world == 1
+        return captured and find_spec("triton") is not None
+    if wanted == "off":
+        return False
+    fault = None
+    if device.kind not in _COMPILES:
+        fault = f"is not for {device.kind}"
+    elif not graphs:
+        fault = "is for decode steps that are captured, and graphs=off"
+    elif world > 1:
+        fault = f"is for one rank, and there are {world}"
+    if fault is not None:
+        raise ModelError(f"torch: engine option compile=on {fault}; leave it out")
+    return True
+
+
+def choose_kernel(wanted: str, device: Device) -> "PagedKernel | None":
+    """What attends for decoding sequences; None: pages are gathered. ``wanted``: see the engine."""
+    able = device.kind == "cuda" and find_spec("triton") is not None
+    if wanted == "gather" or (wanted == "auto" and not able):
+        return None
+    if not able:
+        raise ModelError(
+            f"torch: engine option attention=kernel needs CUDA and Triton, and this is"
+            f" {device.kind}; leave it out"
+        )
+    from shards.engines.torch_kernel import PagedKernel
+
+    return PagedKernel(device.torch)

@@ -1,6 +1,6 @@
 """What every route is given, and the steps that all routes have in common."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from router.api.rest.body import Body, parse
 from router.api.rest.errors import Dialect, error_response, first_fault
-from router.api.rest.presence import ClientLeft, Presence
+from router.api.rest.presence import ClientLeft, while_present
 from router.api.rest.sse import known_fault
 from router.auth import ApiKeys
 from router.chat import ChatService
@@ -21,7 +21,7 @@ from router.metrics import Metrics
 from router.service import Service
 
 B = TypeVar("B", bound=Body)
-Work = Callable[[B, float], Awaitable[Response]]
+Work = Callable[[B, float], Coroutine[Any, Any, Response]]
 """Answers a checked body that arrived at this instant (perf_counter, seconds)."""
 
 
@@ -55,10 +55,10 @@ class Context:
             headers = request.headers
             self.keys.check(headers.get("authorization"), headers.get("x-api-key"))
             body = await parse(request, model, self.settings.payload_limit)
-            async with Presence(request.receive):
-                return await (
-                    self._counted(work(body, arrived)) if generates else work(body, arrived)
-                )
+            answer = work(body, arrived)
+            return await while_present(
+                request.receive, self._counted(answer) if generates else answer
+            )
         except ClientLeft:
             return Response(status_code=499)
         except Exception as error:  # noqa: BLE001 -- logged, and answered as INTERNAL

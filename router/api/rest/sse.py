@@ -1,18 +1,19 @@
 """Server-sent events, written straight to the ASGI server: one ``send`` for each chunk.
 
-Starlette's StreamingResponse runs an extra task per stream and an async generator per chunk. Here
-the request's own task writes, and the status line goes out with the first event, so that a request
-which fails before that has its proper HTTP status.
+Starlette's StreamingResponse resumes an async generator for each chunk. Here the task that makes the
+answer writes it (``while_present``), and the status line goes out with the first event, so that a
+request which fails before that has its proper HTTP status.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from router.api.rest.errors import Dialect, error_event, error_response, first_fault
-from router.api.rest.presence import ClientLeft, Presence
+from router.api.rest.presence import ClientLeft, while_present
 from router.errors import Fault, RequestError
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class EventWriter:
         self._writes_seen = self._writes
 
 
-Produce = Callable[[EventWriter], Awaitable[bytes]]
+Produce = Callable[[EventWriter], Coroutine[Any, Any, bytes]]
 """Writes the events of a stream and returns the last ones, which go out with the end."""
 
 
@@ -93,8 +94,7 @@ class EventStream(Response):
         idle = PING if self._dialect is Dialect.ANTHROPIC else KEEP_ALIVE
         writer = EventWriter(send, scope.get(SERVER_SEND, send), start, idle)
         try:
-            async with Presence(receive, writer.keep_alive):
-                last = await self._produce(writer)
+            last = await while_present(receive, self._produce(writer), writer.keep_alive)
         except ClientLeft:
             return
         except Exception as error:  # noqa: BLE001 -- logged, and answered as INTERNAL

@@ -128,9 +128,7 @@ class NeuronEngine(CallerEngine):
         buckets = self._graphs.shapes.context
         groups: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
-            # A single token is left to token generation: the libraries look for a prompt's end by
-            # its largest position, which for one token would be in the padding.
-            if not self._cached[row.slot] and len(row.tokens) > 1:
+            if not self._cached[row.slot] and len(row.tokens) >= self._graphs.prompt_min:
                 length = min(len(row.tokens), buckets.sizes[-1])
                 groups.setdefault(buckets.width(length), []).append(index)
         for width, indices in groups.items():

@@ -8,7 +8,9 @@ reads as much of the cache as its bucket says. Each slot is one line of a static
   draw on the device, among a few of the likeliest tokens, and then gives tokens and no logits.
 - ``nxdi``: NxD Inference, with as many buckets as it was compiled for. Its wrapper takes the first
   bucket that is *larger* than its input is wide, or the last if the input fits exactly, so an input
-  must be one narrower than its bucket.
+  must be one narrower than its bucket. What lies between it pads with position 1. Its ``forward``
+  takes any input with a position 0 for a prompt, also a token for each slot of which one is empty;
+  so token generation is called by its own name.
 """
 
 from abc import ABC, abstractmethod
@@ -72,6 +74,9 @@ class Graphs(ABC):
     """
 
     shapes: Shapes
+    prompt_min = 2
+    """Shorter prompts are left to token generation: the libraries find a prompt's end where its
+    position is largest, and that must be nowhere in the padding."""
 
     def __init__(self, model: Any, vocab_size: int) -> None:
         self._torch = load_package("neuron", "torch", "")
@@ -128,6 +133,8 @@ class OptimumGraphs(Graphs):
                 "neuron: the model was not compiled for continuous batching: export it with"
                 " continuous_batching"
             )
+        if config.output_logits:
+            raise ModelError("neuron: models with output_logits are not served: export it without")
         self.shapes = Shapes(
             slots=config.batch_size,
             length=config.sequence_length,
@@ -169,6 +176,9 @@ class OptimumGraphs(Graphs):
 class NxdiGraphs(Graphs):
     """``NeuronBaseForCausalLM`` of ``neuronx_distributed_inference``, with a cache of slots."""
 
+    # The wrapper pads with position 1, the largest one of a prompt of two tokens.
+    prompt_min = 3
+
     def __init__(self, model: Any, vocab_size: int) -> None:
         super().__init__(model, vocab_size)
         config = model.neuron_config
@@ -179,6 +189,10 @@ class NxdiGraphs(Graphs):
             )
         if config.is_block_kv_layout or config.async_mode:
             raise ModelError("neuron: models with is_block_kv_layout or async_mode are not served")
+        if config.enable_fused_speculation or config.is_medusa or config.speculation_length:
+            raise ModelError(
+                "neuron: models compiled for speculation are not served: compile it without"
+            )
         if not config.is_continuous_batching or config.ctx_batch_size != 1:
             raise ModelError(
                 "neuron: the model was not compiled for continuous batching: compile it with"
@@ -211,14 +225,19 @@ class NxdiGraphs(Graphs):
     def generate(self, tokens: Ints, positions: Ints, width: int, sampling: Floats) -> Found:
         """See ``Graphs``. The mask covers what is in the cache; its width picks the graph."""
         places = np.arange(width, dtype=np.int32)[None, :]
-        found = self._call(
-            input_ids=tokens[:, None],
-            attention_mask=(places < positions[:, None]).astype(np.int32),
-            position_ids=positions[:, None],
-            seq_ids=np.arange(len(tokens), dtype=np.int32),
-            sampling_params=sampling,
-        )
-        return self._logits(found.logits)
+        torch = self._torch
+        given = {
+            "input_ids": tokens[:, None],
+            "attention_mask": (places < positions[:, None]).astype(np.int32),
+            "position_ids": positions[:, None],
+            "seq_ids": np.arange(len(tokens), dtype=np.int32),
+            "sampling_params": sampling,
+        }
+        tensors = [torch.from_numpy(array) for array in given.values()]
+        with torch.no_grad():
+            # No hidden states before it, and no adapters.
+            found = self._model.token_generation_model(*tensors, None, None)
+        return self._logits(found)
 
 
 def _draws_among(config: Any, vocab_size: int) -> int:

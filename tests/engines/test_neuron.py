@@ -4,9 +4,7 @@ The same adapter runs on real XLA graphs in ``tests/heavy/neuron``. What cannot 
 device is said in ``docs/engines/neuron.md``.
 """
 
-import ast
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deploy.engines import ENGINES
@@ -32,11 +31,9 @@ from shards.engines.neuron_graphs import Buckets, Graphs, NxdiGraphs, OptimumGra
 from shards.engines.self_model import open_folder
 from tests.engines.contract import EngineContract, admit, decode, generate
 from tests.engines.contract_grammar import GrammarContract
-from tests.engines.signatures.fake_neuron import NxdiModel, OptimumModel, torch_module
-from tests.engines.signatures.record import load as load_recorded
-from tests.engines.signatures.strict import installed, recorded
+from tests.engines.signatures.fake_neuron import NxdiModel, OptimumModel, Tensor, torch_module
+from tests.engines.signatures.strict import installed
 from tests.engines.signatures.toy import VOCAB
-from tests.engines.signatures.uses import call_keywords, names_read
 from tests.heavy.models import tiny_llama_folder
 
 KINDS = ("optimum", "nxdi")
@@ -83,42 +80,6 @@ class TestContract(GrammarContract, EngineContract):
     pass
 
 
-# The recorded signatures --------------------------------------------------------------------------
-
-
-def test_every_argument_and_field_is_in_the_recorded_signatures() -> None:
-    called = call_keywords("neuron_graphs", "_call")
-    forward = recorded("nxdi", "functions", "NeuronBaseForCausalLM.forward")["positional"]
-    assert called <= set(forward)
-    simple = recorded("optimum", "functions", "NxDModelForCausalLM.forward")["positional"]
-    assert called - {"attention_mask"} <= set(simple)
-    # Each library's configuration has the fields that are read of either.
-    options = set(recorded("nxdi", "options", "NeuronConfig.__init__"))
-    known = recorded("optimum", "functions", "NxDNeuronConfig.__init__")["positional"]
-    assert names_read("neuron_graphs", "config") <= options | set(known)
-    for engine in ("optimum", "nxdi"):
-        assert load_recorded(engine)["files"]
-    assert recorded("optimum", "names", "NeuronModelForCausalLM")
-    assert recorded("nxdi", "names", "MODEL_TYPES")
-    load = recorded("nxdi", "functions", "NeuronApplicationBase.load")["positional"]
-    assert load[1] == "compiled_model_path"
-
-
-def test_the_documented_way_to_compile_is_in_the_recorded_signature() -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "engines" / "neuron.md"
-    program = re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert program is not None
-    calls = {
-        node.func.attr: {keyword.arg for keyword in node.keywords}
-        for node in ast.walk(ast.parse(program[1]))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-    }
-    assert calls.keys() == {"get_neuron_config", "export", "save_pretrained"}
-    for name in ("get_neuron_config", "export"):
-        known = recorded("optimum", "functions", f"NeuronPreTrainedModel.{name}")["positional"]
-        assert calls[name] <= set(known)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_keyword_that_the_model_does_not_have_is_noticed(kind: str) -> None:
     with pytest.raises(TypeError, match="unexpected keyword"):
@@ -151,6 +112,32 @@ def test_a_step_is_one_call_per_bucket_and_one_for_all_decodes() -> None:
     engine.step(Plan(drops=[7]))
     engine.step(Plan(work=[(1, 1), (8, 1)]))
     assert model.calls == [("generation", 64)]
+
+
+def test_empty_slots_beside_a_decode_are_not_taken_for_prompts() -> None:
+    engine, model = make("nxdi")
+    assert isinstance(model, NxdiModel)
+    prompt = [3, 1, 4, 1, 5]
+    expected = generate(engine, 1, prompt, 4)
+    # All but one of the slots are empty, and are written to at position 0.
+    assert model.calls == [("context", 32), *[("generation", 64)] * 3]
+    # The library's forward would compute prompts there, over what the slots hold.
+    ids = Tensor(np.zeros((SLOTS, 1), np.int32))
+    given = {"input_ids": ids, "attention_mask": ids, "position_ids": ids}
+    with pytest.raises(AssertionError, match="which of equal ones"):
+        model.forward(**given, seq_ids=Tensor(np.arange(SLOTS)))
+    assert model.calls[-1] == ("context", 32)
+    engine.reset()
+    assert generate(engine, 2, prompt, 4) == expected
+
+
+@pytest.mark.parametrize(("kind", "shortest"), [("optimum", 2), ("nxdi", 3)])
+def test_a_prompt_whose_end_could_be_in_the_padding_is_generated(kind: str, shortest: int) -> None:
+    for length in range(1, 5):
+        engine, model = make(kind)
+        generate(engine, 1, [7] * length, 1)
+        kinds = {called for called, _ in model.calls}
+        assert kinds == ({"context"} if length >= shortest else {"generation"})
 
 
 def test_a_slot_that_sits_a_step_out_is_not_damaged(
@@ -371,6 +358,10 @@ def test_what_it_does_not_do_is_refused(compiled: Path) -> None:
         ("nxdi", {"async_mode": True}, "async_mode"),
         ("nxdi", {"ctx_batch_size": 2}, "ctx_batch_size=1"),
         ("nxdi", {"tkg_batch_size": 1}, "tkg_batch_size"),
+        ("nxdi", {"enable_fused_speculation": True}, "for speculation"),
+        ("nxdi", {"is_medusa": True}, "for speculation"),
+        ("nxdi", {"speculation_length": 4}, "for speculation"),
+        ("optimum", {"output_logits": True}, "output_logits"),
     ],
 )
 def test_a_model_compiled_in_another_way_is_refused(

@@ -17,6 +17,7 @@ from tests.engines.signatures.toy import VOCAB, logits
 
 # The compiled head is padded to a multiple of the ranks.
 PADDED_VOCAB = VOCAB + 7
+TOKEN_CALL = "NeuronBaseForCausalLM._get_model_outputs.token_generation_model"
 
 
 class Tensor:
@@ -56,6 +57,7 @@ class Slots:
         assert tokens.ndim == 1
         self.lines[slot, : len(tokens)] = tokens
         end = int(positions.argmax())
+        assert (positions == positions[end]).sum() == 1, "which of equal ones is found is not said"
         return self._logits(tokens[: end + 1])
 
     def token(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -83,6 +85,7 @@ class OptimumModel:
             "continuous_batching": True,
             "on_device_sampling": False,
             "max_topk": 64,
+            "output_logits": False,
             "torch_dtype": "torch.bfloat16",
             **given,
         }
@@ -149,6 +152,9 @@ class NxdiModel:
             "is_block_kv_layout": False,
             "async_mode": False,
             "on_device_sampling_config": None,
+            "enable_fused_speculation": False,
+            "is_medusa": False,
+            "speculation_length": 0,
             "context_encoding_buckets": list(context),
             "token_generation_buckets": list(generation),
             "torch_dtype": "torch.float32",
@@ -163,25 +169,43 @@ class NxdiModel:
         given = bind("nxdi", "NeuronBaseForCausalLM.forward", args, kwargs)
         tokens, positions = given["input_ids"].array, given["position_ids"].array
         mask, lines = given["attention_mask"].array, given["seq_ids"].array
+        # A prompt, whatever its width: see ``NeuronBaseForCausalLM._is_prefill``.
+        if positions.min() == 0:
+            return SimpleNamespace(logits=self._context(tokens, mask, positions, lines))
+        logits = self.token_generation_model(
+            *(given[name] for name in recorded("nxdi", "calls", TOKEN_CALL)[:5]), None, None
+        )
+        return SimpleNamespace(logits=logits)
+
+    def _context(
+        self, tokens: np.ndarray, mask: np.ndarray, positions: np.ndarray, lines: np.ndarray
+    ) -> Tensor:
+        bucket = first_fit(self.neuron_config.context_encoding_buckets, mask.shape[1])
+        self.calls.append(("context", bucket))
+        pad = ((0, 0), (0, bucket - tokens.shape[1]))
+        tokens = np.pad(tokens, pad)
+        positions = np.pad(positions, pad, constant_values=1)
+        found = [
+            self.slots.prompt(tokens[row], positions[row], slot) for row, slot in enumerate(lines)
+        ]
+        return Tensor(np.stack(found)[:, None])
+
+    def token_generation_model(self, *args: Tensor | None) -> Tensor:
+        """``ModelWrapper.forward`` of that graph."""
+        given = dict(zip(recorded("nxdi", "calls", TOKEN_CALL), args, strict=True))
+        assert given.pop("prev_hidden") is given.pop("adapter_ids") is None
+        arrays = {name: value.array for name, value in given.items() if value is not None}
+        assert len(arrays) == len(given)
+        tokens, positions = arrays["input_ids"], arrays["position_ids"]
+        mask, lines = arrays["attention_mask"], arrays["seq_ids"]
+        assert arrays["sampling_params"].shape == (len(lines), 3)
         config = self.neuron_config
-        if tokens.shape[-1] > 1 and not positions.min():
-            bucket = first_fit(config.context_encoding_buckets, mask.shape[1])
-            self.calls.append(("context", bucket))
-            pad = ((0, 0), (0, bucket - tokens.shape[1]))
-            tokens = np.pad(tokens, pad)
-            positions = np.pad(positions, pad, constant_values=1)
-            found = [
-                self.slots.prompt(tokens[row], positions[row], slot)
-                for row, slot in enumerate(lines)
-            ]
-            return SimpleNamespace(logits=Tensor(np.stack(found)[:, None]))
         bucket = first_fit(config.token_generation_buckets, mask.shape[1])
         self.calls.append(("generation", bucket))
         assert lines.tolist() == list(range(config.batch_size))
         assert (mask.sum(axis=1) == positions[:, 0]).all()
         assert positions.max() < bucket
-        found = self.slots.token(tokens[:, 0], positions[:, 0])
-        return SimpleNamespace(logits=Tensor(found[:, None]))
+        return Tensor(self.slots.token(tokens[:, 0], positions[:, 0])[:, None])
 
 
 def first_fit(buckets: Sequence[int], width: int) -> int:

@@ -91,14 +91,31 @@ WANTED: dict[str, Wanted] = {
         },
     },
     "nxdi": {
-        _NXDI + "utils/constants.py": {"names": ["MODEL_TYPES"]},
+        _NXDI + "utils/constants.py": {"names": ["MODEL_TYPES"], "keys": ["MODEL_TYPES"]},
         _NXDI + "models/config.py": {"options": ["NeuronConfig.__init__"]},
         _NXDI + "models/application_base.py": {
-            "functions": ["NeuronApplicationBase.__init__", "NeuronApplicationBase.load"]
+            "functions": ["NeuronApplicationBase.__init__", "NeuronApplicationBase.load"],
+            "attributes": ["NeuronApplicationBase.__init__"],
         },
-        _NXDI + "models/model_base.py": {"functions": ["NeuronBaseForCausalLM.forward"]},
+        _NXDI + "models/model_base.py": {
+            "functions": [
+                "NeuronBaseForCausalLM.forward",
+                # Whether an input is taken for a prompt: a position 0 anywhere.
+                "NeuronBaseForCausalLM._is_prefill",
+            ],
+            "attributes": ["NeuronBaseForCausalLM.enable_token_generation"],
+            "calls": [
+                "NeuronBaseForCausalLM._get_model_outputs.token_generation_model",
+                "NeuronBaseForCausalLM._get_model_outputs._is_prefill",
+            ],
+            "keywords": ["NeuronBaseForCausalLM._construct_output"],
+        },
         _NXDI + "models/model_wrapper.py": {
-            "functions": ["ModelWrapper._get_seq_bucket", "ModelWrapper.pad_inputs"]
+            "functions": [
+                "ModelWrapper.forward",
+                "ModelWrapper._get_seq_bucket",
+                "ModelWrapper.pad_inputs",
+            ]
         },
     },
     "trtllm": {
@@ -142,6 +159,9 @@ def record_file(path: Path, wanted: dict[str, list[str]]) -> dict[str, Any]:
         "functions": lambda name: _parameters(_find(tree, name, path)),
         "keys": lambda name: _keys(_find(tree, name, path)),
         "options": lambda name: _options(_find(tree, name, path)),
+        "keywords": lambda name: _keywords(_find(tree, name, path)),
+        "attributes": lambda name: _attributes(_find(tree, name, path)),
+        "calls": lambda name: _sent(_find(tree, name.rpartition(".")[0], path), name, path),
     }
     for kind, names in wanted.items():
         found[kind] = {name: readers[kind](name) for name in names}
@@ -153,16 +173,23 @@ def _missing(path: Path, name: str) -> bool:
 
 
 def _find(tree: ast.Module, name: str, path: Path) -> ast.AST:
-    """A class or a function, by its dotted name."""
+    """A class, a function or a module's constant, by its dotted name."""
     scope: Any = tree
     for part in name.split("."):
-        inside = [node for node in scope.body if getattr(node, "name", "") == part]
+        inside = [node for node in scope.body if part in _named(node)]
         if not inside:
             _missing(path, name)
         # Of overloads and properties with setters the first says enough.
         scope = inside[0]
     found: ast.AST = scope
     return found
+
+
+def _named(node: ast.AST) -> list[str]:
+    """What a statement gives a name to."""
+    targets = node.targets if isinstance(node, ast.Assign) else ()
+    named = [target.id for target in targets if isinstance(target, ast.Name)]
+    return [getattr(node, "name", ""), *named]
 
 
 def _offered(tree: ast.Module) -> set[str]:
@@ -197,6 +224,41 @@ def _parameters(node: Any) -> dict[str, list[str]]:
     rest = [f"*{given.vararg.arg}"] if given.vararg else []
     rest += [f"**{given.kwarg.arg}"] if given.kwarg else []
     return {"positional": positional, "keyword": [one.arg for one in given.kwonlyargs] + rest}
+
+
+def _attributes(node: ast.AST) -> list[str]:
+    """Attributes that a method sets on its object, sorted."""
+    found = {
+        part.attr
+        for part in ast.walk(node)
+        if isinstance(part, ast.Attribute)
+        and isinstance(part.ctx, ast.Store)
+        and isinstance(part.value, ast.Name)
+        and part.value.id == "self"
+    }
+    return sorted(found)
+
+
+def _keywords(node: ast.AST) -> list[str]:
+    """Keywords of all calls in a function, sorted: what it makes its answer of."""
+    return sorted(
+        {part.arg for part in ast.walk(node) if isinstance(part, ast.keyword) and part.arg}
+    )
+
+
+def _sent(node: ast.AST, name: str, path: Path) -> list[str]:
+    """Names that a method gives, in order, to the attribute that it calls last by that name."""
+    wanted = name.rpartition(".")[2]
+    sent = [
+        [given.id for given in part.args if isinstance(given, ast.Name)]
+        for part in ast.walk(node)
+        if isinstance(part, ast.Call)
+        and isinstance(part.func, ast.Attribute)
+        and part.func.attr == wanted
+    ]
+    if not sent:
+        _missing(path, name)
+    return sent[-1]
 
 
 def _keys(node: ast.AST) -> list[str]:

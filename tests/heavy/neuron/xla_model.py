@@ -152,6 +152,7 @@ class OptimumModel:
             max_context_length=context,
             continuous_batching=True,
             on_device_sampling=False,
+            output_logits=False,
             torch_dtype=torch.float32,
         )
         self.llama = Llama(folder, slots, length)
@@ -209,6 +210,9 @@ class NxdiModel:
             is_block_kv_layout=False,
             async_mode=False,
             on_device_sampling_config=None,
+            enable_fused_speculation=False,
+            is_medusa=False,
+            speculation_length=0,
             context_encoding_buckets=context,
             token_generation_buckets=generation,
             torch_dtype=torch.float32,
@@ -230,7 +234,8 @@ class NxdiModel:
         assert seq_ids is not None
         assert attention_mask is not None
         assert position_ids is not None
-        if input_ids.shape[-1] > 1 and not position_ids.min().item():
+        # A prompt, whatever its width: see ``NeuronBaseForCausalLM._is_prefill``.
+        if position_ids.min().item() == 0:
             bucket = _first_fit(config.context_encoding_buckets, attention_mask.shape[1])
             self.calls.append(("context", bucket))
             pad = (0, bucket - input_ids.shape[1])
@@ -241,14 +246,30 @@ class NxdiModel:
                 for line in range(len(seq_ids))
             ]
             return SimpleNamespace(logits=torch.cat(lines))
+        logits = self.token_generation_model(
+            input_ids, attention_mask, position_ids, seq_ids, sampling_params, None, None
+        )
+        return SimpleNamespace(logits=logits)
+
+    def token_generation_model(  # noqa: PLR0917 - the library's own order
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        seq_ids: Tensor,
+        sampling_params: Tensor | None,
+        prev_hidden: None,
+        adapter_ids: None,
+    ) -> Tensor:
+        """``ModelWrapper.forward`` of that graph."""
+        config = self.neuron_config
         bucket = _first_fit(config.token_generation_buckets, attention_mask.shape[1])
         self.calls.append(("generation", bucket))
         assert len(seq_ids) == config.batch_size, "a smaller batch is filled up with foreign slots"
         # What the mask leaves out of the cache must be what lies before each position.
         assert (attention_mask.sum(1, keepdim=True) == position_ids).all()
         assert int(position_ids.max()) < bucket
-        logits = self.llama.token(input_ids, position_ids.long(), seq_ids, bucket)
-        return SimpleNamespace(logits=logits)
+        return self.llama.token(input_ids, position_ids.long(), seq_ids, bucket)
 
 
 def _first_fit(buckets: list[int], width: int) -> int:

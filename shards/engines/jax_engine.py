@@ -2,8 +2,8 @@
 
 A step is padded to one of a few shapes whose programs were compiled at load (``jax_programs``), on
 a paged KV cache that the programs update in place. Attention is a TPU kernel or plain JAX
-(``jax_attention``). Sampling is ours, on the host; steps in which all rows want the argmax take it
-on the device, except on a CPU, where the logits are in host memory anyway.
+(``jax_attention``). Tokens are drawn on the device (``jax_sampling``), except on a CPU, where the
+logits are in host memory anyway; what asks for more than it can is drawn by our host's sampler.
 
 Engine options (``--engine-option key=value``):
 
@@ -13,10 +13,13 @@ Engine options (``--engine-option key=value``):
   no loop that depends on data (the default but on a CPU).
 - ``triton``: ``on`` or ``off``. On a GPU, whether XLA also tries matrix products of its own, which
   makes loading much longer.
-- ``argmax``: ``host`` or ``device``.
+- ``argmax``: ``host`` or ``device``: where steps are drawn in which all rows want the argmax.
+- ``sample``: ``device`` or ``host``: where tokens are drawn that ask for no more than temperature,
+  top_k, top_p and min_p. Default: on the device, if it is no CPU and draws what the host does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,12 +38,14 @@ from shards.engines.base import (
     Progress,
     Scheduling,
 )
+from shards.engines.draw_trial import trouble
 from shards.engines.host_memory import memory_bytes
 from shards.engines.jax_attention import KERNEL_HEAD_DIM, Attention
 from shards.engines.jax_config import LlamaConfig
-from shards.engines.jax_mesh import AXIS, join
+from shards.engines.jax_mesh import AXIS, Group, join
 from shards.engines.jax_model import Loader, Model
-from shards.engines.jax_programs import Programs
+from shards.engines.jax_programs import Logits, Programs
+from shards.engines.jax_sampling import DeviceSampler
 from shards.engines.jax_steps import Arrays, Compiler
 from shards.engines.paged import PagedEngine
 from shards.extras import Extras
@@ -93,6 +98,7 @@ class JaxEngine(PagedEngine):
         fits = on_tpu and kernel_fits(config, self._dtype)
         way = extras.choice("attention", "kernel" if fits else "plain", ("kernel", "plain"))
         self._argmax = extras.choice("argmax", "host" if on_cpu else "device", ("host", "device"))
+        sample = extras.choice("sample", "host" if on_cpu else "device", ("host", "device"))
         whole_steps = extras.choice("program", "layer" if on_cpu else "step", PROGRAMS) == "step"
         triton = extras.choice("triton", "off", ("off", "on")) == "on"
         extras.finish()
@@ -107,17 +113,27 @@ class JaxEngine(PagedEngine):
         self._kernel = way == "kernel"
         limits = self._limit(options, whole, config, max(1, pages))
         super().__init__(limits)
-        self._info = self._describe(options, _bytes([outside, *layers]))
         self._files = _tokenizer_files(options)
         caches = [self._cache(whole, limits) for _ in range(config.layers)]
+        buckets = self._buckets(limits, wide=whole_steps and not self._kernel)
+        compiler = Compiler(
+            group, {} if on_cpu or on_tpu else {"xla_gpu_enable_triton_gemm": triton}
+        )
+        drawer = None
+        if sample == "device":
+            counts = buckets.draw_counts
+            drawer = DeviceSampler(whole.vocab_size, self._sampler, compiler, counts)
         self._programs = Programs(
             Model(config, whole.vocab_size, self._dtype, self._attention(config)),
-            Compiler(group, {} if on_cpu or on_tpu else {"xla_gpu_enable_triton_gemm": triton}),
+            compiler,
             Arrays(outside, layers, caches),
-            self._buckets(limits, wide=whole_steps and not self._kernel),
+            buckets,
             lambda done: progress(_LOADING + (1 - _LOADING) * done),
             whole=whole_steps,
+            drawer=drawer,
         )
+        self._drawer, warnings = self._try(drawer)
+        self._info = self._describe(options, _bytes([outside, *layers]), warnings)
         group.meet("loaded")
 
     # What it is made of --------------------------------------------------------------------------
@@ -176,14 +192,27 @@ class JaxEngine(PagedEngine):
         most = (limits.sequences_max, limits.step_tokens_max)
         return jax_buckets.choose(*most, pages, least, wide=wide)
 
-    def _describe(self, options: EngineOptions, weight_bytes: int) -> EngineInfo:
+    def _try(self, drawer: DeviceSampler | None) -> tuple[DeviceSampler | None, tuple[str, ...]]:
+        """What draws on the device, or None, and what to warn of. All ranks get the same."""
+        if drawer is None:
+            return None, ()
+        size = self._residents.limits.vocab_size
+        fault = drawer.fault or trouble(drawer.draw_host, self._sampler, size)
+        if self._group.least("sample", int(not fault)):
+            return drawer, ()
+        fault = fault or "another rank's device does not draw what the host does"
+        what = f"not on {_device_name(self._group)}"
+        return None, (f"tokens are drawn on the host, {what}: {fault}",)
+
+    def _describe(
+        self, options: EngineOptions, weight_bytes: int, warnings: tuple[str, ...]
+    ) -> EngineInfo:
         limits, group = self._residents.limits, self._group
         assert options.model is not None, "checked by the caller"
-        kind = f" {group.device.device_kind}" if group.platform != "cpu" else ""
         return EngineInfo(
             engine="jax",
             engine_version=jax.__version__,
-            device=f"{group.platform}{kind}",
+            device=_device_name(group),
             model_id=options.model_id,
             dtype=self._dtype.name,
             scheduling=Scheduling.CALLER,
@@ -201,6 +230,7 @@ class JaxEngine(PagedEngine):
             rank=group.rank,
             world=group.world,
             weight_bytes=weight_bytes,
+            warnings=warnings,
         )
 
     # What it does --------------------------------------------------------------------------------
@@ -219,16 +249,25 @@ class JaxEngine(PagedEngine):
         self._group.close()
 
     def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawn:
-        on_host = self._argmax == "host" or len(layout.scores)
-        if on_host or not all(row.plain for row in rows):
-            return super()._draw(layout, rows)
+        """Draws where it was asked for. What a device draws is not brought to the host."""
+        plain = all(row.plain for row in rows)
+        if self._argmax == "host" if plain else self._drawer is None:
+            logits_here = self._forward(layout)
+            return self._sampler.draw(logits_here, rows) if rows else Drawn([])
         try:
-            logits = self._programs.run(layout).draws
-            if logits is None:
+            logits = self._computed(layout)
+            if logits.draws is None:
                 return Drawn([])
-            ids, tops = (_host(found)[: len(rows)] for found in self._programs.best(logits))
+            if plain:
+                return self._best(logits.draws, rows)
+            assert self._drawer is not None, "or the host draws"
+            return self._drawer.draw(logits.draws, rows, partial(_brought, logits, len(rows)))
         except jax.errors.JaxRuntimeError as error:
             raise _lost(error) from error
+
+    def _best(self, logits: Array, rows: Sequence[Resident]) -> Drawn:
+        """The likeliest tokens."""
+        ids, tops = (_host(found)[: len(rows)] for found in self._programs.best(logits))
         # The sampler judges the largest logits, of which it sees nothing else.
         drawn = self._sampler.draw(tops[:, None], rows)
         drawn.tokens = [
@@ -237,21 +276,46 @@ class JaxEngine(PagedEngine):
         return drawn
 
     def _forward(self, layout: StepLayout) -> Floats:
-        nothing: Floats = np.empty((0, self._info.vocab_size), np.float32)
         try:
-            logits = self._programs.run(layout)
-            found: Floats = nothing if logits.draws is None else _host(logits.draws)
-            scores = [_host(rows)[:count] for rows, count in logits.scores]
+            draws = self._computed(layout).draws
+            found: Floats = np.empty((0, self._info.vocab_size), np.float32)
+            if draws is not None:
+                found = _host(draws)[: len(layout.draws)]
         except jax.errors.JaxRuntimeError as error:
             raise _lost(error) from error
-        if scores:
-            self._score(np.concatenate(scores))
-        return found[: len(layout.draws)]
+        return found
+
+    def _computed(self, layout: StepLayout) -> Logits:
+        """Computes a step, and scores the prompts that want it."""
+        logits = self._programs.run(layout)
+        if len(layout.scores):
+            self._score(_joined(logits.scores))
+        return logits
 
 
-def _host(value: Array) -> Any:
+def _brought(logits: Logits, count: int, rows: Sequence[int]) -> Floats:
+    """The logits of some of the ``count`` sequences that draw, in host memory."""
+    if len(rows) == count:
+        found: Floats = _host(logits.draws)[:count]
+        return found
+    return _joined(logits.of(rows))
+
+
+def _joined(pieces: Iterator[tuple[Array, int]]) -> Floats:
+    """Logits in host memory, of which so many rows of each piece are meant."""
+    found: Floats = np.concatenate([_host(rows)[:count] for rows, count in pieces])
+    return found
+
+
+def _host(value: Any) -> Any:
     """An array that is the same on all ranks, in host memory."""
     return np.asarray(value.addressable_data(0))
+
+
+def _device_name(group: Group) -> str:
+    """The kind of device, and which one it is."""
+    kind = f" {group.device.device_kind}" if group.platform != "cpu" else ""
+    return f"{group.platform}{kind}"
 
 
 def _lost(error: Exception) -> EngineLost:

@@ -15,9 +15,10 @@ from shards.engines.base import Progress
 from shards.engines.jax_buckets import Buckets, nothing, ordered, pack, pieces
 from shards.engines.jax_mesh import Group
 from shards.engines.jax_model import Model
+from shards.engines.jax_sampling import DeviceSampler
 from shards.engines.jax_steps import SAME, TABLE, Arrays, ByLayer, Compiled, Compiler, Whole
 from shards.engines.threads import usable_cores
-from shards.kv import StepLayout
+from shards.kv import Ints, StepLayout
 
 # XLA compiles one program on one core, mostly.
 COMPILERS_MAX = 16
@@ -30,11 +31,12 @@ class Logits:
     """What came of a step, on the device: float32 logits of which the first rows mean something.
 
     ``draws`` is None if no sequence draws. ``scores`` are computed as they are asked for, and go
-    with the number of their rows.
+    with the number of their rows; so are those ``of`` some of the drawing sequences, once more.
     """
 
     draws: Array | None
     scores: Iterator[tuple[Array, int]]
+    of: Callable[[Sequence[int]], Iterator[tuple[Array, int]]]
 
 
 class Programs:
@@ -42,6 +44,7 @@ class Programs:
 
     Whole steps are also run, on padding: what a device does at its first run (it loads
     kernels, makes graphs) is done then, and memory that does not suffice is found before serving.
+    ``drawer``: its programs are compiled, too.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Programs:
         progress: Progress,
         *,
         whole: bool,
+        drawer: DeviceSampler | None = None,
     ) -> None:
         self._model, self._compiler, self._buckets = model, compiler, buckets
         self._group: Group = compiler.group
@@ -64,11 +68,11 @@ class Programs:
         self._best: dict[int, Compiled] = {}
         # Ranks compile in one order: XLA may let them share what it finds out.
         threads = min(COMPILERS_MAX, usable_cores()) if whole and self._group.world == 1 else 1
-        jobs = list(self._jobs())
+        jobs = [*self._jobs(), *(drawer.jobs() if drawer else ())]
         for done, _ in enumerate(_called(jobs, threads), start=1):
             progress(done / len(jobs))
         if whole:
-            self._warm_up()
+            self._warm_up(drawer)
 
     @property
     def count(self) -> int:
@@ -85,11 +89,13 @@ class Programs:
             draws = self._logits(picked, len(layout.draws))
         elif not len(layout.scores):
             x.block_until_ready()
-        scores = (
-            (self._logits(self._steps.pick(bucket, x, self._group.put(piece)), count), count)
-            for piece, count in pieces(layout.scores, bucket)
-        )
-        return Logits(draws, scores)
+
+        def logits(indices: Ints) -> Iterator[tuple[Array, int]]:
+            for piece, count in pieces(indices, bucket):
+                picked = self._steps.pick(bucket, x, self._group.put(piece))
+                yield self._logits(picked, count), count
+
+        return Logits(draws, logits(layout.scores), lambda rows: logits(layout.draws[list(rows)]))
 
     def _logits(self, picked: Array, count: int) -> Array:
         """Float32 logits [at least ``count``, vocabulary] of the first of the picked rows."""
@@ -123,7 +129,7 @@ class Programs:
         )
         self._best[count], _ = self._compiler(model.best, (logits,), (SAME,), SAME)
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, drawer: DeviceSampler | None) -> None:
         """Runs everything on padding, which writes to the trash page alone."""
         for bucket in (*self._buckets.decodes, *self._buckets.mixed):
             vector = self._group.put(nothing(bucket))
@@ -131,8 +137,11 @@ class Programs:
                 x, picked = self._steps.run(bucket, vector)
                 x.block_until_ready()
         for count in self._draw_counts:
-            for part in self.best(self._logits(picked, count)):
+            logits = self._logits(picked, count)
+            for part in self.best(logits):
                 part.block_until_ready()
+            if drawer is not None:
+                drawer.warm_up(logits)
 
 
 def _called(jobs: Sequence[Callable[[], None]], threads: int) -> Iterator[None]:

@@ -27,7 +27,7 @@ from tests.heavy.models import smollm2_folder, tiny_llama_folder
 
 DEVICE = os.environ.get("ROUNDHOUSE_GPU_TESTS_ON", "gpu")
 # Those of a GPU, whatever the device.
-EXTRA = (("program", "step"), ("argmax", "device"))
+EXTRA = (("program", "step"), ("argmax", "device"), ("sample", "device"))
 # What bfloat16 may change of a logprob, in nats, and what margin of two logits it may overturn.
 ROUNDED = 0.15
 ROUNDED_MARGIN = 0.5

@@ -10,13 +10,8 @@ import pytest
 import torch
 
 from shards.engines.torch_trial import trouble
-from tests.heavy.torch.drawing import (
-    EXCHANGED_PER_THOUSAND,
-    KINDS,
-    Both,
-    random_logits,
-    random_rows,
-)
+from tests.heavy.drawing import EXCHANGED_PER_THOUSAND, KINDS, random_logits, random_rows
+from tests.heavy.torch.drawing import Both
 
 DEVICE = os.environ.get("ROUNDHOUSE_GPU_TESTS_ON", "cuda:0")
 # Of a small model and a large one; the device has other sorts for each.

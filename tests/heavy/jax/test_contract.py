@@ -53,9 +53,17 @@ def prompts_of(engine: Engine) -> list[list[int]]:
     return [tokenizer.encode(text).ids[: 24 + 3 * n] for n, text in enumerate(TEXTS)]
 
 
-@pytest.fixture(scope="module", params=PROGRAMS)
+# Those of an accelerator draw on the device, too.
+WAYS = {
+    "layer": (("program", "layer"),),
+    "step": (("program", "step"),),
+    "device": (("program", "step"), ("argmax", "device"), ("sample", "device")),
+}
+
+
+@pytest.fixture(scope="module", params=WAYS)
 def made(request: pytest.FixtureRequest) -> Iterator[JaxEngine]:
-    engine = make(extra=(("page_tokens", "8"), ("program", request.param)))
+    engine = make(extra=(("page_tokens", "8"), *WAYS[request.param]))
     yield engine
     engine.close()
 
@@ -104,12 +112,18 @@ def serve_all_shapes(engine: JaxEngine) -> None:
     samplings = (
         SamplingParams(prompt_logprobs=True),
         SamplingParams(temperature=1.0, top_k=5, logprobs=True),
+        SamplingParams(temperature=1.0, logprobs=True, top_logprobs=2),
+        SamplingParams(temperature=1.0, top_p=0.9),
+        SamplingParams(temperature=1.0, repetition_penalty=1.1),
     )
     for count in (1, 2, 3, 5, 12):
         for chunk in (1, 2, 7, 31, 64, limit):
             engine.reset()
             tokens = [token % 250 for token in range(7, 7 + max(2, min(chunk, limit // count)))]
-            admits = [Admit(n, tokens, len(tokens), samplings[n % 2]) for n in range(1, count + 1)]
+            admits = [
+                Admit(n, tokens, len(tokens), samplings[(n + chunk) % 5])
+                for n in range(1, count + 1)
+            ]
             each = min(chunk, len(tokens))
             engine.step(Plan(admits=admits, work=[(n, each) for n in range(1, count + 1)]))
             if each == len(tokens):

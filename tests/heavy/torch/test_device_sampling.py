@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shards.engines import torch_filters, torch_sampling, torch_trial
+from shards.engines import draw_trial, torch_filters, torch_sampling
 from shards.engines.base import Engine, ModelError, Plan, SamplingParams
 from shards.engines.torch_filters import portion
 from shards.engines.torch_ranks import Ranks
@@ -20,15 +20,16 @@ from shards.engines.torch_sampling import serves
 from tests.engines.contract import EngineContract
 from tests.engines.contract_grammar import GrammarContract
 from tests.engines.driving import admit
-from tests.heavy.models import tiny_llama_folder
-from tests.heavy.torch.drawing import (
+from tests.heavy.drawing import (
+    BORDERS,
     EXCHANGED_PER_THOUSAND,
     KINDS,
-    Both,
     Row,
     random_logits,
     random_rows,
 )
+from tests.heavy.models import tiny_llama_folder
+from tests.heavy.torch.drawing import Both
 from tests.heavy.torch.made import make
 
 VOCAB = 2000
@@ -82,24 +83,6 @@ def test_draws_what_the_host_draws_of_a_large_vocabulary() -> None:
             logits = random_logits(random, 4, size, spread)
             exchanged += both.exchanged(logits, random_rows(random, 4, **asked))
     assert exchanged <= 1
-
-
-BORDERS: dict[str, dict[str, object]] = {
-    "top_p of all": {"temperature": 1.0, "top_p": 1.0},
-    "top_p of nearly all": {"temperature": 1.0, "top_p": 1.0 - 2.0**-40},
-    "top_p of one": {"temperature": 1.0, "top_p": 1e-12},
-    "top_p off": {"temperature": 1.0, "top_p": 0.0},
-    "top_k of all": {"temperature": 1.0, "top_k": VOCAB},
-    "top_k of all but one": {"temperature": 1.0, "top_k": VOCAB - 1},
-    "top_k of more than all": {"temperature": 1.0, "top_k": 100_000},
-    "min_p of one": {"temperature": 1.0, "min_p": 1.0},
-    "min_p above one": {"temperature": 1.0, "min_p": 2.0},
-    "freezing": {"temperature": 1e-6},
-    "nearly zero": {"temperature": 1e-44, "top_p": 0.9},
-    "boiling": {"temperature": 1e6},
-    "all told": {"temperature": 1.0, "logprobs": True, "top_logprobs": VOCAB},
-    "more than all told": {"logprobs": True, "top_logprobs": 100_000, "ranks": True},
-}
 
 
 @pytest.mark.parametrize("barred", [0.0, 0.5, 0.999])
@@ -352,7 +335,7 @@ def test_one_rank_that_cannot_draw_is_enough(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_rounding_exchanges_is_forgiven_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no token that is far away in the distribution."""
     both = Both(VOCAB)
-    rows, logits = torch_trial._rows(VOCAB)
+    rows, logits = draw_trial._rows(VOCAB)
     expected = both.host.draw(logits, rows)
     exact = logits.astype(np.float64)
     warm = [n for n, row in enumerate(rows) if row.sampling.temperature == 1.0][:3]
@@ -362,10 +345,10 @@ def test_what_rounding_exchanges_is_forgiven_twice(monkeypatch: pytest.MonkeyPat
         for index in warm[:count]:
             seen.tokens[index] += by
             seen.logprobs.pop(index, None)
-        return torch_trial._compare(exact, rows, seen, expected)
+        return draw_trial._compare(exact, rows, seen, expected)
 
-    monkeypatch.setattr(torch_trial, "_SHARE_MAX", 1.0)
+    monkeypatch.setattr(draw_trial, "_SHARE_MAX", 1.0)
     assert shifted(1, 0) == shifted(1, 1) == shifted(1, 2) == ""
     assert shifted(1, 3).startswith("it draws other tokens")
-    monkeypatch.setattr(torch_trial, "_SHARE_MAX", 1e-12)
+    monkeypatch.setattr(draw_trial, "_SHARE_MAX", 1e-12)
     assert shifted(1, 1).startswith("it draws other tokens")

@@ -88,10 +88,13 @@ class SglangBackend(Backend):
         sglang = load_package("sglang", "sglang", "roundhouse engines install sglang")
         try:
             self._engine = sglang.Engine(**self._arguments())
-            facts = self._engine.get_server_info()
+            return self._describe(self._engine.get_server_info())
         except Exception as error:
+            # Its processes hold the device's memory.
+            self.stop()
+            if isinstance(error, ModelError):
+                raise
             raise ModelError(f"sglang: did not start: {one_line(error)}") from error
-        return self._describe(facts)
 
     def _arguments(self) -> dict[str, Any]:
         options = self._options
@@ -218,7 +221,8 @@ class SglangBackend(Backend):
 
     def stop(self) -> None:
         """See ``Backend``."""
-        self._engine.shutdown()
+        if self._engine is not None:
+            self._engine.shutdown()
 
 
 def _token(ids: Sequence[int], meta: dict[str, Any], index: int, sampling: SamplingParams) -> Token:

@@ -112,6 +112,8 @@ class TrtllmBackend(Backend):
                 for number, (name, path) in enumerate(self._options.adapters, start=1)
             }
         except Exception as error:
+            # Its processes hold the device's memory.
+            self.stop()
             raise ModelError(f"trtllm: did not start: {one_line(error)}") from error
         return self._describe()
 
@@ -143,6 +145,8 @@ class TrtllmBackend(Backend):
             given["lora_config"] = llm_args.LoraConfig(
                 lora_dir=[str(path) for _, path in options.adapters],
                 max_loras=len(options.adapters),
+                # None is ever pushed out of the host's memory; by default four are kept.
+                max_cpu_loras=len(options.adapters),
             )
         return given
 
@@ -199,13 +203,15 @@ class TrtllmBackend(Backend):
                 made = len(output.token_ids)
                 if fresh:
                     yield [_token(output, index, ask.sampling) for index in fresh]
-                if output.finish_reason not in _ENDED_WELL:
-                    raise RequestFailed(f"trtllm ended the request: {output.finish_reason}")
+                _check_end(output)
         except self._executor.RequestError as error:
+            # There is nothing to abort any more, though it does not count as finished.
             raise RequestFailed(f"trtllm failed the request: {one_line(error)}") from error
-        finally:
+        except (RequestFailed, asyncio.CancelledError, GeneratorExit):
+            # It would go on for nobody.
             if not result.finished:
                 result.abort()
+            raise
 
     def _sampling(self, ask: Ask) -> dict[str, Any]:
         """The request's parameters in TensorRT-LLM's words."""
@@ -245,7 +251,14 @@ class TrtllmBackend(Backend):
 
     def stop(self) -> None:
         """See ``Backend``."""
-        self._llm.shutdown()
+        if self._llm is not None:
+            self._llm.shutdown()
+
+
+def _check_end(output: Any) -> None:
+    """Raises ``RequestFailed`` if the request was ended before its time."""
+    if output.finish_reason not in _ENDED_WELL:
+        raise RequestFailed(f"trtllm ended the request: {output.finish_reason}")
 
 
 def _token(output: Any, index: int, sampling: SamplingParams) -> Token:

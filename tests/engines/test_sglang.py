@@ -225,6 +225,12 @@ def test_a_missing_device_is_one_clear_line(package: Any) -> None:
         make()
 
 
+def test_a_start_that_fails_late_gives_the_memory_back() -> None:
+    with pytest.raises(ModelError, match="too few beside"):
+        make(kv_tokens=0, sequences_max=64)
+    assert fake().shut_down == 1
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -184,6 +184,7 @@ def test_ranks_adapters_and_sizes_are_passed_on(tmp_path: Path) -> None:
     given = fake().arguments
     assert (given["tensor_parallel_size"], given["dtype"]) == (2, "bfloat16")
     assert (given["enable_lora"], given["lora_config"].lora_dir) == (True, [str(tmp_path)])
+    assert given["lora_config"].max_loras == given["lora_config"].max_cpu_loras == 1
     assert engine.describe().length_max == 99
     made = Admit(1, [1, 2, 3], 3, SamplingParams(), adapter="poet")
     plan = Plan(admits=[made, admit(2, [4, 5])], work=[(1, 3), (2, 2)])
@@ -226,6 +227,8 @@ def test_a_logprob_that_is_not_reported_fails_the_sequence(
     ]
     failures = [text for outcome in outcomes for text in outcome.failures.values()]
     assert set(failures) == {"trtllm gave no log probability of the token it drew"}
+    # They would go on for nobody.
+    until(lambda: len(fake().toy.aborted) == len(failures))
 
 
 def test_what_it_would_ignore_is_refused_for_that_sequence_alone(engine: Engine) -> None:
@@ -276,6 +279,18 @@ def test_a_failed_start_is_one_clear_line(package: dict[str, Any]) -> None:
         make()
 
 
+def test_a_start_that_fails_late_gives_the_memory_back(
+    package: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(**_given: Any) -> None:
+        raise ValueError("lora_path (poet) does not exist.")
+
+    monkeypatch.setattr(package["tensorrt_llm__executor"], "LoRARequest", refuse)
+    with pytest.raises(ModelError, match=r"^trtllm: did not start: lora_path \(poet\) does not"):
+        make(adapters=(("poet", tmp_path),))
+    assert fake().shut_down == 1
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -300,6 +315,8 @@ def test_a_request_that_fails_fails_alone(engine: Engine, prompts: list[list[int
     assert outcome.failures == {1: "trtllm failed the request: a bad request"}
     assert outcome.sequences == [2]
     assert len(decode(engine, 2, 3)) == 3
+    # What has failed is gone there, too.
+    assert fake().toy.aborted == []
 
 
 def test_a_drop_aborts_the_request(engine: Engine) -> None:

@@ -51,7 +51,7 @@ class RequestOutput:
         try:
             piece = await request.hear()
         except ValueError as error:
-            self._done = True
+            # Not finished, as in ``GenerationResultBase._handle_response``.
             raise RequestError(str(error)) from error
         if piece is None:
             self._done = True

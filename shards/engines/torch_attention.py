@@ -10,14 +10,17 @@ values are never repeated, and every kernel of ``scaled_dot_product_attention`` 
 CPU this is five times as fast as its own grouping of heads: 32 sequences of 96 tokens.)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from shards.engines.torch_views import Chunk, Decodes, Kind, View, causal_mask
+
+if TYPE_CHECKING:
+    from shards.engines.torch_kernel import PagedKernel
 
 NAME = "roundhouse_paged"
 Given = Mapping[str, Any]
@@ -43,10 +46,10 @@ class Shape:
 class Step:
     """What all layers see of the step under way: where tokens go, and one view for each kind.
 
-    ``kernel`` attends for decoding sequences if it is not None; see ``torch_kernel``.
+    If ``kernel`` is not None, it writes to the cells, and attends for decoding sequences.
     """
 
-    def __init__(self, kernel: Callable[..., Any] | None = None) -> None:
+    def __init__(self, kernel: "PagedKernel | None" = None) -> None:
         self.kernel = kernel
         self.cells: Any = None
         self.views: dict[Kind, View] = {}
@@ -73,8 +76,11 @@ class PagedLayer:
         """Attention for the tokens of the step; see ``attend``."""
         query, key, value = query[0], key[0], value[0]
         step, sinks = self._step, given.get("s_aux")
-        self._key_cells.index_copy_(0, step.cells, key.transpose(0, 1))
-        self._value_cells.index_copy_(0, step.cells, value.transpose(0, 1))
+        if step.kernel is not None:
+            step.kernel.write(key, value, step.cells, self.keys, self.values)
+        else:
+            self._key_cells.index_copy_(0, step.cells, key.transpose(0, 1))
+            self._value_cells.index_copy_(0, step.cells, value.transpose(0, 1))
         view = step.views[self._shape.kind]
         rows = query.transpose(0, 1)
         if len(view.decodes) == 1 and not view.chunks:

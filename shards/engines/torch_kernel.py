@@ -165,6 +165,37 @@ def _merge(  # noqa: PLR0917
     tl.store(out + slot * value_dim + at, found.to(out.dtype.element_ty), mask=at < value_dim)
 
 
+@triton.jit(  # type: ignore[untyped-decorator]
+    # Else there would be variants for even and odd numbers of tokens, compiled while serving.
+    do_not_specialize=["key_token", "key_head", "value_token", "value_head"]
+)
+def _write(  # noqa: PLR0913, PLR0917
+    key: "Any",
+    value: "Any",
+    cells: "Any",
+    keys: "Any",
+    values: "Any",
+    key_token: "Any",
+    key_head: "Any",
+    value_token: "Any",
+    value_head: "Any",
+    kv_heads: tl.constexpr,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    key_block: tl.constexpr,
+    value_block: tl.constexpr,
+) -> None:
+    """Key and value of one KV head of one token; see ``PagedKernel.write``."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(cells + token).to(tl.int64) * kv_heads + head
+    at = tl.arange(0, key_block)
+    found = tl.load(key + token * key_token + head * key_head + at, mask=at < key_dim)
+    tl.store(keys + slot * key_dim + at, found, mask=at < key_dim)
+    at = tl.arange(0, value_block)
+    found = tl.load(value + token * value_token + head * value_head + at, mask=at < value_dim)
+    tl.store(values + slot * value_dim + at, found, mask=at < value_dim)
+
+
 class PagedKernel:
     """The kernels, for one device. Callable from inside of a graph's capture."""
 
@@ -181,6 +212,32 @@ class PagedKernel:
         while parts * 2 <= most and parts * programs < self._programs:
             parts *= 2
         return parts
+
+    def write(self, key: Any, value: Any, cells: Any, keys: Any, values: Any) -> None:
+        """Writes ``key`` and ``value``, [kv_heads, tokens, dim], to their cells [tokens].
+
+        ``keys`` and ``values`` are whole caches, as in a call.
+        """
+        key, value = (one if one.stride(2) == 1 else one.contiguous() for one in (key, value))
+        kv_heads, tokens, key_dim = key.shape
+        value_dim = value.shape[2]
+        _write[tokens, kv_heads](
+            key,
+            value,
+            cells,
+            keys,
+            values,
+            key.stride(1),
+            key.stride(0),
+            value.stride(1),
+            value.stride(0),
+            kv_heads,
+            key_dim,
+            value_dim,
+            triton.next_power_of_2(key_dim),
+            triton.next_power_of_2(value_dim),
+            num_warps=1,
+        )
 
     def __call__(
         self, query: Any, keys: Any, values: Any, decodes: "Decodes", shape: "Shape", sinks: Any

@@ -6,8 +6,8 @@ window, caps), and that nothing else than we do happens inside of attention.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -24,6 +24,9 @@ from shards.engines.torch_attention import (
     attend_dense,
 )
 from shards.engines.torch_views import Kind, causal_mask
+
+if TYPE_CHECKING:
+    from shards.engines.torch_kernel import PagedKernel
 
 # Kinds of layers, by the names in a configuration's ``layer_types``.
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -129,7 +132,7 @@ class PagedModel:
         where: str,
         device: torch.device,
         dtype: torch.dtype,
-        kernel: Callable[..., Any] | None = None,
+        kernel: "PagedKernel | None" = None,
     ) -> None:
         self.step = Step(kernel)
         self._model = model

@@ -3,14 +3,18 @@
 ``make test-gpu`` needs a GPU, and fails without one.
 """
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from shards.engines.base import Admit, Engine, Plan, SamplingParams
 from shards.engines.torch_attention import Shape
+from shards.engines.torch_engine import TorchEngine
 from shards.engines.torch_kernel import PagedKernel
 from shards.engines.torch_norms import Norm
 from shards.engines.torch_views import Decodes, Kind
@@ -18,14 +22,15 @@ from tests.engines.contract import EngineContract
 from tests.engines.contract_grammar import GrammarContract
 from tests.engines.contract_prompts import PromptContract
 from tests.heavy.models import smollm2_folder, tiny_llama_folder
-from tests.heavy.torch.made import answer, make
+from tests.heavy.torch.made import answer, make, random_model
+from tests.heavy.torch.test_architectures import ARCHITECTURES
 
 DEVICE = "cuda:0"
 CLOSE = 2e-3
 
 
 @pytest.fixture(scope="module")
-def made() -> Iterator[Engine]:
+def made() -> Iterator[TorchEngine]:
     engine = make(tiny_llama_folder(), device=DEVICE)
     yield engine
     engine.close()
@@ -68,7 +73,7 @@ class TestContractOfThePlainWay(GrammarContract, PromptContract, EngineContract)
         return PROMPTS
 
 
-def test_what_is_on_by_default(made: Engine) -> None:
+def test_what_is_on_by_default(made: TorchEngine) -> None:
     assert made._kernel is not None
     assert made._graphs is not None
     assert made._graphs._replays, "graphs of short sequences are captured at load"
@@ -76,6 +81,69 @@ def test_what_is_on_by_default(made: Engine) -> None:
     assert made._drawer is not None, made.describe().warnings
     assert made.describe().warnings == ()
     assert "cuda:0 NVIDIA" in made.describe().device
+
+
+# Compiled layers --------------------------------------------------------------------------------
+
+
+def kernels(engine: TorchEngine) -> int:
+    """How many kernels the smallest graph has."""
+    assert engine._graphs is not None
+    bucket = min(engine._graphs._replays)
+    replay, packed = engine._graphs._replays[bucket], engine._graphs._packing.nothing(*bucket)
+    replay(packed)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        replay(packed)
+        torch.cuda.synchronize()
+    return sum(one.count for one in seen.key_averages() if one.self_device_time_total > 0)
+
+
+def test_compiled_layers_need_fewer_kernels(made: TorchEngine) -> None:
+    plain = make(tiny_llama_folder(), device=DEVICE, extra={"compile": "off"})
+    assert kernels(made) < 0.8 * kernels(plain)
+    plain.close()
+
+
+def test_nothing_is_compiled_while_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not when graphs of longer sequences are captured."""
+    from torch._dynamo.utils import counters
+
+    from shards.engines import torch_compile
+
+    monkeypatch.setattr(torch_compile, "_SERVING", "fail_on_recompile")
+    engine = make(tiny_llama_folder(), device=DEVICE, kv_tokens=4096)
+    assert engine.describe().warnings == ()
+    before = counters["stats"]["unique_graphs"]
+    assert before > 0
+    buckets = len(engine._graphs._replays)
+    long = [[(11 * n + k) % 250 for k in range(300)] for n in range(3)]
+    answer(engine, [*PROMPTS, *long], 8)
+    assert len(engine._graphs._replays) > buckets
+    assert counters["stats"]["unique_graphs"] == before
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("gemma3_text", "bfloat16"),
+        ("qwen3", "float16"),
+        ("mistral", "bfloat16"),
+        ("opt", "float32"),
+    ],
+)
+def test_compiled_layers_answer_as_plain_ones(tmp_path: Path, name: str, dtype: str) -> None:
+    """Behind a tie that 16-bit types round differently texts part, so first tokens are compared."""
+    random_model(tmp_path, name, **ARCHITECTURES[name])
+    engine = make(tmp_path, device=DEVICE, dtype=dtype)
+    assert engine.describe().warnings == ()
+    plain = make(tmp_path, device=DEVICE, dtype=dtype, extra={"compile": "off"})
+    prompts = [[(7 * n + 13 * k) % 250 for k in range(20 + n)] for n in range(8)]
+    seen, expected = ([one[0] for one in answer(each, prompts, 1)] for each in (engine, plain))
+    assert sum(map(operator.eq, seen, expected)) >= 7
+    engine.close()
+    plain.close()
 
 
 def margins(engine: Engine, prompt: list[int], tokens: list[int]) -> list[float]:
@@ -223,6 +291,26 @@ def test_the_kernel_attends(case: Case, dtype: torch.dtype) -> None:
     expected = reference(query, caches, decodes, shape, sinks)
     wrong = (seen - expected).norm() / expected.norm()
     assert wrong < (1e-5 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+def test_the_kernel_writes_keys_and_values_to_their_cells(tokens: int) -> None:
+    """Of sizes that are no powers of two; keys by themselves, values inside of something else."""
+    kv_heads, key_dim, value_dim, pages, page = 3, 80, 48, 20, 16
+    generator = torch.Generator().manual_seed(tokens)
+    drawn = torch.randn((tokens, kv_heads, 200), generator=generator).to(DEVICE, torch.bfloat16)
+    key = drawn[..., :key_dim].transpose(0, 1).contiguous()
+    value = drawn[..., key_dim : key_dim + value_dim].transpose(0, 1)
+    cells = torch.randperm(pages * page, generator=generator)[:tokens].to(DEVICE)
+    caches = [
+        torch.zeros((pages, page, kv_heads, dim), device=DEVICE, dtype=torch.bfloat16)
+        for dim in (key_dim, value_dim)
+    ]
+    PagedKernel(torch.device(DEVICE)).write(key, value, cells, *caches)
+    for cache, given in zip(caches, (key, value), strict=True):
+        expected = torch.zeros_like(cache).flatten(0, 1)
+        expected.index_copy_(0, cells, given.transpose(0, 1))
+        assert torch.equal(cache.flatten(0, 1), expected)
 
 
 def test_sequences_are_cut_while_there_is_room() -> None:

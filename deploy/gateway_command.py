@@ -7,16 +7,15 @@ import click
 
 from deploy.options import (
     CLUSTER,
-    LISTEN,
     ROUTER,
     SectionedCommand,
     UserError,
     option,
-    settings_from,
     some_router_options,
 )
 from deploy.running import run
 from router.config import ConfigError, is_address
+from router.options import LISTEN, settings_from
 from shards.interrupts import quietly
 from shards.service_manager import ServiceManager
 

@@ -10,18 +10,17 @@ from deploy.groups import local_groups, one_group
 from deploy.model_options import model_options, serve_options
 from deploy.options import (
     CLUSTER,
-    FAILURES,
     WORKER,
     SectionedCommand,
     UserError,
     option,
     router_options,
-    settings_from,
     some_router_options,
 )
 from deploy.running import run
 from deploy.workers import worker_command
 from router.config import ConfigError, Settings, check_groups
+from router.options import FAILURES, settings_from
 from shards.config import GRACEFUL_TERMINATION_TIMEOUT_S, SECONDS_MAX
 from shards.interrupts import quietly
 from shards.service_manager import ServiceManager

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from deploy.options import BATCH, FAILURES, LIMITS, LISTEN, MARK, MODEL, OUTPUT, SectionedOption
+from deploy.options import MODEL, SectionedOption
+from router.options import BATCH, FAILURES, LIMITS, LISTEN, MARK, OUTPUT
 
 IGNORED, REFUSED = "Accepted, without effect", "Refused"
 SECTIONS = (MODEL, LISTEN, LIMITS, MARK, BATCH, FAILURES, OUTPUT, IGNORED, REFUSED)

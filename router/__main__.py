@@ -1,18 +1,42 @@
 """``python -m router``: a router for workers that run elsewhere. ``roundhouse router`` can more."""
 
 import argparse
+import os
 import sys
+from typing import Any
+
+# As in ``deploy.commands``: said before grpc is imported, which the imports below do.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import uvloop
 
 from router.app import serve
-from router.config import ConfigError, GroupSpec, Settings
+from router.config import ConfigError
 from router.faces import raise_file_limit
+from router.options import DEFAULTS, KNOBS, Knob, number, settings_from
+from router.remote_workers import remote_group
 
 
 def main() -> int:
     """Returns the exit status; what the user can mend is one line on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m router", description=__doc__)
+    given = vars(_parser().parse_args())
+    groups = [remote_group(*numbered) for numbered in enumerate(given.pop("worker"))]
+    try:
+        settings = settings_from(given)
+        raise_file_limit()
+        uvloop.run(serve(settings, groups, _tell))
+    except (ConfigError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The options of ``roundhouse router``, without their variables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m router", description="A router for workers elsewhere."
+    )
     parser.add_argument(
         "--worker",
         action="append",
@@ -20,28 +44,28 @@ def main() -> int:
         metavar="ADDR[,ADDR...]",
         help="unix:///path or host:port; the ranks of one group joined by commas; repeatable",
     )
-    parser.add_argument("--host", default=Settings().host)
-    parser.add_argument("--port", type=int, default=Settings().port, help="port of REST")
-    parser.add_argument("--grpc-port", type=int, default=Settings().grpc_port)
-    parser.add_argument("--json-output", action="store_true", help="log lines as JSON objects")
-    given = parser.parse_args()
-    groups = [
-        GroupSpec(f"group-{number}", None, tuple(ranks.split(",")))
-        for number, ranks in enumerate(given.worker)
-    ]
-    try:
-        settings = Settings(
-            host=given.host,
-            port=given.port,
-            grpc_port=given.grpc_port,
-            json_output=given.json_output,
+    headings = dict.fromkeys(knob.section for knob in KNOBS)
+    blocks = {heading: parser.add_argument_group(heading) for heading in headings}
+    for knob in KNOBS:
+        blocks[knob.section].add_argument(
+            f"--{knob.name}", dest=knob.setting, help=knob.help, **_shape(knob)
         )
-        raise_file_limit()
-        uvloop.run(serve(settings, groups, _tell))
-    except (ConfigError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return parser
+
+
+def _shape(knob: Knob) -> dict[str, Any]:
+    """What kind of option it is, by the default of its setting."""
+    default = DEFAULTS[knob.setting]
+    shape: dict[str, Any] = {"default": default}
+    match default:
+        case bool():
+            return shape | {"action": argparse.BooleanOptionalAction}
+        case tuple():
+            return shape | {"metavar": knob.metavar, "action": "append", "default": []}
+        case str():
+            return shape | {"metavar": knob.metavar}
+        case _:
+            return shape | {"metavar": knob.metavar, "type": str if knob.text else number}
 
 
 def _tell(port: int, grpc_port: int) -> None:

@@ -11,8 +11,8 @@ import pytest
 from deploy.commands import COMMANDS
 from deploy.commands import command as command_of
 from deploy.models import embedded
-from deploy.options import KNOBS, settings_from
 from router.config import Settings
+from router.options import KNOBS, settings_from
 
 
 def roundhouse(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

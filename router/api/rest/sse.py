@@ -1,8 +1,8 @@
 """Server-sent events, written straight to the ASGI server: one ``send`` for each chunk.
 
-Starlette's StreamingResponse resumes an async generator for each chunk. Here the task that makes the
-answer writes it (``while_present``), and the status line goes out with the first event, so that a
-request which fails before that has its proper HTTP status.
+Starlette's StreamingResponse resumes an async generator for each chunk. Here the task that makes
+the answer writes it (``while_present``), and the status line goes out with the first event, so that
+a request which fails before that has its proper HTTP status.
 """
 
 import logging

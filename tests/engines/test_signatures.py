@@ -111,3 +111,5 @@ def test_shows_what_differs_and_records_anew(
     (tmp_path / "package.py").write_text(SOURCE.replace("size:", "length:"))
     assert record.main(["toy", str(tmp_path)]) == 1
     assert "length" in capsys.readouterr().out
+    assert record.main(["toy", str(tmp_path / "elsewhere")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

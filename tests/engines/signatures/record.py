@@ -7,6 +7,7 @@ PATH is an unpacked wheel or a checkout. Nothing of it is imported or run. A rec
 (``<engine>.json`` beside this one) lists, for each source file, its sha256 and what was looked up
 in it; ``version`` and ``source`` say where it came from. No text of the package is kept. Of
 TensorRT-LLM single files could be read, but not be had: they have a commit in place of the hash.
+``origin`` does the same from a public repository.
 
 What to look up is named in ``WANTED``: a class's fields, a function's or method's parameters, the
 names that a module offers. Fields that a class inherits are looked up where they are written.
@@ -316,7 +317,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args(arguments)
     old = load(given.engine)
-    new = record(given.engine, given.path)
+    try:
+        new = record(given.engine, given.path)
+    except (LookupError, OSError) as error:
+        sys.stderr.write(f"{given.engine}: {error}\n")
+        return 2
     lines = differences(old["files"], new)
     sys.stdout.write(("\n".join(lines) or "as recorded") + "\n")
     if given.write:

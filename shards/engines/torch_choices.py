@@ -10,6 +10,7 @@ from shards.engines.torch_devices import Device, dtype_name
 from shards.engines.torch_linear import can_pack
 
 if TYPE_CHECKING:
+    from shards.engines.torch_draw_kernel import DrawKernel
     from shards.engines.torch_kernel import PagedKernel
 
 _COMPILES = ("cuda", "cpu")
@@ -66,3 +67,12 @@ def choose_kernel(wanted: str, device: Device) -> "PagedKernel | None":
     from shards.engines.torch_kernel import PagedKernel
 
     return PagedKernel(device.torch)
+
+
+def choose_draw_kernel(device: Device, vocab_size: int) -> "DrawKernel | None":
+    """What draws rows of all kinds at once; None: torch's own operations do."""
+    if device.kind != "cuda" or find_spec("triton") is None:
+        return None
+    from shards.engines.torch_draw_kernel import DrawKernel
+
+    return DrawKernel(vocab_size)

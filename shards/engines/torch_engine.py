@@ -46,7 +46,7 @@ from shards.engines.caller import Drawing
 from shards.engines.omp_cores import Cores
 from shards.engines.paged import PagedEngine
 from shards.engines.threads import ThreadControl, usable_cores
-from shards.engines.torch_choices import choose_kernel, compiles, packs
+from shards.engines.torch_choices import choose_draw_kernel, choose_kernel, compiles, packs
 from shards.engines.torch_devices import (
     Device,
     ToHost,
@@ -219,13 +219,18 @@ class TorchEngine(PagedEngine):
         if wanted == "host" or (wanted == "auto" and self._device.kind not in DRAWING):
             return None, ()
         size, device = self._limits.vocab_size, self._device.torch
-        drawer = DeviceSampler(size, self._sampler, self._viewer.tensor, self._to_host)
-        fault = trouble(drawer, self._sampler, size, device, self._dtype)
-        if self._ranks.least(int(not fault), self._device):
-            return drawer, ()
-        fault = fault or "another rank's device does not draw what the host does"
-        warning = f"tokens are drawn on the host, not on {self._device.name}: {fault}"
-        return None, (warning,)
+        kernels = [choose_draw_kernel(self._device, size), None]
+        warnings: tuple[str, ...] = ()
+        for kernel in kernels if self._device.kind == "cuda" else kernels[1:]:
+            upload, to_host = self._viewer.tensor, self._to_host
+            drawer = DeviceSampler(size, self._sampler, upload, to_host, kernel=kernel)
+            fault = trouble(drawer, self._sampler, size, device, self._dtype)
+            if self._ranks.least(int(not fault), self._device):
+                return drawer, warnings
+            fault = fault or "another rank's device does not draw what the host does"
+            how = "by torch's operations" if kernel else f"on the host, not on {self._device.name}"
+            warnings = (f"tokens are drawn {how}: {fault}",)
+        return None, warnings
 
     def _describe(self, options: EngineOptions, warnings: tuple[str, ...]) -> EngineInfo:
         limits = self._limits

@@ -15,22 +15,53 @@ Filters look at the few hundred likeliest tokens first. Where these do not decid
 more tokens, or equals at its border), the row is drawn once more, with all tokens sorted. Both ways
 give the same. A step makes a constant number of calls for each kind of row, one upload and one
 download, and as much again if rows are drawn once more.
+
+On CUDA a kernel (``torch_draw_kernel``) does the same for all kinds of rows at once, and is never
+in doubt. What is told beside tokens is found as ever.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shards.engines.base import Logprobs, SamplingParams
-from shards.engines.torch_filters import Cut, Near, Share, cut, invert, parts, units, weigh
+from shards.engines.base import Logprobs
+from shards.engines.device_draw import serves, unit_bits
+from shards.engines.torch_filters import Cut, Near, Share, cut, invert, units, weigh
 from shards.engines.torch_late import Fetch
+from shards.engines.torch_rows import (
+    AT,
+    CHANCE,
+    CHOSEN,
+    DOUBTFUL,
+    DRAWN,
+    MIN_P,
+    PEAK,
+    PLAIN_END,
+    RANK,
+    SPARE,
+    STATE,
+    SURE,
+    TEMPERATURE,
+    TOKEN,
+    TOLD,
+    TOP_K,
+    TOPS,
+    TOPS_START,
+    TOTAL,
+    UNSOUND,
+    Draw,
+    Group,
+    Kind,
+    Packer,
+    group_rows,
+    tops,
+)
 from shards.filters import Floats
-from shards.sampling import NOT_FINITE, Drawn, Row, Sampler, adjusts, uniform
+from shards.sampling import NOT_FINITE, Drawn, Row, Sampler
 
 # The likeliest tokens that are looked at first; small sorts are fast up to a few thousand.
 WIDTH = 1024
@@ -38,62 +69,39 @@ WIDTH = 1024
 # To sort them all takes more of it for each.
 AT_ONCE = 1 << 23
 SORTED_AT_ONCE = 1 << 22
-# Columns of what is uploaded for each row; numbers that are not whole go by their bits.
-_AT, _TOP_K, _TOPS, _SPARE, _CHANCE, _TEMPERATURE, _MIN_P = 0, 1, 2, 3, 5, 7, 8
-# Columns of what comes back, and of what comes back for rows with log probabilities.
-_TOKEN, _STATE, _PLAIN_END = range(3)
-_RANK, _TOTAL, _CHOSEN, _PEAK, _TOPS_START = range(2, 7)
-_SURE, _DOUBTFUL, _UNSOUND = range(3)
-_SPARE_STEPS = 2.0**40
 
 
-class Draw(Enum):
-    """How a token is found: the likeliest, from all tokens, or from those that a filter leaves."""
+class Telling(NamedTuple):
+    """Rows that the kernel has drawn, and what their log probabilities are found from.
 
-    BEST = "best"
-    WHOLE = "whole"
-    CUT = "cut"
-
-
-class Kind(NamedTuple):
-    """Rows that are computed alike; ``told`` says whether log probabilities are wanted."""
-
-    draw: Draw
-    told: bool
-
-
-class Group(NamedTuple):
-    """Rows of one kind, by their indices in the step.
-
-    ``tops`` is how many likely tokens are told at most, ``ranks`` whether any row wants its rank.
-    ``whole`` and ``min_p`` say whether any row needs the mass of all tokens, and min_p.
+    ``raw`` are their logits in float32, a copy: the next step may take the place of the others.
     """
 
-    kind: Kind
-    rows: list[int]
-    tops: int
-    ranks: bool
-    whole: bool
-    min_p: bool
-
-    def columns(self) -> int:
-        """How many numbers come back of each row."""
-        return _TOPS_START + 2 * self.tops if self.kind.told else _PLAIN_END
+    group: Group
+    raw: Any
+    given: Any
+    drawn: Any
 
 
 class Pending(NamedTuple):
-    """What the device was given to draw: its ``tokens`` there, in the order of the step's rows."""
+    """What the device was given to draw: its ``tokens`` there, in the order of the step's rows.
+
+    ``doubtless``: none of them may have to be drawn once more.
+    """
 
     groups: list[Group]
     tokens: Any
     told: Fetch | None
+    doubtless: bool
+    tellings: Sequence[Telling] = ()
 
 
 class DeviceSampler:
     """Draws the rows of a step, on the device where it can and else by the host's sampler.
 
     ``upload`` brings an array to the device, ``to_host`` logits from there. ``width`` is how many
-    of the likeliest tokens are looked at first.
+    of the likeliest tokens are looked at first. ``kernel`` is what draws rows of all kinds, where
+    there is such a thing; see ``torch_draw_kernel.DrawKernel``.
     """
 
     def __init__(
@@ -103,14 +111,16 @@ class DeviceSampler:
         upload: Callable[[NDArray[np.int64]], Any],
         to_host: Callable[[Any], Floats],
         width: int = WIDTH,
+        kernel: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         self._vocab = vocab_size
         self._sampler = sampler
         self._upload = upload
         self._to_host = to_host
         self._width = min(width, vocab_size)
-        # So many bits for the likeliest token, that all of them have no more than 62.
-        self._bits = 62 - (vocab_size - 1).bit_length()
+        self._kernel = kernel
+        self._packer = Packer(vocab_size)
+        self._bits = unit_bits(vocab_size)
 
     def draw(self, logits: Any, rows: Sequence[Row]) -> Drawn:
         """As ``Sampler.draw``, of logits [rows, vocabulary] on the device, in any element type."""
@@ -123,7 +133,10 @@ class DeviceSampler:
         for index, row in enumerate(rows):
             (here if serves(row) else there).append(index)
         with torch.inference_mode():
-            pending = self._launch(logits, rows, here, self._width)
+            if self._kernel is not None and here:
+                pending = self._launch_kernel(self._kernel, logits, rows, here)
+            else:
+                pending = self._launch(logits, rows, here, self._width)
         return DeviceDrawing(self, logits, rows, there, pending)
 
     def finish(self, drawing: "DeviceDrawing") -> Drawn:
@@ -133,7 +146,9 @@ class DeviceSampler:
             if drawing.there:
                 self._draw_there(logits, rows, drawing.there, drawn)
             again = self._take(drawing.pending, rows, drawn)
-            if again:
+            if again and drawing.pending.tellings:
+                self._take(self._tell_again(drawing.pending, rows, again), rows, drawn)
+            elif again:
                 self._take(self._launch(logits, rows, again, self._vocab), rows, drawn)
         return drawn
 
@@ -156,65 +171,82 @@ class DeviceSampler:
     ) -> "Pending":
         """Has the device draw some rows; does not wait for it."""
         if not wanted:
-            return Pending([], torch.empty(0, dtype=torch.int64, device=logits.device), None)
+            nothing = torch.empty(0, dtype=torch.int64, device=logits.device)
+            return Pending([], nothing, None, doubtless=True)
         groups = self._group(rows, wanted, width)
         order = [index for group in groups for index in group.rows]
-        uploaded = self._upload(self._pack(rows, order))
+        uploaded = self._upload(self._packer.pack(rows, order))
         found, start = [], 0
         for group in groups:
             given = uploaded[start : start + len(group.rows)]
             start += len(group.rows)
             # All rows of a step in their order need not be copied.
             every = group.rows == list(range(len(logits)))
-            mine = logits if every else logits.index_select(0, given[:, _AT])
+            mine = logits if every else logits.index_select(0, given[:, AT])
             found.append(self._compute(mine.float(), given, group, width))
         told = torch.cat([table.reshape(-1) for table in found])
-        return Pending(groups, _tokens(found, uploaded[:, _AT], len(logits)), Fetch(told))
+        doubtless = not any(group.kind.draw is Draw.CUT or group.tops for group in groups)
+        tokens = _tokens(found, uploaded[:, AT], len(logits))
+        return Pending(groups, tokens, Fetch(told), doubtless)
 
-    def _group(self, rows: Sequence[Row], wanted: Sequence[int], width: int) -> list[Group]:
+    def _launch_kernel(
+        self,
+        kernel: Callable[[Any, Any], Any],
+        logits: Any,
+        rows: Sequence[Row],
+        wanted: Sequence[int],
+    ) -> Pending:
+        """As ``_launch``, with all tokens from the kernel."""
+        told = [index for index in wanted if rows[index].sampling.logprobs]
+        groups = self._group(rows, told, self._width, TOLD)
+        order = [index for index in wanted if not rows[index].sampling.logprobs] + told
+        uploaded = self._upload(self._packer.pack(rows, order))
+        found = kernel(logits, uploaded)
+        tellings, start = [], len(order) - len(told)
+        for group in groups:
+            mine = slice(start, start + len(group.rows))
+            start = mine.stop
+            raw = logits.index_select(0, uploaded[mine, AT]).float()
+            tellings.append(Telling(group, raw, uploaded[mine], found[mine, TOKEN : TOKEN + 1]))
+        tokens, flat = found[:, TOKEN], found
+        if tellings:
+            tokens = tokens.new_zeros(len(logits)).scatter_(0, uploaded[:, AT], tokens)
+            flat = torch.cat([found.reshape(-1), *self._tell_all(tellings, self._width)])
+        every = Group(DRAWN, order, tops=0, ranks=False, whole=False, min_p=False)
+        return Pending([every, *groups], tokens, Fetch(flat), doubtless=True, tellings=tellings)
+
+    def _tell_all(self, tellings: Sequence[Telling], width: int) -> list[Any]:
+        found = (self._compute(*one[1:3], one.group, width, one.drawn) for one in tellings)
+        return [table.reshape(-1) for table in found]
+
+    def _tell_again(self, pending: Pending, rows: Sequence[Row], again: Sequence[int]) -> Pending:
+        """Log probabilities of rows, with all tokens sorted."""
+        tellings = []
+        for one in pending.tellings:
+            places = {index: at for at, index in enumerate(one.group.rows)}
+            mine = [index for index in again if index in places]
+            for group in self._group(rows, mine, self._vocab, TOLD):
+                at = self._upload(np.array([places[index] for index in group.rows], np.int64))
+                parts = (tensor.index_select(0, at) for tensor in one[1:])
+                tellings.append(Telling(group, *parts))
+        flat = torch.cat(self._tell_all(tellings, self._vocab))
+        return Pending([one.group for one in tellings], None, Fetch(flat), doubtless=True)
+
+    def _group(
+        self, rows: Sequence[Row], wanted: Sequence[int], width: int, kind: Kind | None = None
+    ) -> list[Group]:
         """Rows of a kind together, no more at once than there is scratch memory for."""
-        kinds: dict[Kind, list[int]] = {}
-        for index in wanted:
-            kinds.setdefault(kind_of(rows[index].sampling, self._vocab), []).append(index)
         at_once = AT_ONCE if width < self._vocab else SORTED_AT_ONCE
         most = max(1, at_once // self._vocab)
-        groups = []
-        for kind, members in kinds.items():
-            for start in range(0, len(members), most):
-                part = members[start : start + most]
-                asked = [rows[index].sampling for index in part]
-                groups.append(
-                    Group(
-                        kind,
-                        part,
-                        tops=min(width, max(self._tops(one) for one in asked)),
-                        ranks=any(one.ranks for one in asked),
-                        whole=any(not 0 < one.top_k < self._vocab for one in asked),
-                        min_p=any(one.min_p > 0.0 for one in asked),
-                    )
-                )
-        return groups
-
-    def _tops(self, sampling: SamplingParams) -> int:
-        return min(sampling.top_logprobs, self._vocab) if sampling.logprobs else 0
-
-    def _pack(self, rows: Sequence[Row], order: Sequence[int]) -> NDArray[np.int64]:
-        """What the device must know of the rows, in one array."""
-        whole, real = [], []
-        for index in order:
-            sampling = rows[index].sampling
-            top_k = sampling.top_k if 0 < sampling.top_k < self._vocab else self._vocab
-            left_out = spare_share(sampling.top_p)
-            chance = uniform(sampling.seed, len(rows[index].tokens))
-            shares = *parts(left_out), *parts(chance)
-            whole.append((index, top_k, self._tops(sampling), *shares))
-            real.append((sampling.temperature, min(sampling.min_p, 1.0)))
-        return np.hstack((np.array(whole, np.int64), np.array(real, np.float32).view(np.int32)))
+        return group_rows(rows, wanted, self._vocab, width, most, kind)
 
     # On the device ------------------------------------------------------------------------------
 
-    def _compute(self, raw: Any, given: Any, group: Group, width: int) -> Any:
-        """What comes back of the rows of a group: [rows, columns] of int64."""
+    def _compute(self, raw: Any, given: Any, group: Group, width: int, drawn: Any = None) -> Any:
+        """What comes back of the rows of a group: [rows, columns] of int64.
+
+        ``drawn`` are their tokens [rows, 1], if they are known.
+        """
         draw, told = group.kind
         token = raw.argmax(dim=-1, keepdim=True)
         peak = raw.gather(1, token)
@@ -223,35 +255,37 @@ class DeviceSampler:
         if draw is not Draw.BEST:
             weights = None
             if draw is Draw.WHOLE or (group.whole and width < self._vocab):
-                weights = weigh(raw, peak, _real(given, _TEMPERATURE))
+                weights = weigh(raw, peak, _real(given, TEMPERATURE))
             if near is not None and draw is Draw.CUT:
                 token, doubtful = cut(near, peak, self._given(given), weights, self._bits)
             else:
                 token = self._open(weights, given, group)
+        if drawn is not None:
+            token = drawn
         columns = [token]
         if told:
             if near is not None:
-                doubtful = doubtful | near.doubts(given[:, _TOPS : _TOPS + 1])
+                doubtful = doubtful | near.doubts(given[:, TOPS : TOPS + 1])
             columns += self._tell(raw, token, peak, near, group)
         # NaN counts as the largest value, so the largest tells.
-        state = torch.where(torch.isfinite(peak), doubtful.long(), _UNSOUND)
+        state = torch.where(torch.isfinite(peak), doubtful.long(), UNSOUND)
         return torch.cat([columns[0], state, *columns[1:]], dim=1)
 
     def _open(self, weights: Any, given: Any, group: Group) -> Any:
         """Tokens that are drawn from all, or those that min_p leaves."""
         if group.min_p:
-            weights *= weights >= _real(given, _MIN_P)
-        return invert(weights, self._bits, _share(given, _CHANCE))
+            weights *= weights >= _real(given, MIN_P)
+        return invert(weights, self._bits, _share(given, CHANCE))
 
     def _given(self, given: Any) -> Cut:
-        top_k = given[:, _TOP_K : _TOP_K + 1]
+        top_k = given[:, TOP_K : TOP_K + 1]
         return Cut(
-            _real(given, _TEMPERATURE),
+            _real(given, TEMPERATURE),
             top_k,
             top_k < self._vocab,
-            _share(given, _SPARE),
-            _real(given, _MIN_P),
-            _share(given, _CHANCE),
+            _share(given, SPARE),
+            _real(given, MIN_P),
+            _share(given, CHANCE),
         )
 
     def _tell(self, raw: Any, token: Any, peak: Any, near: Near | None, group: Group) -> list[Any]:
@@ -282,11 +316,11 @@ class DeviceSampler:
             start = end
             told = self._told(table, group, rows) if group.kind.told else {}
             for index, (token, state) in zip(
-                group.rows, table[:, :_PLAIN_END].tolist(), strict=True
+                group.rows, table[:, :PLAIN_END].tolist(), strict=True
             ):
-                if state == _DOUBTFUL:
+                if state == DOUBTFUL:
                     again.append(index)
-                elif state == _UNSOUND:
+                elif state == UNSOUND:
                     drawn.failures[index] = NOT_FINITE
                 else:
                     drawn.tokens[index] = token
@@ -300,17 +334,17 @@ class DeviceSampler:
         reals = table.astype(np.int32).view(np.float32)
         told = {}
         for index, whole, real in zip(group.rows, table.tolist(), reals.tolist(), strict=True):
-            if whole[_STATE] != _SURE:
+            if whole[STATE] != SURE:
                 continue
             sampling = rows[index].sampling
             # In units; the likeliest token has 2 to the power of ``bits``.
-            log_total = real[_PEAK] + math.log(whole[_TOTAL]) - self._bits * math.log(2.0)
-            ends = _TOPS_START + self._tops(sampling), _TOPS_START + group.tops
+            log_total = real[PEAK] + math.log(whole[TOTAL]) - self._bits * math.log(2.0)
+            ends = TOPS_START + tops(sampling, self._vocab), TOPS_START + group.tops
             told[index] = Logprobs(
-                real[_CHOSEN] - log_total,
-                whole[_TOPS_START : ends[0]],
-                [value - log_total for value in real[ends[1] : ends[1] + ends[0] - _TOPS_START]],
-                whole[_RANK] if sampling.ranks else 0,
+                real[CHOSEN] - log_total,
+                whole[TOPS_START : ends[0]],
+                [value - log_total for value in real[ends[1] : ends[1] + ends[0] - TOPS_START]],
+                whole[RANK] if sampling.ranks else 0,
             )
         return told
 
@@ -333,8 +367,7 @@ class DeviceDrawing:
     ) -> None:
         self._sampler = sampler
         self.logits, self.rows, self.there, self.pending = logits, rows, there, pending
-        cuts = any(group.kind.draw is Draw.CUT or group.tops for group in pending.groups)
-        self.sure = not there and not cuts
+        self.sure = not there and pending.doubtless
         self.tokens = pending.tokens
 
     @property
@@ -354,36 +387,9 @@ class DeviceDrawing:
 
 def _tokens(found: Sequence[Any], at: Any, count: int) -> Any:
     """The tokens of some tables, in a step's ``count`` rows, as ``at`` says; 0 if not finite."""
-    table = torch.cat([one[:, :_PLAIN_END] for one in found])
-    tokens = torch.where(table[:, _STATE] == _UNSOUND, 0, table[:, _TOKEN])
+    table = torch.cat([one[:, :PLAIN_END] for one in found])
+    tokens = torch.where(table[:, STATE] == UNSOUND, 0, table[:, TOKEN])
     return tokens.new_zeros(count).scatter_(0, at, tokens)
-
-
-def serves(row: Row) -> bool:
-    """Whether the device draws a row as the host would."""
-    sampling = row.sampling
-    typical = 0.0 < sampling.typical_p < 1.0 and sampling.temperature > 0.0
-    return not (typical or adjusts(row) or row.guide is not None)
-
-
-def spare_share(top_p: float) -> float:
-    """The share of the mass that may be left out.
-
-    Rounded up, a little: of 300 equal tokens 0.9 keeps 270, though the nearest number to 0.9 in
-    double precision is more than that.
-    """
-    return math.ceil((1.0 - top_p) * _SPARE_STEPS) / _SPARE_STEPS if 0.0 < top_p < 1.0 else 0.0
-
-
-def kind_of(sampling: SamplingParams, vocab_size: int) -> Kind:
-    """How a row that is drawn on the device is computed."""
-    if sampling.temperature <= 0.0:
-        draw = Draw.BEST
-    elif 0 < sampling.top_k < vocab_size or 0.0 < sampling.top_p < 1.0:
-        draw = Draw.CUT
-    else:
-        draw = Draw.WHOLE
-    return Kind(draw, sampling.logprobs)
 
 
 def _real(given: Any, column: int) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shards.engines import draw_trial, torch_filters, torch_sampling
+from shards.engines import draw_trial, torch_filters, torch_rows, torch_sampling
 from shards.engines.base import Engine, ModelError, Plan, SamplingParams
 from shards.engines.torch_filters import portion
 from shards.engines.torch_ranks import Ranks
@@ -296,7 +296,7 @@ def coarse(weights: torch.Tensor, bits: int) -> torch.Tensor:
     [
         (torch_filters.Near, "__init__", broken, "it failed: no such sort on this device"),
         (torch_sampling, "invert", dependent, "the order of the rows changes what they get"),
-        (torch_sampling, "spare_share", unfiltered, "it draws other tokens at temperature"),
+        (torch_rows, "spare_share", unfiltered, "it draws other tokens at temperature"),
         (torch_sampling, "units", coarse, "its log probabilities are others"),
         (torch_sampling, "NOT_FINITE", "fine", "it does not tell the same rows that are no"),
     ],

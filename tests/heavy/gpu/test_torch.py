@@ -116,6 +116,7 @@ def test_nothing_is_compiled_while_serving(monkeypatch: pytest.MonkeyPatch) -> N
     assert engine.describe().warnings == ()
     before = counters["stats"]["unique_graphs"]
     assert before > 0
+    assert engine._graphs is not None
     buckets = len(engine._graphs._replays)
     long = [[(11 * n + k) % 250 for k in range(300)] for n in range(3)]
     answer(engine, [*PROMPTS, *long], 8)

@@ -63,6 +63,11 @@ def write(cache: Array, keys: Array, values: Array, cells: Array) -> Array:
     pages, page_tokens, both, cache_dim = cache.shape
     pairs = _stored(jnp.stack((keys, values), axis=2), cache.dtype)
     pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, 0), (0, cache_dim - dim)))
+    if tokens == 1:
+        # A scatter of one becomes a choice between two whole caches, and this is done twice, with
+        # copies, if it is not in the shape that the program returns.
+        place = (cells[0] // page_tokens, cells[0] % page_tokens, 0, 0)
+        return lax.dynamic_update_slice(cache, pairs.reshape(1, 1, both, cache_dim), place)
     flat = cache.reshape(pages * page_tokens, both, cache_dim)
     flat = flat.at[cells].set(pairs.reshape(tokens, both, cache_dim), mode="promise_in_bounds")
     return flat.reshape(cache.shape)

@@ -114,7 +114,8 @@ class JaxEngine(PagedEngine):
         limits = self._limit(options, whole, config, max(1, pages))
         super().__init__(limits)
         self._files = _tokenizer_files(options)
-        caches = [self._cache(whole, limits) for _ in range(config.layers)]
+        together = config.layers if whole_steps else 1
+        caches = [self._cache(whole, limits, together) for _ in range(config.layers // together)]
         buckets = self._buckets(limits, wide=whole_steps and not self._kernel)
         compiler = Compiler(
             group, {} if on_cpu or on_tpu else {"xla_gpu_enable_triton_gemm": triton}
@@ -130,6 +131,7 @@ class JaxEngine(PagedEngine):
             buckets,
             lambda done: progress(_LOADING + (1 - _LOADING) * done),
             whole=whole_steps,
+            best=self._argmax == "device",
             drawer=drawer,
         )
         self._drawer, warnings = self._try(drawer)
@@ -171,9 +173,9 @@ class JaxEngine(PagedEngine):
             return config.head_dim
         return -(-config.head_dim // KERNEL_HEAD_DIM) * KERNEL_HEAD_DIM
 
-    def _cache(self, whole: LlamaConfig, limits: Limits) -> Array:
-        """Keys and values of one layer; see ``jax_attention``. Page 0 is the trash."""
-        pages = limits.kv_tokens // limits.page_tokens + 1
+    def _cache(self, whole: LlamaConfig, limits: Limits, layers: int) -> Array:
+        """Keys and values of some layers; see ``jax_attention``. Page 0 of each is the trash."""
+        pages = layers * (limits.kv_tokens // limits.page_tokens + 1)
         shape = (pages, limits.page_tokens, 2 * whole.kv_heads, self._head_dim(whole))
         sharding = self._group.sharding(None, None, AXIS, None)
         bits = self._group.platform == "cpu" and self._dtype == jnp.bfloat16
@@ -259,15 +261,16 @@ class JaxEngine(PagedEngine):
             if logits.draws is None:
                 return Drawn([])
             if plain:
-                return self._best(logits.draws, rows)
+                return self._best(logits.best, rows)
             assert self._drawer is not None, "or the host draws"
             return self._drawer.draw(logits.draws, rows, partial(_brought, logits, len(rows)))
         except jax.errors.JaxRuntimeError as error:
             raise _lost(error) from error
 
-    def _best(self, logits: Array, rows: Sequence[Resident]) -> Drawn:
-        """The likeliest tokens."""
-        ids, tops = (_host(found)[: len(rows)] for found in self._programs.best(logits))
+    def _best(self, best: Any, rows: Sequence[Resident]) -> Drawn:
+        """The likeliest tokens, as ``Model.best`` tells them."""
+        ids, tops = _host(best)[:, : len(rows)]
+        tops = tops.view(np.float32)
         # The sampler judges the largest logits, of which it sees nothing else.
         drawn = self._sampler.draw(tops[:, None], rows)
         drawn.tokens = [

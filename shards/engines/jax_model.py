@@ -186,9 +186,14 @@ class Model:
         gathered: Array = lax.all_gather(logits, AXIS, axis=1, tiled=True)
         return gathered[:, : self.vocab_size]
 
-    def best(self, logits: Array) -> tuple[Array, Array]:
-        """The likeliest token of each row, and its logit; not a number wins over all numbers."""
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(logits, axis=-1)
+    def best(self, logits: Array) -> Array:
+        """The likeliest token of each row, and the bits of its logit: int32 [2, rows].
+
+        Not a number wins over all numbers.
+        """
+        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tops = lax.bitcast_convert_type(jnp.max(logits, axis=-1), jnp.int32)
+        return jnp.stack((tokens, tops))
 
     def _qkv(self, y: Array, layer: Layer, step: Step) -> tuple[Array, Array, Array]:
         config = self.config

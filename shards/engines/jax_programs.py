@@ -30,11 +30,13 @@ WARM_UPS = 2
 class Logits:
     """What came of a step, on the device: float32 logits of which the first rows mean something.
 
-    ``draws`` is None if no sequence draws. ``scores`` are computed as they are asked for, and go
-    with the number of their rows; so are those ``of`` some of the drawing sequences, once more.
+    ``draws`` is None if no sequence draws; with it go the ``best`` tokens, see ``Model.best``, if
+    the device finds them. ``scores`` are computed as they are asked for, and go with the number of
+    their rows; so are those ``of`` some of the drawing sequences, once more.
     """
 
     draws: Array | None
+    best: Array | None
     scores: Iterator[tuple[Array, int]]
     of: Callable[[Sequence[int]], Iterator[tuple[Array, int]]]
 
@@ -44,7 +46,8 @@ class Programs:
 
     Whole steps are also run, on padding: what a device does at its first run (it loads
     kernels, makes graphs) is done then, and memory that does not suffice is found before serving.
-    ``drawer``: its programs are compiled, too.
+    ``best``: whether the likeliest tokens are found behind each head. ``drawer``: its programs are
+    compiled, too.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Programs:
         progress: Progress,
         *,
         whole: bool,
+        best: bool,
         drawer: DeviceSampler | None = None,
     ) -> None:
         self._model, self._compiler, self._buckets = model, compiler, buckets
@@ -65,7 +69,7 @@ class Programs:
         kind = Whole if whole else ByLayer
         self._steps = kind(model, compiler, arrays, self._draw_counts[-1])
         self._head: dict[int, Compiled] = {}
-        self._best: dict[int, Compiled] = {}
+        self._finds_best = best
         # Ranks compile in one order: XLA may let them share what it finds out.
         threads = min(COMPILERS_MAX, usable_cores()) if whole and self._group.world == 1 else 1
         jobs = [*self._jobs(), *(drawer.jobs() if drawer else ())]
@@ -77,37 +81,37 @@ class Programs:
     @property
     def count(self) -> int:
         """How many programs there are."""
-        return self._steps.count + len(self._head) + len(self._best)
+        return self._steps.count + len(self._head)
 
     def run(self, layout: StepLayout) -> Logits:
         """Computes one step; its logits can be had until the next one is run."""
         bucket = self._buckets.fit(layout)
         layout = ordered(layout, bucket)
         x, picked = self._steps.run(bucket, self._group.put(pack(layout, bucket)))
-        draws = None
+        draws, best = None, None
         if len(layout.draws):
-            draws = self._logits(picked, len(layout.draws))
+            draws, best = self._logits(picked, len(layout.draws))
         elif not len(layout.scores):
             x.block_until_ready()
 
         def logits(indices: Ints) -> Iterator[tuple[Array, int]]:
             for piece, count in pieces(indices, bucket):
                 picked = self._steps.pick(bucket, x, self._group.put(piece))
-                yield self._logits(picked, count), count
+                yield self._logits(picked, count)[0], count
 
-        return Logits(draws, logits(layout.scores), lambda rows: logits(layout.draws[list(rows)]))
+        return Logits(
+            draws, best, logits(layout.scores), lambda rows: logits(layout.draws[list(rows)])
+        )
 
-    def _logits(self, picked: Array, count: int) -> Array:
-        """Float32 logits [at least ``count``, vocabulary] of the first of the picked rows."""
+    def _logits(self, picked: Array, count: int) -> tuple[Array, Array | None]:
+        """Float32 logits [at least ``count``, vocabulary] of the first of the picked rows.
+
+        And their best tokens, if these are wanted.
+        """
         rows = next(rows for rows in self._draw_counts if rows >= count)
         outside = self._arrays.outside
-        logits: Array = self._head[rows](picked, outside["norm"], outside["head"])
-        return logits
-
-    def best(self, logits: Array) -> tuple[Array, Array]:
-        """The likeliest token of each row, and its logit."""
-        found: tuple[Array, Array] = self._best[len(logits)](logits)
-        return found
+        logits, *best = self._head[rows](picked, outside["norm"], outside["head"])
+        return logits, best[0] if best else None
 
     # Compilation --------------------------------------------------------------------------------
 
@@ -121,13 +125,14 @@ class Programs:
     def _compile_head(self, count: int) -> None:
         model, outside = self._model, self._arrays.outside
         picked = self._compiler.same((self._draw_counts[-1], model.config.width), model.dtype)
-        self._head[count], logits = self._compiler(
-            lambda picked, norm, head: model.head(picked[:count], norm, head),
-            (picked, outside["norm"], outside["head"]),
-            (SAME, SAME, TABLE),
-            SAME,
+
+        def head(picked: Array, norm: Array, table: Array) -> tuple[Array, ...]:
+            logits = model.head(picked[:count], norm, table)
+            return (logits, model.best(logits)) if self._finds_best else (logits,)
+
+        self._head[count], _ = self._compiler(
+            head, (picked, outside["norm"], outside["head"]), (SAME, SAME, TABLE), SAME
         )
-        self._best[count], _ = self._compiler(model.best, (logits,), (SAME,), SAME)
 
     def _warm_up(self, drawer: DeviceSampler | None) -> None:
         """Runs everything on padding, which writes to the trash page alone."""
@@ -137,9 +142,8 @@ class Programs:
                 x, picked = self._steps.run(bucket, vector)
                 x.block_until_ready()
         for count in self._draw_counts:
-            logits = self._logits(picked, count)
-            for part in self.best(logits):
-                part.block_until_ready()
+            logits, _ = self._logits(picked, count)
+            logits.block_until_ready()
             if drawer is not None:
                 drawer.warm_up(logits)
 

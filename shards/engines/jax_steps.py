@@ -5,7 +5,9 @@ compiled, and how long that takes, does not grow with the number of layers. A ca
 to 100 microseconds, which is nothing beside the computation of a CPU.
 
 ``Whole``: embedding, layers and pick are one program. Accelerators compute a layer in less time
-than a call takes, and XLA can hand them many kernels at once, as CUDA graphs.
+than a call takes, and XLA can hand them many kernels at once, as CUDA graphs. What a call costs its
+host grows with the number of arrays that it is handed, above all those that it updates, so the
+caches of all layers are one array, one behind the other, and so are all norms.
 """
 
 from abc import ABC, abstractmethod
@@ -15,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
@@ -23,6 +26,7 @@ from shards.engines.jax_mesh import AXIS, Group
 from shards.engines.jax_model import LAYOUTS, Model
 
 Compiled = Any
+Weights = Mapping[str, Array]
 CACHE = PartitionSpec(None, None, AXIS, None)
 SAME = PartitionSpec()
 TABLE = PartitionSpec(AXIS, None)
@@ -30,7 +34,10 @@ TABLE = PartitionSpec(AXIS, None)
 
 @dataclass(slots=True)
 class Arrays:
-    """What stays on the device: weights outside the layers, weights and cache of each layer."""
+    """What stays on the device: weights outside the layers, weights and cache of each layer.
+
+    There may be one cache that has the pages of all layers.
+    """
 
     outside: dict[str, Array]
     layers: list[dict[str, Array]]
@@ -161,6 +168,18 @@ class Whole(Steps):
     def __init__(self, model: Model, compiler: Compiler, arrays: Arrays, rows: int) -> None:
         super().__init__(model, compiler, arrays, rows)
         self._step: dict[Bucket, Compiled] = {}
+        same = [name for name in arrays.layers[0] if LAYOUTS[name] == ()]
+        self._vectors = {name: self._stacked(name) for name in same}
+        arrays.layers = [
+            {name: weight for name, weight in layer.items() if name not in same}
+            for layer in arrays.layers
+        ]
+
+    def _stacked(self, name: str) -> Array:
+        """The vectors of all layers that have that name, the same on every rank."""
+        parts = [np.asarray(layer[name].addressable_data(0)) for layer in self._arrays.layers]
+        stacked: Array = self._compiler.group.put(np.stack(parts))
+        return stacked
 
     @property
     def count(self) -> int:
@@ -170,10 +189,11 @@ class Whole(Steps):
     def compile(self, bucket: Bucket) -> None:
         """See ``Steps``."""
         arrays = self._arrays
+        (cache,) = arrays.caches
         self._step[bucket], _ = self._compiler(
             self._computed(bucket),
-            (arrays.outside["embed"], self._vector(bucket), arrays.caches, arrays.layers),
-            (TABLE, SAME, CACHE, [self._specs()] * len(arrays.layers)),
+            (arrays.outside["embed"], self._vector(bucket), cache, self._vectors, arrays.layers),
+            (TABLE, SAME, CACHE, SAME, [self._specs()] * len(arrays.layers)),
             (SAME, SAME, CACHE),
             donate=(2,),
         )
@@ -182,8 +202,9 @@ class Whole(Steps):
     def run(self, bucket: Bucket, vector: Array) -> tuple[Array, Array]:
         """See ``Steps``."""
         arrays = self._arrays
-        x, picked, arrays.caches = self._step[bucket](
-            arrays.outside["embed"], vector, arrays.caches, arrays.layers
+        (cache,) = arrays.caches
+        x, picked, arrays.caches[0] = self._step[bucket](
+            arrays.outside["embed"], vector, cache, self._vectors, arrays.layers
         )
         return x, picked
 
@@ -200,13 +221,18 @@ class Whole(Steps):
         }
 
         def computed(
-            table: Array, vector: Array, caches: list[Array], layers: list[Mapping[str, Array]]
-        ) -> tuple[Array, Array, list[Array]]:
+            table: Array, vector: Array, cache: Array, vectors: Weights, matrices: list[Weights]
+        ) -> tuple[Array, Array, Array]:
             x, step = model.embed(table, vector, bucket)
-            after = []
-            for window, cache, layer in zip(self._windows, caches, layers, strict=True):
-                x, written = traced[window](x, cache, layer, step)
-                after.append(written)
-            return x, self._picked(x, step["draws"]), after
+            pages, page_tokens = cache.shape[0] // len(matrices), cache.shape[1]
+            for number, (window, layer) in enumerate(zip(self._windows, matrices, strict=True)):
+                page = number * pages
+                own = {
+                    "tables": step["tables"] + page,
+                    "cells": step["cells"] + page * page_tokens,
+                }
+                weights = {**layer, **{name: every[number] for name, every in vectors.items()}}
+                x, cache = traced[window](x, cache, weights, {**step, **own})
+            return x, self._picked(x, step["draws"]), cache
 
         return computed

@@ -59,6 +59,47 @@ async def test_one_without_a_whole_request_is_closed(port: int, said: bytes) -> 
     assert await heard(port, said) == b""
 
 
+async def test_one_whose_head_comes_drop_by_drop_is_closed(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    said = asyncio.create_task(reader.read())
+    async with asyncio.timeout(PATIENCE_S):
+        for char in "GET /health HTTP/1.1\r\nx: " + "a" * 10_000:
+            writer.write(char.encode())
+            await asyncio.wait([said], timeout=0.03)
+            if said.done():
+                break
+    assert await said == b""
+    writer.close()
+
+
+@pytest.fixture
+async def patient(service: FakeService) -> AsyncIterator[int]:
+    """As ``port``, with the patience of the router."""
+    face = RestFace(app_of(service), listen("127.0.0.1", 0))
+    running = asyncio.create_task(face.run())
+    yield face.port
+    face.close()
+    async with asyncio.timeout(PATIENCE_S):
+        await running
+
+
+@pytest.mark.parametrize("head", [b"GET /", b"GET / HTTP/1.1\r\nx: ", b"GET / HTTP/1.1\r\n"])
+async def test_one_whose_head_is_too_large_is_told_so(patient: int, head: bytes) -> None:
+    most = faces.HEAD_BYTES_MAX
+    fill = b"x: y\r\n" if head.endswith(b"\n") else b"a"
+    said = (head + fill * most)[: most + 1]
+    answer = await heard(patient, said[:1000], said[1000:])
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert str(most).encode() in answer
+
+
+async def test_large_heads_are_taken_one_after_the_other(patient: int) -> None:
+    headers = {"x": "a" * (faces.HEAD_BYTES_MAX - 500)}
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{patient}") as client:
+        for _ in range(5):
+            assert (await client.get("/health", headers=headers)).status_code == 200
+
+
 async def test_one_is_closed_that_begins_another_request_and_never_ends_it(port: int) -> None:
     answer = await heard(port, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", b"GET /hea")
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")

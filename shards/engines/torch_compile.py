@@ -11,9 +11,11 @@ costs nothing in a graph that is replayed. Only within ``used`` is anything but 
 forward in place, so prompts and mixed steps never meet the compiler, and nothing is compiled later.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ import torch.fx.experimental._config
 import transformers
 from numpy.typing import NDArray
 from torch._inductor.async_compile import shutdown_compile_workers
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from shards.engines.base import Progress
 from shards.engines.torch_attention import NAME, attend
@@ -38,6 +41,8 @@ _PIECES_USUAL = 4
 # What was not compiled at load stays plain.
 _SERVING = "eager_on_recompile"
 _REASON_MAX = 200
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_OWN_CACHE = default_cache_dir()
 
 _opaque = torch.compiler.disable(attend)
 
@@ -140,6 +145,7 @@ def compile_layers(
     rows = list(dict.fromkeys((limits.sequences_max, 1, *row_buckets(limits.sequences_max))))
     told = _Told(progress)
     made = CompiledLayers(layers, told.piece)
+    _keep()
     try:
         with _settings():
             for count in rows:
@@ -155,6 +161,23 @@ def compile_layers(
         shutdown_compile_workers()
         model.clear(list(range(_sampled_pages(limits))))
     return made
+
+
+def _keep() -> None:
+    """Has compiled pieces kept for the next start, in the user's own cache.
+
+    The compiler would put them in a folder of /tmp whose name anyone can take, and run what it
+    finds there.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    folder = Path(base) / "roundhouse" / "torch"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return
+    # Unless somebody has chosen one, torch has set this to its own when it was imported.
+    if os.access(folder, os.W_OK) and os.environ.get(_CACHE, _OWN_CACHE) == _OWN_CACHE:
+        os.environ[_CACHE] = str(folder)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Steps are padded and packed as for graphs, and run directly instead of replayed.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from shards.engines import load, torch_compile
 from shards.engines.base import Admit, Engine, EngineOptions, ModelError, Plan, SamplingParams
@@ -126,6 +128,21 @@ def test_progress_is_told_while_layers_are_compiled() -> None:
     assert told == sorted(told)
     assert len([share for share in told if LOADING < share < 1.0]) >= 2 * SHAPES
     assert told[-1] == 1.0
+
+
+def test_what_is_compiled_is_kept_for_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda _name: spoiled(torch.zeros_like))
+    folder = tmp_path / "roundhouse" / "torch"
+    make(tiny_llama_folder(), extra=ON).close()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700, "nobody else puts code there"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    make(tiny_llama_folder(), extra=ON).close()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
 
 
 # What goes wrong --------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ Engine options (``--engine-option key=value``):
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -90,8 +91,9 @@ class SglangBackend(Backend):
             self._engine = sglang.Engine(**self._arguments())
             return self._describe(self._engine.get_server_info())
         except Exception as error:
-            # Its processes hold the device's memory.
-            self.stop()
+            # Its processes hold the device's memory. What is told is why they are to end.
+            with suppress(Exception):
+                self.stop()
             if isinstance(error, ModelError):
                 raise
             raise ModelError(f"sglang: did not start: {one_line(error)}") from error

@@ -17,6 +17,7 @@ Engine options (``--engine-option key=value``):
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -112,8 +113,9 @@ class TrtllmBackend(Backend):
                 for number, (name, path) in enumerate(self._options.adapters, start=1)
             }
         except Exception as error:
-            # Its processes hold the device's memory.
-            self.stop()
+            # Its processes hold the device's memory. What is told is why they are to end.
+            with suppress(Exception):
+                self.stop()
             raise ModelError(f"trtllm: did not start: {one_line(error)}") from error
         return self._describe()
 

@@ -231,6 +231,17 @@ def test_a_start_that_fails_late_gives_the_memory_back() -> None:
     assert fake().shut_down == 1
 
 
+def test_why_a_start_failed_is_told_though_the_end_fails_too(
+    package: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_engine: Any) -> None:
+        raise OSError("no such process")
+
+    monkeypatch.setattr(package.Engine, "shutdown", fail)
+    with pytest.raises(ModelError, match="too few beside"):
+        make(kv_tokens=0, sequences_max=64)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -15,13 +15,13 @@ from typing import Any, Self
 import grpc.aio
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from router.api.gateway_server import Gateways
 from router.api.grpc_server import start as start_grpc
 from router.api.grpc_server import start_for_gateways
 from router.api.rest.app import create_app
 from router.config import Settings
+from router.connections import Connection
 from router.fleet import Fleet
 from router.https import server_context
 from router.identities import Identities
@@ -36,9 +36,6 @@ BACKLOG = 4096
 KEEP_ALIVE_S = 75
 """Longer than the 60 s after which common load balancers close an idle connection themselves: the
 side that closes first must be the client's, or a request may cross with the closing."""
-
-HEAD_BYTES_MAX = 65_536
-"""What the line and the headers of a request may have; a proxy's are a few thousand."""
 
 STALLED_MS = 300_000
 """How long a client may read nothing of what it is sent, before the system ends its connection."""
@@ -108,54 +105,6 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-class _Connection(HttpToolsProtocol):
-    """Closes a connection on which no request has come for ``KEEP_ALIVE_S``.
-
-    uvicorn does so behind an answer only, and waits for ever for the first request, or for the rest
-    of one's head, however slowly and however much of it comes.
-    """
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._head_bytes = 0
-        self._in_head = False
-        self._await_request()
-
-    def on_message_begin(self) -> None:
-        self._in_head = True
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        began = self._head_bytes > 0
-        super().data_received(data)
-        self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
-        if self.transport.is_closing():
-            return
-        if self._head_bytes > HEAD_BYTES_MAX:
-            self._refuse_head()
-            return
-        answered = self.cycle is None or self.cycle.response_complete
-        if answered and self.timeout_keep_alive_task is None:
-            self._await_request(anew=not (began and self._in_head))
-
-    def _await_request(self, *, anew: bool = True) -> None:
-        """A head that has begun has no more time for each part that comes of it."""
-        if anew:
-            self._due = self.loop.time() + self.timeout_keep_alive
-        self.timeout_keep_alive_task = self.loop.call_at(self._due, self.timeout_keep_alive_handler)
-
-    def _refuse_head(self) -> None:
-        text = b"the head of a request must have at most %d bytes" % HEAD_BYTES_MAX
-        head = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n"
-        kind = b"content-type: text/plain; charset=utf-8\r\n"
-        self.transport.write(b"%b%bcontent-length: %d\r\n\r\n%b" % (head, kind, len(text), text))
-        self.transport.close()
-
-
 class RestFace:
     """The REST server of an application, on listening sockets. ``run`` is its task.
 
@@ -169,7 +118,7 @@ class RestFace:
         self._listeners = list(listeners)
         config = uvicorn.Config(
             app,
-            http=_Connection,
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import re
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ import pytest
 
 from router import faces
 from router.api.rest import body
+from router.connections import HEAD_BYTES_MAX
 from router.faces import RestFace, listen
 from tests.service.fake_service import FakeService, words
 from tests.service.fakes import PATIENCE_S
@@ -85,7 +87,7 @@ async def patient(service: FakeService) -> AsyncIterator[int]:
 
 @pytest.mark.parametrize("head", [b"GET /", b"GET / HTTP/1.1\r\nx: ", b"GET / HTTP/1.1\r\n"])
 async def test_one_whose_head_is_too_large_is_told_so(patient: int, head: bytes) -> None:
-    most = faces.HEAD_BYTES_MAX
+    most = HEAD_BYTES_MAX
     fill = b"x: y\r\n" if head.endswith(b"\n") else b"a"
     said = (head + fill * most)[: most + 1]
     answer = await heard(patient, said[:1000], said[1000:])
@@ -93,8 +95,39 @@ async def test_one_whose_head_is_too_large_is_told_so(patient: int, head: bytes)
     assert str(most).encode() in answer
 
 
+def offering(path: str, body: bytes, offer: bytes = b"h2c") -> bytes:
+    """A request as Java's HttpClient sends it: it would rather speak HTTP/2."""
+    head = (
+        b"POST %b HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nhost: x\r\n"
+        b"HTTP2-Settings: AAEAAEAAAAIAAAAB\r\nUpgrade: %b\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n"
+    )
+    return head % (path.encode(), offer, len(body)) + body
+
+
+@pytest.mark.parametrize("offer", [b"h2c", b"websocket"])
+@pytest.mark.parametrize("size", [1, 7, 50, 1 << 20])
+async def test_one_who_offers_another_protocol_is_answered_in_this_one(
+    patient: int, service: FakeService, size: int, offer: bytes
+) -> None:
+    one = offering("/generate", b'{"inputs": "first"}', offer)
+    two = offering("/generate", b'{"inputs": "second"}', offer)
+    bare = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
+    last = b"GET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    said = one + bare + two + last
+    parts = [said[at : at + size] for at in range(0, len(said), size)]
+    answer = await heard(patient, *parts)
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"200", b"200", b"404"]
+    assert [ask.prompt for ask in service.asks] == ["first", "second"]
+
+
+async def test_a_tunnel_is_refused(patient: int) -> None:
+    answer = await heard(patient, b"CONNECT x:443 HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+
+
 async def test_large_heads_are_taken_one_after_the_other(patient: int) -> None:
-    headers = {"x": "a" * (faces.HEAD_BYTES_MAX - 500)}
+    headers = {"x": "a" * (HEAD_BYTES_MAX - 500)}
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{patient}") as client:
         for _ in range(5):
             assert (await client.get("/health", headers=headers)).status_code == 200

@@ -24,8 +24,6 @@ import torch._dynamo
 import torch.fx.experimental._config
 import transformers
 from numpy.typing import NDArray
-from torch._inductor.async_compile import shutdown_compile_workers
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from shards.engines.base import Progress
 from shards.engines.torch_attention import NAME, attend
@@ -42,7 +40,6 @@ _PIECES_USUAL = 4
 _SERVING = "eager_on_recompile"
 _REASON_MAX = 200
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
-_OWN_CACHE = default_cache_dir()
 
 _opaque = torch.compiler.disable(attend)
 
@@ -144,10 +141,10 @@ def compile_layers(
     # The most rows, and one, are what is compiled for; of the others it is seen that they fit.
     rows = list(dict.fromkeys((limits.sequences_max, 1, *row_buckets(limits.sequences_max))))
     told = _Told(progress)
-    made = CompiledLayers(layers, told.piece)
-    _keep()
     try:
-        with _settings():
+        _keep()
+        made = CompiledLayers(layers, told.piece)
+        with _settings(), _helpers():
             for count in rows:
                 _try(made, model, packing, _sample(limits, count), device)
                 told.passed()
@@ -158,7 +155,6 @@ def compile_layers(
         torch.compiler.reset()
         raise Trouble(_reason(error)) from error
     finally:
-        shutdown_compile_workers()
         model.clear(list(range(_sampled_pages(limits))))
     return made
 
@@ -169,6 +165,8 @@ def _keep() -> None:
     The compiler would put them in a folder of /tmp whose name anyone can take, and run what it
     finds there.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
     folder = Path(base) / "roundhouse" / "torch"
     try:
@@ -176,8 +174,20 @@ def _keep() -> None:
     except OSError:
         return
     # Unless somebody has chosen one, torch has set this to its own when it was imported.
-    if os.access(folder, os.W_OK) and os.environ.get(_CACHE, _OWN_CACHE) == _OWN_CACHE:
+    unasked = os.environ.get(_CACHE) in {None, default_cache_dir()}
+    if unasked and os.access(folder, os.W_OK):
         os.environ[_CACHE] = str(folder)
+
+
+@contextmanager
+def _helpers() -> Iterator[None]:
+    """Ends the processes that helped to compile."""
+    from torch._inductor.async_compile import shutdown_compile_workers
+
+    try:
+        yield
+    finally:
+        shutdown_compile_workers()
 
 
 @contextmanager

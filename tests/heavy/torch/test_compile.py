@@ -4,6 +4,7 @@ Steps are padded and packed as for graphs, and run directly instead of replayed.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -189,6 +190,14 @@ def test_without_a_c_compiler_layers_stay_plain(
     with torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "none"),)}):
         engine = make(tiny_llama_folder(), extra=ON)
     assert_plain(engine, "No working C++ compiler found")
+
+
+def test_another_torch_that_lacks_something_leaves_layers_plain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is not documented may be gone in the next release."""
+    monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", None)
+    assert_plain(make(tiny_llama_folder(), extra=ON), "torch._inductor.async_compile")
 
 
 def test_layers_of_ever_new_shapes_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:

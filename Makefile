@@ -57,6 +57,7 @@ test-gpu: engines-torch engines-jax ## Tests the engines that compute on a GPU; 
 	@$(call ENGINE_TEST_OF,torch,gpu/test_torch.py)
 	@$(call ENGINE_TEST_OF,torch,gpu/test_torch_sampling.py)
 	@$(call ENGINE_TEST_OF,jax,gpu/test_jax.py)
+	@$(call ENGINE_TEST_OF,jax,gpu/test_jax_sampling.py)
 	@$(PY) -m pytest tests/heavy/gpu/test_llamacpp.py $(ARGS)
 
 test-neuron: engines-neuron ## Tests Neuron's slots and buckets on XLA's CPU device (6 GB)

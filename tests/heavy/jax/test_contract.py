@@ -209,6 +209,22 @@ def test_programs_of_whole_steps_update_the_cache_in_place() -> None:
         engine.close()
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_step_copies_the_cache(program: str) -> None:
+    """Not for a single row either, whose write is no scatter."""
+    engine = make(
+        kv_tokens=16384, sequences_max=4, step_tokens_max=32, extra=(("program", program),)
+    )
+    try:
+        least = min(cache.nbytes for cache in engine._programs._arrays.caches)
+        steps = engine._programs._steps
+        programs = {**getattr(steps, "_layer", {}), **getattr(steps, "_step", {})}
+        sizes = [one.memory_analysis().temp_size_in_bytes for one in programs.values()]
+        assert max(sizes) < least / 2
+    finally:
+        engine.close()
+
+
 def test_no_product_of_float32_is_computed_in_fewer_bits(made: JaxEngine) -> None:
     """A GPU would take TF32, which has 10 bits of fraction, unless each product says otherwise."""
     steps = made._programs._steps

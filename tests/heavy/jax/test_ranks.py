@@ -19,6 +19,8 @@ SIZES = ("--kv-tokens", "1024", "--sequences-max", "8", "--step-tokens-max", "12
 SMALL = (*SIZES, "--step-tokens-max", "64")
 # For groups that compute a few tokens of one sequence.
 LEAST = (*SIZES, "--sequences-max", "4", "--step-tokens-max", "32")
+# Where accelerators draw.
+DRAWING = ("--engine-option", "argmax=device", "--engine-option", "sample=device")
 # From the death of a rank until no process of its group is left.
 GONE_S = 5.0
 
@@ -48,7 +50,7 @@ def first_plan(number: int, *tokens: int) -> dict[str, object]:
 def two_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Group]]:
     """Two ranks of a model, which tests share: started when first asked for, empty between tests.
 
-    No test may stop one of them; who does starts a group of its own.
+    They draw as accelerators do. No test may stop one of them; who does starts a group of its own.
     """
     started: dict[Path, Group] = {}
     with ExitStack() as stack:
@@ -56,7 +58,7 @@ def two_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path]
         def two(model: Path) -> Group:
             if model not in started:
                 folder = tmp_path_factory.mktemp("two")
-                started[model] = stack.enter_context(ranks(folder, model, 2))
+                started[model] = stack.enter_context(ranks(folder, model, 2, (*SIZES, *DRAWING)))
             return started[model]
 
         yield two

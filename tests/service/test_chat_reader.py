@@ -265,6 +265,22 @@ def test_the_beginning_of_a_forced_call_is_no_text() -> None:
         assert read(HERMES, CALL[:end]) == (CALL[:end], [], False)
 
 
+@pytest.mark.parametrize("none", ["null", '""', '" "', "{}", '"{}"'])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_arguments_that_are_none_are_an_empty_object(none: str, order: tuple[int, int]) -> None:
+    parts = '"name": "f"', f'"arguments": {none}'
+    members = ", ".join(parts[number] for number in order)
+    call = f"<tool_call>{{{members}}}</tool_call>"
+    for pieces in ([call], list(call)):
+        assert read(HERMES, *pieces) == ("", [("f", "{}")], False)
+
+
+@pytest.mark.parametrize("value", ["nul", "nil", "nullx", "[]", "1", "true"])
+def test_arguments_that_are_nothing_known_are_no_call(value: str) -> None:
+    call = f'<tool_call>{{"name": "f", "arguments": {value}}}</tool_call>'
+    assert read(HERMES, call) == (call, [], False)
+
+
 OPTIONAL = [
     {"anyOf": [{"type": "string"}, {"type": "null"}]},
     {"oneOf": [{"$ref": "#/$defs/Code"}, {"const": None}], "default": None},

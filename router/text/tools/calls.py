@@ -18,6 +18,7 @@ _ARGUMENTS = ("arguments", "parameters")
 _ASIDES = ("type", "id")
 _KEY_CHARS_MAX = 16
 _NAME_CHAR = re.compile(r"[\w.-]")
+_NULL = "null"
 EMPTY = "{}"
 STRING_CHARS_MAX = 1 << 20
 """Characters of arguments within a string, which have to be held until it ends."""
@@ -54,6 +55,7 @@ class _At(Enum):
     COLON = auto()
     VALUE = auto()
     STRING = auto()
+    NULL = auto()
     OBJECT = auto()
     NEXT = auto()
 
@@ -61,8 +63,9 @@ class _At(Enum):
 class ObjectCall:
     """``{"name": "f", "arguments": {...}}`` behind its opening brace, members in any order.
 
-    Also understood: ``parameters`` for ``arguments``, arguments as JSON within a string, none at
-    all, ``type`` and ``id`` beside them, and OpenAI's ``{"type": "function", "function": {...}}``.
+    Also understood: ``parameters`` for ``arguments``, arguments as JSON within a string, null, an
+    empty string or none at all, ``type`` and ``id`` beside them, and OpenAI's
+    ``{"type": "function", "function": {...}}``.
     """
 
     __slots__ = (
@@ -111,6 +114,8 @@ class ObjectCall:
                 return self._in_key(char)
             case _At.STRING:
                 return self._in_string(char)
+            case _At.NULL:
+                return self._in_null(char)
             case _At.OBJECT:
                 return self._in_object(char)
             case _:
@@ -139,6 +144,8 @@ class ObjectCall:
     def _value(self, char: str) -> Step:
         if char == '"':
             self._at, self._string = _At.STRING, [char]
+        elif char == _NULL[0] and self._key in _ARGUMENTS and self._scanner is None:
+            self._at, self._string = _At.NULL, [char]
         elif char == "{" and self._key == "function" and self._depth == 1:
             self._at, self._depth = _At.MEMBER, 2
         elif char == "{" and self._key in _ARGUMENTS and self._scanner is None:
@@ -173,8 +180,18 @@ class ObjectCall:
             self._settle()
         return Step.MORE
 
+    def _in_null(self, char: str) -> Step:
+        """Arguments that are none. What else begins so is found out by what follows."""
+        self._string.append(char)
+        text = "".join(self._string)
+        if text == _NULL:
+            self._at = _At.NEXT
+        return Step.MORE if _NULL.startswith(text) else Step.FAILED
+
     def _quoted(self, text: str) -> Step:
-        """Arguments as a string that holds JSON."""
+        """Arguments as a string that holds JSON; an empty one has none."""
+        if not text.strip(SPACE) and self._scanner is None:
+            return Step.MORE
         scanner = ObjectScanner()
         outs = [None if scanner.done else scanner.feed(char) for char in text]
         if self._scanner is not None or not scanner.done or None in outs:

@@ -219,16 +219,18 @@ class TorchEngine(PagedEngine):
         if wanted == "host" or (wanted == "auto" and self._device.kind not in DRAWING):
             return None, ()
         size, device = self._limits.vocab_size, self._device.torch
-        kernels = [choose_draw_kernel(self._device, size), None]
+        kernel = choose_draw_kernel(self._device, size)
+        if not self._ranks.least(int(kernel is not None), self._device):
+            kernel = None
         warnings: tuple[str, ...] = ()
-        for kernel in kernels if self._device.kind == "cuda" else kernels[1:]:
+        for way in (None,) if kernel is None else (kernel, None):
             upload, to_host = self._viewer.tensor, self._to_host
-            drawer = DeviceSampler(size, self._sampler, upload, to_host, kernel=kernel)
+            drawer = DeviceSampler(size, self._sampler, upload, to_host, kernel=way)
             fault = trouble(drawer, self._sampler, size, device, self._dtype)
             if self._ranks.least(int(not fault), self._device):
                 return drawer, warnings
             fault = fault or "another rank's device does not draw what the host does"
-            how = "by torch's operations" if kernel else f"on the host, not on {self._device.name}"
+            how = "by torch's operations" if way else f"on the host, not on {self._device.name}"
             warnings = (f"tokens are drawn {how}: {fault}",)
         return None, warnings
 

@@ -12,14 +12,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.engines import torch_filters, torch_sampling, torch_trial
-from shards.engines.base import SamplingParams
+from shards.engines import torch_engine, torch_filters, torch_sampling, torch_trial
+from shards.engines.base import Plan, SamplingParams
+from shards.engines.torch_engine import TorchEngine
 from shards.engines.torch_rows import AT, CHANCE, COLUMNS, TEMPERATURE, Packer, uniforms
 from shards.sampling import splitmix64, uniform
+from tests.engines.driving import admit
 from tests.heavy.drawing import BORDERS, KINDS, Row, random_logits, random_rows
+from tests.heavy.models import tiny_llama_folder
 from tests.heavy.torch.drawing import Both, Kernel, by_filters
+from tests.heavy.torch.made import make
 
 VOCAB = 2000
+PROMPT = [(13 * k) % 250 for k in range(31)]
+WARM = SamplingParams(temperature=0.9, seed=3)
+NUCLEUS = SamplingParams(temperature=0.9, top_p=0.8, seed=4)
 ASKED = {**KINDS, **BORDERS}
 WORDS = st.integers(0, (1 << 64) - 1)
 
@@ -103,6 +110,55 @@ def test_the_trial_covers_the_kernel(kernel: Kernel) -> None:
         seen = torch_trial.trouble(both.here, both.host, VOCAB, here, torch.float32)
         assert seen.startswith(fault)
         assert bool(seen) == bool(fault)
+
+
+# The engine --------------------------------------------------------------------------------------
+
+
+def start(monkeypatch: pytest.MonkeyPatch, kernel: object) -> TorchEngine:
+    monkeypatch.setattr(torch_engine, "choose_draw_kernel", lambda _device, _vocab_size: kernel)
+    engine = make(tiny_llama_folder(), extra={"sample": "device"})
+    assert isinstance(engine, TorchEngine)
+    return engine
+
+
+def test_an_engine_draws_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = start(monkeypatch, None)
+    used, within = [], by_filters(plain.describe().vocab_size)
+
+    def counted(logits: torch.Tensor, rows: torch.Tensor) -> object:
+        used.append(len(rows))
+        return within(logits, rows)
+
+    fast = start(monkeypatch, counted)
+    assert fast.describe().warnings == ()
+    used.clear()
+    asked = [WARM, NUCLEUS, SamplingParams(temperature=1.0, presence_penalty=1.0)]
+    admits = [admit(n, PROMPT, one) for n, one in enumerate(asked)]
+    plans = [
+        Plan(admits=admits, work=[(n, len(PROMPT)) for n in range(3)]),
+        *[Plan(work=[(n, 1) for n in range(3)])] * 12,
+    ]
+    for plan in plans:
+        assert fast.step(plan).tokens == plain.step(plan).tokens
+    assert used == [2] * len(plans)
+    fast.close()
+    plain.close()
+
+
+def broken(*_given: object) -> object:
+    raise RuntimeError("its kernel does not compile: no such device\nand a long story")
+
+
+def test_a_kernel_that_fails_leaves_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(monkeypatch, broken)
+    (warning,) = engine.describe().warnings
+    assert warning.startswith("tokens are drawn by torch's operations: it failed: its kernel does")
+    assert "\n" not in warning
+    plan = Plan(admits=[admit(1, PROMPT, NUCLEUS)], work=[(1, len(PROMPT))])
+    assert engine._drawer is not None
+    assert len(engine.step(plan).tokens) == 1
+    engine.close()
 
 
 # What is uploaded --------------------------------------------------------------------------------

@@ -77,7 +77,11 @@ async def serve(
         workers = LocalWorkers(supervisor, groups, further, folder, console)
         on_ready = _announcer(settings, groups[0].model.model_id, console)
         changes = controlled(lambda _: workers)
-        await _together(settings, specs, supervisor, on_ready, changes, console.stopping)
+        try:
+            await _together(settings, specs, supervisor, on_ready, changes, console.stopping)
+        except OSError:
+            check_ports(settings)  # taken while the model was loaded, one is told with its option
+            raise
 
 
 async def route(settings: Settings, groups: tuple[GroupSpec, ...], console: Console) -> None:

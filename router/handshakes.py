@@ -25,6 +25,8 @@ def mismatch(details: str, *, encrypted: bool) -> Mismatch | None:
     ``encrypted``: this end speaks TLS.
     """
     said = details.lower()
+    if "http1.x server" in said:
+        return Mismatch("it answers as a port of REST does: give its port of gRPC", certain=True)
     if encrypted and (certain := _certain(said)):
         return Mismatch(certain, certain=True)
     if not any(word in said for word in _CLOSED):

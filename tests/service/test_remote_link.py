@@ -8,7 +8,7 @@ import grpc.aio
 import pytest
 from grpc.aio import _call as aio_call
 
-from router.link import LinkDownError
+from router.link import Link, LinkDownError, MistrustError
 from router.remote_link import GREETINGS_MAX, RefusedError, RouterLink
 from tests.service.test_rest_router import house_in
 
@@ -39,3 +39,18 @@ async def test_a_refusal_is_heard_though_grpc_may_hide_it(
         finally:
             monkeypatch.undo()
             await link.close()
+
+
+async def test_the_port_of_rest_is_called_that(tmp_path: Path) -> None:
+    """For gateways, and for routers that take it for a worker."""
+    async with house_in(tmp_path) as house:
+        address = house.url.removeprefix("http://")
+        gateway, router = RouterLink(address, None), Link(address, 1, None)
+        try:
+            with pytest.raises(RefusedError, match="port of REST does: give its port of gRPC"):
+                await gateway.attach("test")
+            with pytest.raises(MistrustError, match="port of REST does: give its port of gRPC"):
+                await router.describe()
+        finally:
+            await gateway.close()
+            await router.close()

@@ -43,17 +43,19 @@ def for_template(
 ) -> list[Message]:
     """What the template can read of messages that ``laid_open`` returned.
 
-    Lists of parts are joined unless it takes them, a system message goes into the user's first one
-    if it would be refused or left out, arguments are JSON text again if it wants that,
-    ids are as long as Mistral's where only those are taken, and calls are made one by one by models
-    that do so. Calls that the template would leave out are text. Without ``native`` the template
-    has no words for tools: calls and results become text.
+    Lists of parts are joined unless it takes them, system messages go into the user's first one
+    if they would be refused or left out, and are one if no second one would be taken, arguments are
+    JSON text again if it wants that, ids are as long as Mistral's where only those are taken, and
+    calls are made one by one by models that do so. Calls that the template would leave out are
+    text. Without ``native`` the template has no words for tools: calls and results become text.
     """
     out: Sequence[Message] = messages
     if template is None or not template.takes_parts:
         out = [{**message, "content": text_of(message["content"])} for message in out]
     if template is not None and not template.takes_system:
         out = _without_system(out)
+    elif template is not None and not template.takes_systems:
+        out = _with_one_system(out)
     if not native:
         return plain_messages(out)
     if template is not None and not template.takes_calls:
@@ -63,12 +65,26 @@ def for_template(
     return [_called(message, as_text=as_text, short=form.short_ids) for message in out]
 
 
+def _leading(messages: Sequence[Message]) -> list[Message]:
+    """The system's messages before all others."""
+    return list(takewhile(lambda one: one["role"] == "system", messages))
+
+
 def _without_system(messages: Sequence[Message]) -> Sequence[Message]:
-    roles = [message["role"] for message in messages[:2]]
-    if roles != ["system", "user"]:
+    leading = _leading(messages)
+    others = messages[len(leading) :]
+    if not leading or not others or others[0]["role"] != "user":
         return messages
-    system, user, *others = messages
-    return [{**user, "content": joined((system["content"], user["content"]))}, *others]
+    contents = [message["content"] for message in (*leading, others[0])]
+    return [{**others[0], "content": joined(contents)}, *others[1:]]
+
+
+def _with_one_system(messages: Sequence[Message]) -> Sequence[Message]:
+    leading = _leading(messages)
+    if len(leading) < 2:
+        return messages
+    text = joined(message["content"] for message in leading)
+    return [{**leading[0], "content": text}, *messages[len(leading) :]]
 
 
 def _one_by_one(messages: Sequence[Message]) -> list[Message]:

@@ -91,8 +91,8 @@ class ChatTemplate:
 
     def try_out(self) -> None:
         """Finds out what the template can do, so that no request has to wait for it."""
-        _ = self.takes_parts, self.takes_system, self.takes_tools
-        _ = self.takes_calls, self.takes_arguments
+        _ = self.takes_parts, self.takes_system, self.takes_systems
+        _ = self.takes_tools, self.takes_calls, self.takes_arguments
 
     @cached_property
     def takes_parts(self) -> bool:
@@ -106,6 +106,12 @@ class ChatTemplate:
     def takes_system(self) -> bool:
         """Whether a conversation may begin with a system message."""
         return _PROBE in self._try(({"role": "system", "content": _PROBE}, *_asked("a")))
+
+    @cached_property
+    def takes_systems(self) -> bool:
+        """Whether it may begin with two of them."""
+        system = [{"role": "system", "content": text} for text in ("a", _PROBE)]
+        return _PROBE in self._try((*system, *_asked("a")))
 
     @cached_property
     def takes_tools(self) -> bool:

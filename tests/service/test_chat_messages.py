@@ -88,6 +88,31 @@ async def test_a_system_message_goes_to_the_user_where_it_would_be_refused_or_lo
     assert "user\nBe brief.\n\nHow is the weather?<|im_end|>" in found
 
 
+FIRST_ONLY = CHATML.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('the system message comes first') }}{% endif %}",
+)
+"""As Qwen 3.5's."""
+
+
+@pytest.mark.parametrize(
+    ("template", "begins"),
+    [
+        (MISTRAL, "<s>[INST]A\n\nB\n\nC[/INST]"),
+        (FIRST_ONLY, "<|im_start|>system\nA\n\nB<|im_end|>\n<|im_start|>user\nC<"),
+        (CHATML, "<|im_start|>system\nA<|im_end|>\n<|im_start|>system\nB<|im_end|>\n"),
+    ],
+)
+async def test_several_system_messages_are_as_many_as_the_template_takes(
+    template: str, begins: str
+) -> None:
+    said_by = (("system", "A"), ("developer", "B"), ("user", "C"))
+    messages = [{"role": role, "content": text} for role, text in said_by]
+    chat, _ = chats(template, said("a"))
+    assert (await chat.render(ChatAsk(messages)))[1].startswith(begins)
+
+
 async def test_parts_come_as_they_are_where_they_are_taken() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     typed = "{% for p in messages[0].content %}({{ p.type }} {{ p.text }}){% endfor %}"

@@ -262,12 +262,13 @@ async def test_messages_reach_the_chat_in_one_shape() -> None:
         {"role": "function", "name": "now", "content": "12:00"},
         {"role": "assistant", "content": None, "refusal": "No."},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"role": "user", "content": "y"},
     ]
     service.fleet = FakeFleet()
     service.fleet.tokenizer = tokenizer(HERMES)
     answer = await chat(service, messages=messages)
     assert answer.status_code == 200, answer.text
-    system, user, called, told, refused, again = service.messages
+    system, user, called, told, refused, again, last = service.messages
     assert (system["role"], system["content"]) == ("system", "S")
     assert (user["name"], user["more"], user["content"][0]["text"]) == ("Ann", 1, "x")
     assert called["tool_calls"] == [
@@ -277,3 +278,4 @@ async def test_messages_reach_the_chat_in_one_shape() -> None:
     assert (told["role"], told["name"]) == ("tool", "now")
     assert refused["content"] == "No."
     assert again["content"] == [{"type": "text", "text": "No."}]
+    assert last == messages[-1]

@@ -29,7 +29,7 @@ def mismatch(details: str, *, encrypted: bool) -> Mismatch | None:
         return Mismatch("it answers as a port of REST does: give its port of gRPC", certain=True)
     if encrypted and (certain := _certain(said)):
         return Mismatch(certain, certain=True)
-    if not any(word in said for word in _CLOSED):
+    if not is_closed(details):
         return None
     if encrypted:
         text = (
@@ -38,6 +38,12 @@ def mismatch(details: str, *, encrypted: bool) -> Mismatch | None:
         )
         return Mismatch(text, certain=False)
     return Mismatch(f"it closed the connection: it may expect {OPTIONS}", certain=False)
+
+
+def is_closed(details: str) -> bool:
+    """Whether gRPC's details say that the other end, or what is between, closed the connection."""
+    said = details.lower()
+    return any(word in said for word in _CLOSED)
 
 
 def _certain(said: str) -> str | None:

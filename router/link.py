@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from router.core.effects import RunPlan
 from router.errors import Fault, RequestError
-from router.handshakes import mismatch
+from router.handshakes import is_closed, mismatch
 from shards.v1.shard_pb2 import (
     Constraint,
     DescribeRequest,
@@ -310,6 +310,8 @@ def cause_of(error: grpc.aio.AioRpcError) -> str:
     details = "".join(filter(str.isprintable, lines[0] if lines else ""))
     if is_unreachable(error):
         return f"nobody can be reached there ({details.rpartition(': ')[2]})"
+    if error.code() is grpc.StatusCode.UNAVAILABLE and is_closed(details):
+        return f"the connection broke: its process has ended, or the network fails ({details})"
     return f"{error.code().name}: {details}"
 
 

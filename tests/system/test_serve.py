@@ -118,6 +118,15 @@ def test_a_grpc_stream_goes_on_where_it_was_when_its_worker_is_killed(server: Se
         assert text + "".join(part.text for part in stream) == unbroken
 
 
+def test_of_a_killed_worker_the_log_says_what_has_happened(tmp_path: Path) -> None:
+    log = tmp_path / "stderr"
+    with serving(tmp_path, *SCRIPTED) as server:
+        os.kill(server.worker_pid(), signal.SIGKILL)
+        eventually(lambda: "is down" in log.read_text())
+    (line,) = [json.loads(one) for one in log.read_text().splitlines() if "is down" in one]
+    assert "the connection broke: its process has ended" in line["message"]
+
+
 def test_a_worker_that_stays_away_ends_the_stream_in_time(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')

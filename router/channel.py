@@ -7,15 +7,14 @@ stalls nobody.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import repeat
+from typing import NamedTuple
 
 from router.core.effects import Close
 from router.metrics import Lifetime
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """What has arrived for a request since the last look.
 
     ``logprobs`` is empty if no token has any; else parallel to ``tokens``, with None or a
@@ -42,6 +41,7 @@ class Channel:
     __slots__ = (
         "_close",
         "_logprobs",
+        "_loop",
         "_prompt",
         "_room",
         "_tokens",
@@ -61,6 +61,7 @@ class Channel:
         self._prompt: list[object] = []
         self._close: Close | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
 
     async def get(self) -> Batch:
         """Waits until something has arrived and returns all of it.
@@ -70,7 +71,7 @@ class Channel:
         """
         if not self._tokens and not self._prompt and self._close is None:
             assert self._waiter is None, "a channel has one reader"
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:

@@ -257,6 +257,8 @@ class Generation:
         """Waits for what comes next: everything that has arrived since the last call."""
         if self._over:
             raise StopAsyncIteration
+        if self._prompt is None:
+            return self._chunk(await self._channel.get())
         return self._chunk(await next_batch(self._channel, self._prompt))
 
     @property

@@ -31,7 +31,7 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     config = config_of(given.size)
     (given.folder / "config.json").write_text(json.dumps(config, indent=2))
-    write_tokenizer(given.folder)
+    write_tokenizer(given.folder, config["vocab_size"])
     save_file(weights(config), given.folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -94,10 +94,12 @@ def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     return made
 
 
-def write_tokenizer(folder: Path) -> None:
-    """One of bytes: nobody reads what random weights say."""
+def write_tokenizer(folder: Path, size: int) -> None:
+    """One of bytes, in which every other token says its number: whatever is drawn is text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
+    first = [*alphabet, "<s>", "</s>"]
+    vocabulary = {text: number for number, text in enumerate(first)}
+    vocabulary |= {f"Ġ{number}": number for number in range(len(first), size)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

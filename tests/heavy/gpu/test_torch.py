@@ -101,7 +101,7 @@ def kernels(engine: TorchEngine) -> int:
 
 def test_compiled_layers_need_fewer_kernels(made: TorchEngine) -> None:
     plain = make(tiny_llama_folder(), device=DEVICE, extra={"compile": "off"})
-    assert kernels(made) < 0.8 * kernels(plain)
+    assert 0 < kernels(made) < 0.8 * kernels(plain)
     plain.close()
 
 

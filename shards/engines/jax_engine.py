@@ -32,12 +32,12 @@ from shards.engines import jax_buckets, jax_config
 from shards.engines.base import (
     Engine,
     EngineInfo,
-    EngineLost,
     EngineOptions,
     ModelError,
     Progress,
     Scheduling,
 )
+from shards.engines.caller import Drawing
 from shards.engines.draw_trial import trouble
 from shards.engines.host_memory import memory_bytes
 from shards.engines.jax_attention import KERNEL_HEAD_DIM, Attention
@@ -45,7 +45,7 @@ from shards.engines.jax_config import LlamaConfig
 from shards.engines.jax_mesh import AXIS, Group, join
 from shards.engines.jax_model import Loader, Model
 from shards.engines.jax_programs import Logits, Programs
-from shards.engines.jax_sampling import DeviceSampler
+from shards.engines.jax_sampling import DeviceSampler, Pending, lost
 from shards.engines.jax_steps import Arrays, Compiler
 from shards.engines.paged import PagedEngine
 from shards.extras import Extras
@@ -250,22 +250,37 @@ class JaxEngine(PagedEngine):
         self._sampler.close()
         self._group.close()
 
-    def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawn:
+    def _draw(self, layout: StepLayout, rows: Sequence[Resident]) -> Drawing:
         """Draws where it was asked for. What a device draws is not brought to the host."""
         plain = all(row.plain for row in rows)
         if self._argmax == "host" if plain else self._drawer is None:
             logits_here = self._forward(layout)
+            self._settle_before()
             return self._sampler.draw(logits_here, rows) if rows else Drawn([])
         try:
             logits = self._computed(layout)
             if logits.draws is None:
                 return Drawn([])
             if plain:
-                return self._best(logits.best, rows)
+                return self._keep(self._begin_best(logits, rows))
             assert self._drawer is not None, "or the host draws"
-            return self._drawer.draw(logits.draws, rows, partial(_brought, logits, len(rows)))
+            bring = partial(_brought, logits, len(rows))
+            return self._keep(self._drawer.begin(logits.draws, rows, bring))
         except jax.errors.JaxRuntimeError as error:
-            raise _lost(error) from error
+            raise lost(error) from error
+
+    def _keep(self, pending: Pending) -> Drawing:
+        """Leaves tokens on the device for the next step, if that can begin without the host."""
+        if pending.late is not None and self._group.world == 1:
+            self._programs.late = pending.late
+            return pending
+        self._settle_before()
+        return pending.take()
+
+    def _begin_best(self, logits: Logits, rows: Sequence[Resident]) -> Pending:
+        best: Any = logits.best
+        best.copy_to_host_async()
+        return Pending((best,), logits.late, lambda: self._best(best, rows))
 
     def _best(self, best: Any, rows: Sequence[Resident]) -> Drawn:
         """The likeliest tokens, as ``Model.best`` tells them."""
@@ -285,7 +300,7 @@ class JaxEngine(PagedEngine):
             if draws is not None:
                 found = _host(draws)[: len(layout.draws)]
         except jax.errors.JaxRuntimeError as error:
-            raise _lost(error) from error
+            raise lost(error) from error
         return found
 
     def _computed(self, layout: StepLayout) -> Logits:
@@ -319,12 +334,6 @@ def _device_name(group: Group) -> str:
     """The kind of device, and which one it is."""
     kind = f" {group.device.device_kind}" if group.platform != "cpu" else ""
     return f"{group.platform}{kind}"
-
-
-def _lost(error: Exception) -> EngineLost:
-    """What XLA says is long; a lost rank shows as a connection that was closed."""
-    reason = str(error).split("\n", maxsplit=1)[0]
-    return EngineLost(f"jax: the step failed, perhaps because another rank is gone: {reason}")
 
 
 def _dtype(options: EngineOptions, config: LlamaConfig) -> str:

@@ -150,11 +150,17 @@ class Model:
     dtype: Any
     attention: Callable[[int], Attention]
 
-    def embed(self, table: Array, vector: Array, bucket: Bucket) -> tuple[Array, dict[str, Array]]:
-        """Unpacks a step, looks its tokens up [tokens, width]; adds the angles' cos and sin."""
+    def embed(
+        self, table: Array, vector: Array, late: Array, bucket: Bucket
+    ) -> tuple[Array, dict[str, Array]]:
+        """Unpacks a step, looks its tokens up [tokens, width]; adds the angles' cos and sin.
+
+        ``late`` are those that the step before drew, which ``caller.late`` stands for.
+        """
         step = {name: vector[span].reshape(shape) for name, span, shape in bucket.spans()}
-        rows = table.shape[0]
-        places = step["tokens"] - lax.axis_index(AXIS) * rows
+        rows, tokens = table.shape[0], step["tokens"]
+        drawn = late[jnp.clip(-1 - tokens, 0, len(late) - 1)]
+        places = jnp.where(tokens < 0, drawn, tokens) - lax.axis_index(AXIS) * rows
         mine = (places >= 0) & (places < rows)
         found = jnp.where(mine[:, None], table[jnp.clip(places, 0, rows - 1)], 0)
         angles = jnp.array(self.config.frequencies, jnp.float32)

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from shards.engines.base import Progress
@@ -31,12 +33,14 @@ class Logits:
     """What came of a step, on the device: float32 logits of which the first rows mean something.
 
     ``draws`` is None if no sequence draws; with it go the ``best`` tokens, see ``Model.best``, if
-    the device finds them. ``scores`` are computed as they are asked for, and go with the number of
-    their rows; so are those ``of`` some of the drawing sequences, once more.
+    the device finds them, and these once more as ``Programs.late`` wants them. ``scores`` are
+    computed as they are asked for, and go with the number of their rows; so are those ``of`` some
+    of the drawing sequences, once more.
     """
 
     draws: Array | None
     best: Array | None
+    late: Array | None
     scores: Iterator[tuple[Array, int]]
     of: Callable[[Sequence[int]], Iterator[tuple[Array, int]]]
 
@@ -48,6 +52,9 @@ class Programs:
     kernels, makes graphs) is done then, and memory that does not suffice is found before serving.
     ``best``: whether the likeliest tokens are found behind each head. ``drawer``: its programs are
     compiled, too.
+
+    ``late`` are the tokens that the step before drew, where the host may not know them yet: int32,
+    of as many rows as draw at most.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class Programs:
         self._steps = kind(model, compiler, arrays, self._draw_counts[-1])
         self._head: dict[int, Compiled] = {}
         self._finds_best = best
+        self.late: Array = self._group.put(np.zeros(self._draw_counts[-1], np.int32))
         # Ranks compile in one order: XLA may let them share what it finds out.
         threads = min(COMPILERS_MAX, usable_cores()) if whole and self._group.world == 1 else 1
         jobs = [*self._jobs(), *(drawer.jobs() if drawer else ())]
@@ -87,10 +95,10 @@ class Programs:
         """Computes one step; its logits can be had until the next one is run."""
         bucket = self._buckets.fit(layout)
         layout = ordered(layout, bucket)
-        x, picked = self._steps.run(bucket, self._group.put(pack(layout, bucket)))
-        draws, best = None, None
+        x, picked = self._steps.run(bucket, self._group.put(pack(layout, bucket)), self.late)
+        draws, best, late = None, None, None
         if len(layout.draws):
-            draws, best = self._logits(picked, len(layout.draws))
+            draws, best, late = self._logits(picked, len(layout.draws))
         elif not len(layout.scores):
             x.block_until_ready()
 
@@ -100,18 +108,18 @@ class Programs:
                 yield self._logits(picked, count)[0], count
 
         return Logits(
-            draws, best, logits(layout.scores), lambda rows: logits(layout.draws[list(rows)])
+            draws, best, late, logits(layout.scores), lambda rows: logits(layout.draws[list(rows)])
         )
 
-    def _logits(self, picked: Array, count: int) -> tuple[Array, Array | None]:
+    def _logits(self, picked: Array, count: int) -> tuple[Array, Array | None, Array | None]:
         """Float32 logits [at least ``count``, vocabulary] of the first of the picked rows.
 
-        And their best tokens, if these are wanted.
+        And their best tokens, in both ways of ``Logits``, if these are wanted.
         """
         rows = next(rows for rows in self._draw_counts if rows >= count)
         outside = self._arrays.outside
         logits, *best = self._head[rows](picked, outside["norm"], outside["head"])
-        return logits, best[0] if best else None
+        return (logits, *best) if best else (logits, None, None)
 
     # Compilation --------------------------------------------------------------------------------
 
@@ -128,7 +136,10 @@ class Programs:
 
         def head(picked: Array, norm: Array, table: Array) -> tuple[Array, ...]:
             logits = model.head(picked[:count], norm, table)
-            return (logits, model.best(logits)) if self._finds_best else (logits,)
+            if not self._finds_best:
+                return (logits,)
+            best = model.best(logits)
+            return logits, best, jnp.pad(best[0], (0, len(picked) - count))
 
         self._head[count], _ = self._compiler(
             head, (picked, outside["norm"], outside["head"]), (SAME, SAME, TABLE), SAME
@@ -139,10 +150,10 @@ class Programs:
         for bucket in (*self._buckets.decodes, *self._buckets.mixed):
             vector = self._group.put(nothing(bucket))
             for _ in range(WARM_UPS):
-                x, picked = self._steps.run(bucket, vector)
+                x, picked = self._steps.run(bucket, vector, self.late)
                 x.block_until_ready()
         for count in self._draw_counts:
-            logits, _ = self._logits(picked, count)
+            logits, *_ = self._logits(picked, count)
             logits.block_until_ready()
             if drawer is not None:
                 drawer.warm_up(logits)

@@ -13,7 +13,7 @@ are compiled when the model is loaded, as the steps are.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from shards.engines import jax_filters
-from shards.engines.base import Logprobs, SamplingParams
+from shards.engines.base import EngineLost, Logprobs, SamplingParams
 from shards.engines.device_draw import parts, serves, spare_share, unit_bits
 from shards.engines.jax_filters import Filters
 from shards.engines.jax_steps import SAME, Compiled, Compiler
@@ -69,20 +69,25 @@ class DeviceSampler:
 
     def _compile_draw(self, count: int, filters: Filters) -> None:
         drawing = partial(jax_filters.draw, bits=self._bits, filters=filters)
+        spare = self._row_counts[-1] - count
+
+        def drawn(logits: Array, given: Array) -> tuple[Array, Array]:
+            found = jax_filters.in_parts(drawing, logits, given)
+            return found, jnp.pad(found[:, _TOKEN], (0, spare))
+
         given = self._compiler.same((count, _GIVEN), jnp.int32)
-        program = self._compiled(drawing, self._logits(count), given)
-        self._draws[count, filters] = program
+        self._draws[count, filters] = self._compiled(drawn, self._logits(count), given)
 
     def _compile_tops(self, count: int) -> None:
         telling = partial(jax_filters.tops, count=self._tops_max)
-        self._tops[count] = self._compiled(telling, self._logits(count))
+        told = partial(jax_filters.in_parts, telling)
+        self._tops[count] = self._compiled(told, self._logits(count))
 
-    def _compiled(self, function: Callable[..., Array], *arguments: Any) -> Compiled:
+    def _compiled(self, function: Callable[..., Any], *arguments: Any) -> Compiled:
         """A program, or None and a fault if there is no way to compute that on the device."""
         try:
             with jax.enable_x64(True):
-                whole = partial(jax_filters.in_parts, function)
-                return self._compiler(whole, arguments, (SAME,) * len(arguments), SAME)[0]
+                return self._compiler(function, arguments, (SAME,) * len(arguments), SAME)[0]
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             self.fault = _failed(error)
             return None
@@ -95,7 +100,7 @@ class DeviceSampler:
         given = self._compiler.group.put(np.zeros((count, _GIVEN), np.int32))
         try:
             for filters in FILTERS:
-                self._draws[count, filters](logits, given).block_until_ready()
+                self._draws[count, filters](logits, given)[0].block_until_ready()
             self._tops[count](logits).block_until_ready()
         except RuntimeError as error:
             self.fault = _failed(error)
@@ -130,17 +135,29 @@ class DeviceSampler:
 
         ``bring`` brings the logits of some rows to the host.
         """
+        return self.begin(logits, rows, bring).take()
+
+    def begin(
+        self, logits: Array, rows: Sequence[Row], bring: Callable[[Sequence[int]], Floats]
+    ) -> "Pending":
+        """Has the device draw what it can, and waits for nothing."""
         here: list[int] = []
         there: list[int] = []
         for index, row in enumerate(rows):
             (here if self._serves(row) else there).append(index)
-        drawn = Drawn([0] * len(rows))
         launched = self._launch(logits, rows, here) if here else None
-        if there:
-            self._draw_there(bring(there), rows, there, drawn)
-        if launched is not None:
-            self._take(launched, rows, here, drawn)
-        return drawn
+
+        def finish() -> Drawn:
+            drawn = Drawn([0] * len(rows))
+            if there:
+                self._draw_there(bring(there), rows, there, drawn)
+            if launched is not None:
+                self._take(launched.told, rows, here, drawn)
+            return drawn
+
+        if launched is None:
+            return Pending((), None, finish)
+        return Pending(launched.told, None if there else launched.late, finish)
 
     def _serves(self, row: Row) -> bool:
         return serves(row) and self._wanted(row.sampling) <= self._tops_max
@@ -161,22 +178,20 @@ class DeviceSampler:
             if place in found.failures:
                 drawn.failures[index] = found.failures[place]
 
-    def _launch(
-        self, logits: Array, rows: Sequence[Row], here: Sequence[int]
-    ) -> tuple[Array, Array | None]:
+    def _launch(self, logits: Array, rows: Sequence[Row], here: Sequence[int]) -> "_Launched":
         """Has the device draw some rows, and tell likely tokens; does not wait for it."""
         asked = [rows[index].sampling for index in here]
         sampled = [one for one in asked if one.temperature > 0.0]
         top_k = any(0 < one.top_k < self._vocab for one in sampled)
         top_p = top_k or any(0.0 < one.top_p < 1.0 for one in sampled)
         given = self._compiler.group.put(self._pack(rows, here, len(logits)))
-        found = self._draws[len(logits), Filters(top_k, top_p)](logits, given)
-        found.copy_to_host_async()
-        tops = None
+        found, late = self._draws[len(logits), Filters(top_k, top_p)](logits, given)
+        told = [found]
         if any(map(self._wanted, asked)):
-            tops = self._tops[len(logits)](logits)
-            tops.copy_to_host_async()
-        return found, tops
+            told.append(self._tops[len(logits)](logits))
+        for one in told:
+            one.copy_to_host_async()
+        return _Launched(tuple(told), late)
 
     def _pack(self, rows: Sequence[Row], here: Sequence[int], count: int) -> Table:
         """What the device must know of the rows, in one array; see ``jax_filters.Asked``."""
@@ -196,14 +211,14 @@ class DeviceSampler:
 
     def _take(
         self,
-        launched: tuple[Array, Array | None],
+        told: Sequence[Array],
         rows: Sequence[Row],
         here: Sequence[int],
         drawn: Drawn,
     ) -> None:
         """Waits for the device, and fills in its rows."""
-        found, likely = (None if one is None else _host(one) for one in launched)
-        assert found is not None, "every row that is drawn here has a token"
+        found, *more = map(_host, told)
+        likely = more[0] if more else None
         reals = found.view(np.float32)
         for index in here:
             if not math.isfinite(reals[index, _PEAK]):
@@ -211,8 +226,8 @@ class DeviceSampler:
                 continue
             drawn.tokens[index] = int(found[index, _TOKEN])
             if rows[index].sampling.logprobs:
-                told = None if likely is None else likely[index]
-                drawn.logprobs[index] = self._told(found[index], told, rows[index].sampling)
+                tops = None if likely is None else likely[index]
+                drawn.logprobs[index] = self._told(found[index], tops, rows[index].sampling)
 
     def _told(self, found: Table, likely: Table | None, sampling: SamplingParams) -> Logprobs:
         whole, real = found.tolist(), found.view(np.float32).tolist()
@@ -228,6 +243,50 @@ class DeviceSampler:
             values = [value - log_total for value in reals.tolist()]
         rank = whole[_RANK] if sampling.ranks else 0
         return Logprobs(real[_CHOSEN] - log_total, ids, values, rank)
+
+
+class _Launched(NamedTuple):
+    """What the device was given to tell: what it drew, perhaps likely tokens; and ``late``."""
+
+    told: tuple[Array, ...]
+    late: Array
+
+
+class Pending:
+    """Draws under way: see ``caller.Drawing``.
+
+    ``late`` are their tokens as ``Programs.late`` wants them; None if the host draws some of them.
+    """
+
+    def __init__(
+        self, arrays: Sequence[Array], late: Array | None, finish: Callable[[], Drawn]
+    ) -> None:
+        self.late = late
+        self._arrays = arrays
+        self._finish = finish
+
+    @property
+    def done(self) -> bool:
+        """See ``caller.Drawing``."""
+        return all(one.is_ready() for one in self._arrays)
+
+    def wait(self) -> None:
+        """See ``caller.Drawing``."""
+        for one in self._arrays:
+            one.block_until_ready()
+
+    def take(self) -> Drawn:
+        """See ``caller.Drawing``. Raises ``EngineLost`` if the step failed."""
+        try:
+            return self._finish()
+        except jax.errors.JaxRuntimeError as error:
+            raise lost(error) from error
+
+
+def lost(error: Exception) -> EngineLost:
+    """What XLA says is long; a lost rank shows as a connection that was closed."""
+    reason = str(error).split("\n", maxsplit=1)[0]
+    return EngineLost(f"jax: the step failed, perhaps because another rank is gone: {reason}")
 
 
 def _failed(error: Exception) -> str:

@@ -93,8 +93,11 @@ class Steps(ABC):
         """Compiles what the bucket needs; buckets may be compiled by several threads at once."""
 
     @abstractmethod
-    def run(self, bucket: Bucket, vector: Array) -> tuple[Array, Array]:
-        """Computes a step; returns what left the last layer, and its ``draws``' rows of that."""
+    def run(self, bucket: Bucket, vector: Array, late: Array) -> tuple[Array, Array]:
+        """Computes a step; returns what left the last layer, and its ``draws``' rows of that.
+
+        ``late``: see ``Model.embed``; of as many rows as draw at most.
+        """
 
     def pick(self, bucket: Bucket, x: Array, indices: Array) -> Array:
         """Other rows of what left the last layer."""
@@ -110,8 +113,11 @@ class Steps(ABC):
     def _picked(self, x: Array, draws: Array) -> Array:
         return jnp.pad(self._model.pick(x, draws), ((0, self._rows - len(draws)), (0, 0)))
 
-    def _vector(self, bucket: Bucket) -> Any:
-        return self._compiler.same((bucket.size,), jnp.int32)
+    def _given(self, bucket: Bucket) -> tuple[Any, Any]:
+        """Descriptions of a step and of the tokens that came late."""
+        sizes = bucket.size, self._rows
+        step, late = (self._compiler.same((size,), jnp.int32) for size in sizes)
+        return step, late
 
     def _specs(self) -> dict[str, PartitionSpec]:
         """How the weights of a layer lie over the ranks."""
@@ -135,9 +141,9 @@ class ByLayer(Steps):
         """See ``Steps``."""
         model, arrays = self._model, self._arrays
         self._embed[bucket], (x, step) = self._compiler(
-            lambda table, vector: model.embed(table, vector, bucket),
-            (arrays.outside["embed"], self._vector(bucket)),
-            (TABLE, SAME),
+            lambda table, vector, late: model.embed(table, vector, late, bucket),
+            (arrays.outside["embed"], *self._given(bucket)),
+            (TABLE, SAME, SAME),
             SAME,
         )
         for window in sorted(set(self._windows)):
@@ -152,10 +158,10 @@ class ByLayer(Steps):
             )
         self._compile_pick(bucket)
 
-    def run(self, bucket: Bucket, vector: Array) -> tuple[Array, Array]:
+    def run(self, bucket: Bucket, vector: Array, late: Array) -> tuple[Array, Array]:
         """See ``Steps``. Calls return before they are done: the device does not wait for them."""
         arrays = self._arrays
-        x, step = self._embed[bucket](arrays.outside["embed"], vector)
+        x, step = self._embed[bucket](arrays.outside["embed"], vector, late)
         for number, layer in enumerate(arrays.layers):
             program = self._layer[bucket, self._windows[number]]
             x, arrays.caches[number] = program(x, arrays.caches[number], layer, step)
@@ -192,19 +198,19 @@ class Whole(Steps):
         (cache,) = arrays.caches
         self._step[bucket], _ = self._compiler(
             self._computed(bucket),
-            (arrays.outside["embed"], self._vector(bucket), cache, self._vectors, arrays.layers),
-            (TABLE, SAME, CACHE, SAME, [self._specs()] * len(arrays.layers)),
+            (arrays.outside["embed"], *self._given(bucket), cache, self._vectors, arrays.layers),
+            (TABLE, SAME, SAME, CACHE, SAME, [self._specs()] * len(arrays.layers)),
             (SAME, SAME, CACHE),
-            donate=(2,),
+            donate=(3,),
         )
         self._compile_pick(bucket)
 
-    def run(self, bucket: Bucket, vector: Array) -> tuple[Array, Array]:
+    def run(self, bucket: Bucket, vector: Array, late: Array) -> tuple[Array, Array]:
         """See ``Steps``."""
         arrays = self._arrays
         (cache,) = arrays.caches
         x, picked, arrays.caches[0] = self._step[bucket](
-            arrays.outside["embed"], vector, cache, self._vectors, arrays.layers
+            arrays.outside["embed"], vector, late, cache, self._vectors, arrays.layers
         )
         return x, picked
 
@@ -221,9 +227,14 @@ class Whole(Steps):
         }
 
         def computed(
-            table: Array, vector: Array, cache: Array, vectors: Weights, matrices: list[Weights]
+            table: Array,
+            vector: Array,
+            late: Array,
+            cache: Array,
+            vectors: Weights,
+            matrices: list[Weights],
         ) -> tuple[Array, Array, Array]:
-            x, step = model.embed(table, vector, bucket)
+            x, step = model.embed(table, vector, late, bucket)
             pages, page_tokens = cache.shape[0] // len(matrices), cache.shape[1]
             for number, (window, layer) in enumerate(zip(self._windows, matrices, strict=True)):
                 page = number * pages

@@ -26,12 +26,13 @@ class Files:
     """The certificate that is shown, with those between it and its CA; its private key; and ``ca``.
 
     That one holds the certificates of which one must have signed what the other side shows. None:
-    the other side need not show any.
+    the other side need not show any. In a ``cluster`` the other side believes the same.
     """
 
     cert: Path
     key: Path
     ca: Path | None
+    cluster: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def incomplete(given: Mapping[str, object]) -> str | None:
 
 def cluster_files(ca: str | None, cert: str | None, key: str | None) -> Files | None:
     """The files of a member of a cluster; None if it is in none, as one that lacks any is."""
-    return Files(Path(cert), Path(key), Path(ca)) if ca and cert and key else None
+    return Files(Path(cert), Path(key), Path(ca), cluster=True) if ca and cert and key else None
 
 
 def read(files: Files) -> Material:

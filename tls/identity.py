@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from tls.doubts import doubt
 from tls.files import Files, Material, TlsError, exposed, read
 
 _Seen = tuple[int, int, int] | None
@@ -12,8 +13,9 @@ _Seen = tuple[int, int, int] | None
 class Identity:
     """The certificate, key and CA in some files, which may be replaced at any time.
 
-    ``warn`` gets a line if the key is open to other users, and one for each time that files were
-    replaced by what cannot be used. May be used on any thread. Making one raises ``TlsError``.
+    ``warn`` gets a line if the key is open to other users, one whenever the members of a cluster
+    would not believe each other, and one for each time that files were replaced by what cannot be
+    used. May be used on any thread. Making one raises ``TlsError``.
     """
 
     def __init__(self, files: Files, warn: Callable[[str], None]) -> None:
@@ -24,6 +26,7 @@ class Identity:
         self._material = read(files)
         if warning := exposed(files.key):
             warn(warning)
+        self._doubt()
 
     def current(self) -> Material:
         """What the files hold; the last that could be used. Asked for at each new connection."""
@@ -35,7 +38,13 @@ class Identity:
                     self._material = read(self._files)
                 except TlsError as error:
                     self._warn(f"{error}; the former certificate stays in use")
+                else:
+                    self._doubt()
             return self._material
+
+    def _doubt(self) -> None:
+        if self._files.cluster and (warning := doubt(self._files, self._material)):
+            self._warn(warning)
 
     def _look(self) -> tuple[_Seen, ...]:
         """What tells a file from the one that was there before."""

@@ -2,6 +2,7 @@
 
 import subprocess
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def test_settings_without_files_are_of_nobody() -> None:
 def test_every_fault_of_the_files_is_told(ours: Authority, tmp_path: Path) -> None:
     tls, cluster = ours.files("a"), ours.files("b")
     sound = Settings(**options(tls, "tls"), **options(cluster, "cluster"))
-    assert (sound.tls, sound.cluster) == (tls, cluster)
+    assert (sound.tls, sound.cluster) == (tls, replace(cluster, cluster=True))
     check_files(sound)
     none = tmp_path / "none"
     with pytest.raises(ConfigError) as caught:
@@ -215,3 +216,49 @@ def test_every_fault_of_the_files_is_told(ours: Authority, tmp_path: Path) -> No
 )
 def test_who_can_reach_an_address(address: str, here: bool) -> None:
     assert stays_here(address) == here
+
+
+# A member of a cluster ---------------------------------------------------------------------------
+
+
+def warnings_of(files: Files) -> list[str]:
+    """What a process is told that shows these files to its cluster."""
+    warnings: list[str] = []
+    Identity(replace(files, cluster=True), warnings.append)
+    return warnings
+
+
+def test_a_member_whom_its_own_ca_believes_is_told_nothing(ours: Authority) -> None:
+    assert warnings_of(ours.files("a")) == []
+
+
+def test_a_member_whom_its_own_ca_does_not_believe_is_told_why(
+    ours: Authority, theirs: Authority
+) -> None:
+    stranger = ours.files("a", ca=theirs.ca)
+    (warning,) = warnings_of(stranger)
+    assert warning.startswith(f"certificate {stranger.cert}: ")
+    assert "issuer" in warning
+    assert str(theirs.ca) in warning
+    old = ours.files("b")
+    ours.renew(old, not_after=datetime(2020, 1, 1, tzinfo=UTC))
+    (warning,) = warnings_of(old)
+    assert "certificate has expired" in warning
+    assert "\n" not in warning
+
+
+def test_who_is_in_no_cluster_may_be_of_any_ca(ours: Authority, theirs: Authority) -> None:
+    Identity(ours.files("a", ca=theirs.ca), fail)
+
+
+def test_a_member_is_told_of_each_certificate_that_comes(ours: Authority) -> None:
+    files = ours.files("a")
+    warnings: list[str] = []
+    identity = Identity(replace(files, cluster=True), warnings.append)
+    ours.renew(files, not_after=datetime(2020, 1, 1, tzinfo=UTC))
+    identity.current()
+    identity.current()
+    assert len(warnings) == 1
+    ours.renew(files)
+    identity.current()
+    assert len(warnings) == 1

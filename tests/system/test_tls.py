@@ -139,8 +139,7 @@ def test_a_cluster_speaks_by_certificates_alone(tmp_path: Path, ours: Authority)
         with gateway(tmp_path, port, *own, *public) as before:
             assert before.rest.startswith("https://")
             assert answers(before.rest, client_context(ours.ca))
-        foreign = Authority(tmp_path, "theirs").files("web", ca=ours.ca)
-        foreign = replace(foreign, ca=Authority(tmp_path, "theirs").ca)
+        foreign = Authority(tmp_path, "theirs").files("web")
         line = only_line(
             roundhouse("gateway", "--router", port, "--port", "0", *flags(foreign, "cluster"))
         )

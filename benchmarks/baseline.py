@@ -1,8 +1,8 @@
 """llama-server at its best flags, found anew for each load: which are best depends on the CPU.
 
 On one CPU a unified KV cache is twice as fast as a split one, on another, with AMX, it is slower.
-So each scenario first tries these, and the baseline is the fastest. Our own server has both layouts
-of the cache, too, and is tried with them in the same way.
+So each scenario first tries these, and the baseline is the fastest. Our own server has such
+choices, too, and is tried with them in the same way, as `roundhouse tune` would.
 """
 
 from dataclasses import replace
@@ -21,7 +21,9 @@ LAYOUTS = (
     LlamaFlags(slots=16, unified=False, flash_attention=True),
 )
 QUICK_LAYOUTS = 2
-OUR_LAYOUTS = (("--engine-option", "kv=unified"), ("--engine-option", "kv=split"))
+OUR_CHOICES = tuple(
+    ("--engine-option", option) for option in ("kv=unified", "kv=split", "flash=off")
+)
 SEED = 9000
 
 
@@ -57,14 +59,14 @@ def rate(flags: LlamaFlags, load: Load) -> float:
 
 
 @cache
-def best_layout(load: Load) -> tuple[str, ...]:
-    """Options of our own server: the faster layout of its KV cache for this load, in one round."""
+def best_choice(load: Load) -> tuple[str, ...]:
+    """Options of our own server: the fastest for this load, in one round each."""
     rates: dict[tuple[str, ...], float] = {}
-    for layout in OUR_LAYOUTS:
-        with roundhouse(*layout) as system:
+    for choice in OUR_CHOICES:
+        with roundhouse(*choice) as system:
             warm(system, load.clients)
-            rates[layout] = _short(load).run(system, SEED).rate
-        say(f"  roundhouse, {layout[-1]}: {load.name} {rates[layout]:.1f} tokens/s")
+            rates[choice] = _short(load).run(system, SEED).rate
+        say(f"  roundhouse, {choice[-1]}: {load.name} {rates[choice]:.1f} tokens/s")
     return max(rates, key=rates.__getitem__)
 
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from statistics import median
 
-from benchmarks.baseline import best, best_layout
+from benchmarks.baseline import best, best_choice
 from benchmarks.jobs import Seen, percentile
 from benchmarks.loads import DECODE, SHARED, Load, say, warm
 from benchmarks.processes import running
@@ -39,15 +39,15 @@ def latencies(runs: Sequence[Seen]) -> str:
 def compare(load: Load, bar: float, quick: bool) -> list[Row]:
     """One load on both systems, A B A B; each round has prompts of its own, so caches are cold.
 
-    Both have the layout of the KV cache that was the faster one for them in a trial.
+    Both have the cache and the attention that were the fastest for them in a trial.
     """
     flags = best(load, quick)
-    layout = best_layout(load)
+    choice = best_choice(load)
     ours: list[Seen] = []
     theirs: list[Seen] = []
     with ExitStack() as stack:
         turns = (
-            (stack.enter_context(roundhouse(*layout)), ours),
+            (stack.enter_context(roundhouse(*choice)), ours),
             (stack.enter_context(llama_server(flags)), theirs),
         )
         for number in range(1 if quick else ROUNDS):
@@ -55,7 +55,7 @@ def compare(load: Load, bar: float, quick: bool) -> list[Row]:
                 warm(system, load.clients)
                 runs.append(load.run(system, SEED + 10 * load.clients + number))
                 say(f"  {system.name}: {runs[-1].rate:.1f} tokens/s, {latencies(runs[-1:])}")
-    note = f"ours ({layout[-1]}): {latencies(ours)}; llama-server ({flags}): {latencies(theirs)}"
+    note = f"ours ({choice[-1]}): {latencies(ours)}; llama-server ({flags}): {latencies(theirs)}"
     return [Row.against(load.name, load.what, rate(ours), rate(theirs), bar, note=note)]
 
 

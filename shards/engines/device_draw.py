@@ -1,8 +1,10 @@
 """What draws on a device have in common, whatever computes them. This module needs no framework."""
 
 import math
+from collections.abc import Sequence
 
-from shards.sampling import Row, adjusts
+from shards.filters import Floats
+from shards.sampling import Drawn, Row, Sampler, adjusts
 
 _SPARE_STEPS = 2.0**40
 # Shares of a mass have 53 bits, in two parts.
@@ -28,6 +30,19 @@ def spare_share(top_p: float) -> float:
 def parts(share: float) -> tuple[int, int]:
     """A share, 0 to 1, by its upper 22 bits and its lower 31; the upper ones of 1 are 23."""
     return divmod(int(share * 2.0**SHARE_BITS), 1 << LOW_BITS)
+
+
+def draw_there(
+    sampler: Sampler, logits: Floats, rows: Sequence[Row], there: Sequence[int], drawn: Drawn
+) -> None:
+    """Draws rows of a step on the host, those of the indices ``there``, by their logits."""
+    found = sampler.draw(logits, [rows[index] for index in there])
+    for place, index in enumerate(there):
+        drawn.tokens[index] = found.tokens[place]
+        if place in found.logprobs:
+            drawn.logprobs[index] = found.logprobs[place]
+        if place in found.failures:
+            drawn.failures[index] = found.failures[place]
 
 
 def unit_bits(vocab_size: int) -> int:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from shards.engines import jax_filters
 from shards.engines.base import EngineLost, Logprobs, SamplingParams
-from shards.engines.device_draw import parts, serves, spare_share, unit_bits
+from shards.engines.device_draw import draw_there, parts, serves, spare_share, unit_bits
 from shards.engines.jax_filters import Filters
 from shards.engines.jax_steps import SAME, Compiled, Compiler
 from shards.filters import Floats
@@ -150,7 +150,7 @@ class DeviceSampler:
         def finish() -> Drawn:
             drawn = Drawn([0] * len(rows))
             if there:
-                self._draw_there(bring(there), rows, there, drawn)
+                draw_there(self._sampler, bring(there), rows, there, drawn)
             if launched is not None:
                 self._take(launched.told, rows, here, drawn)
             return drawn
@@ -165,18 +165,6 @@ class DeviceSampler:
     def _wanted(self, sampling: SamplingParams) -> int:
         """How many likely tokens are told."""
         return min(sampling.top_logprobs, self._vocab) if sampling.logprobs else 0
-
-    def _draw_there(
-        self, logits: Floats, rows: Sequence[Row], there: Sequence[int], drawn: Drawn
-    ) -> None:
-        """Draws the rows that ask for more, on the host, while the device is at work."""
-        found = self._sampler.draw(logits, [rows[index] for index in there])
-        for place, index in enumerate(there):
-            drawn.tokens[index] = found.tokens[place]
-            if place in found.logprobs:
-                drawn.logprobs[index] = found.logprobs[place]
-            if place in found.failures:
-                drawn.failures[index] = found.failures[place]
 
     def _launch(self, logits: Array, rows: Sequence[Row], here: Sequence[int]) -> "_Launched":
         """Has the device draw some rows, and tell likely tokens; does not wait for it."""

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from shards.engines.base import Logprobs
-from shards.engines.device_draw import serves, unit_bits
+from shards.engines.device_draw import draw_there, serves, unit_bits
 from shards.engines.torch_filters import Cut, Near, Share, cut, invert, units, weigh
 from shards.engines.torch_late import Fetch
 from shards.engines.torch_rows import (
@@ -158,13 +158,7 @@ class DeviceSampler:
         """Draws the rows that ask for more, on the host, while the device is at work."""
         if len(there) < len(rows):
             logits = logits.index_select(0, self._upload(np.array(there, np.int64)))
-        found = self._sampler.draw(self._to_host(logits), [rows[index] for index in there])
-        for place, index in enumerate(there):
-            drawn.tokens[index] = found.tokens[place]
-            if place in found.logprobs:
-                drawn.logprobs[index] = found.logprobs[place]
-            if place in found.failures:
-                drawn.failures[index] = found.failures[place]
+        draw_there(self._sampler, self._to_host(logits), rows, there, drawn)
 
     def _launch(
         self, logits: Any, rows: Sequence[Row], wanted: Sequence[int], width: int

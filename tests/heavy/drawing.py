@@ -59,6 +59,24 @@ class Compared:
                 np.testing.assert_allclose(told.top_values, other.top_values, rtol=1e-6, atol=1e-5)
         return exchanged
 
+    def all_exchanged(
+        self,
+        random: np.random.Generator,
+        size: int,
+        count: int,
+        spreads: Sequence[float],
+        steps: Sequence[float] = (0.0,),
+        **asked: object,
+    ) -> tuple[int, int]:
+        """``exchanged`` of ``count`` rows for each spread and step of logits; and of how many."""
+        exchanged = rows = 0
+        for spread in spreads:
+            for step in steps:
+                logits = random_logits(random, count, size, spread, step)
+                exchanged += self.exchanged(logits, random_rows(random, count, **asked))
+                rows += count
+        return exchanged, rows
+
 
 def between(logits: NDArray[np.float32], temperature: float, one: int, other: int) -> float:
     """The share of the mass that separates two tokens in the order of ids."""

@@ -40,12 +40,8 @@ def beside_host(way: str, size: int) -> Both:
 def test_draws_what_the_host_draws(asked: dict[str, object], size: int, way: str) -> None:
     both, random = beside_host(way, size), np.random.default_rng(size)
     count = 100 if size < 10_000 else 6
-    exchanged = rows = 0
-    for spread in (0.3, 3.0, 8.0):
-        for step in (0.0, 0.125):
-            logits = random_logits(random, count, size, spread, step)
-            exchanged += both.exchanged(logits, random_rows(random, count, **asked))
-            rows += count
+    spreads, steps = (0.3, 3.0, 8.0), (0.0, 0.125)
+    exchanged, rows = both.all_exchanged(random, size, count, spreads, steps, **asked)
     assert not both.brought
     assert exchanged <= 1 + rows * EXCHANGED_PER_THOUSAND / 1000
 

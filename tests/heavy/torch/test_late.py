@@ -10,22 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from shards.engines.base import Engine, Plan, SamplingParams
-from shards.engines.caller import late
+from shards.engines.base import Engine, Plan
 from shards.engines.torch_engine import TorchEngine
 from shards.engines.torch_graphs import DecodeGraphs, Packing, run_directly
 from shards.engines.torch_late import Fetch, Greedy
 from shards.sampling import NOT_FINITE
 from tests.engines.contract import EngineContract
 from tests.engines.contract_grammar import GrammarContract
+from tests.engines.contract_late import LateContract
 from tests.engines.contract_prompts import PromptContract
 from tests.engines.driving import admit
 from tests.heavy.models import tiny_llama_folder
 from tests.heavy.torch.made import make
 
 PROMPTS = [[(7 * n + 13 * k) % 250 for k in range(24 + 7 * n)] for n in range(1, 5)]
-WARM = SamplingParams(temperature=0.9, seed=3)
-PENAL = SamplingParams(temperature=0.9, seed=3, repetition_penalty=1.2)
 
 
 def captured(engine: TorchEngine) -> TorchEngine:
@@ -49,7 +47,7 @@ def engine(made: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
     return made
 
 
-class TestContract(GrammarContract, PromptContract, EngineContract):
+class TestContract(LateContract, GrammarContract, PromptContract, EngineContract):
     @pytest.fixture
     def engine(self, engine: TorchEngine) -> Engine:
         return engine
@@ -57,34 +55,6 @@ class TestContract(GrammarContract, PromptContract, EngineContract):
     @pytest.fixture
     def prompts(self) -> list[list[int]]:
         return PROMPTS
-
-
-def known(engine: TorchEngine, sequence: int) -> list[int]:
-    return engine._residents.by_sequence[sequence].tokens
-
-
-def test_a_step_starts_without_the_tokens_of_the_one_before(engine: TorchEngine) -> None:
-    prompt, other = PROMPTS[:2]
-    first = engine.start(Plan(admits=[admit(1, prompt)], work=[(1, len(prompt))]))
-    plan = Plan(admits=[admit(2, other, WARM)], work=[(2, len(other)), (1, 1)])
-    second = engine.start(plan)
-    assert known(engine, 1)[len(prompt) :] == [late(0), late(1)]
-    assert known(engine, 2)[len(other) :] == [late(0)]
-    tokens = first.finish().tokens
-    assert known(engine, 1)[len(prompt) :] == [*tokens, late(1)]
-    assert second.finish().tokens == [known(engine, 2)[-1], known(engine, 1)[-1]]
-    assert min(known(engine, 1) + known(engine, 2)) >= 0
-
-
-def test_a_row_for_the_host_waits_for_what_is_under_way(engine: TorchEngine) -> None:
-    prompt, other = PROMPTS[:2]
-    first = engine.start(Plan(admits=[admit(1, prompt)], work=[(1, len(prompt))]))
-    plan = Plan(admits=[admit(2, other, PENAL)], work=[(2, len(other)), (1, 1)])
-    second = engine.start(plan)
-    assert known(engine, 1)[len(prompt)] >= 0
-    assert second.done
-    assert first.finish().sequences == [1]
-    assert second.finish().sequences == [2, 1]
 
 
 def test_a_row_that_fails_under_way_tells_it_once(engine: TorchEngine) -> None:

@@ -100,9 +100,19 @@ def kernels(engine: TorchEngine) -> int:
 
 
 def test_compiled_layers_need_fewer_kernels(made: TorchEngine) -> None:
+    """Counted for each layer, as what is around them stays and is most of so small a model.
+
+    Modelling code turns queries and keys by five kernels each, adds and norms by two, and gates by
+    two; compiled, each is one: ten less for each layer. Llama 1B's sixteen layers save just that
+    on an H100 (417 to 257). Where a compiler cuts otherwise, it may be two less.
+    """
     plain = make(tiny_llama_folder(), device=DEVICE, extra={"compile": "off"})
-    assert 0 < kernels(made) < 0.8 * kernels(plain)
-    plain.close()
+    try:
+        needed, without, layers = kernels(made), kernels(plain), len(plain._model.blocks())
+    finally:
+        plain.close()
+    told = f"{needed} kernels compiled, {without} plain, {layers} layers"
+    assert 0 < needed <= without - 8 * layers, told
 
 
 def test_nothing_is_compiled_while_serving(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,15 @@
 
 So compiling stalls no step, and what cannot be compiled is refused as what it is, a fault of the
 request. Which worker has compiled what is remembered: a schema that comes again costs no round
-trip. A worker that has forgotten it, or has come up since, compiles it when a sequence comes.
+trip. A worker that has forgotten it, or has come up since, compiles it when a sequence comes. If
+it cannot, the sequence fails there, and only ``blame`` tells whose fault that is.
 """
 
 import asyncio
 import hashlib
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from router.ask import Ask, Constraint
 from router.config import Settings
@@ -22,6 +25,9 @@ KNOWN_MAX = 4096
 """Pairs of a group and a constraint that are remembered. Workers keep 256 constraints each."""
 DEADLINE_S = 60.0
 """What preparing may take if nobody sets a shorter time; a worker gives a constraint up sooner."""
+
+Blame = Callable[[RequestError], Awaitable[RequestError]]
+"""What to tell a client of the failure that broke an answer off."""
 
 _Key = tuple[tuple[str, ...], bytes]
 """The instances of a group's ranks, and the digest of a constraint."""
@@ -70,6 +76,20 @@ class Preparer:
             raise _refusal(error, constraint) from error
         finally:
             self._open -= 1
+
+    def blame(self, model: str, ask: Ask) -> Blame:
+        """For a request that was submitted, perhaps while no group was up to compile for it."""
+        return partial(self._blamed, model, ask)
+
+    async def _blamed(self, model: str, ask: Ask, error: RequestError) -> RequestError:
+        if error.fault is not Fault.ENGINE_FAILED or ask.params.constraint is None:
+            return error
+        try:
+            await self.prepare(model, ask)
+        except RequestError as refused:
+            refused.counted = error.counted
+            return refused if refused.fault is Fault.VALIDATION else error
+        return error
 
     def _limit_s(self, ask: Ask) -> float:
         given = (ask.deadline_s, self._settings.request_deadline_s, DEADLINE_S)

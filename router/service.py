@@ -22,7 +22,7 @@ from router.driver import Driver
 from router.embedding import Embedder
 from router.errors import FAULT_OF_REASON, Fault, RequestError
 from router.fleet import Fleet, ModelCard
-from router.preparing import Preparer
+from router.preparing import Blame, Preparer
 from router.scores import PromptScores, next_batch
 from router.text.encoding import INLINE_CHARS, encoded
 from router.text.messages import weight
@@ -177,7 +177,7 @@ class Service:
             adapter=ask.adapter,
         )
         outs = self._outs.setdefault(card.tokenizer, {})
-        return Work(card, submitted, params, seed, outs)
+        return Work(card, submitted, params, seed, outs, self._preparer.blame(card.id, ask))
 
     def _deadline_ms(self, ask: Ask) -> int | None:
         limits = (ask.deadline_s, self._settings.request_deadline_s)
@@ -197,6 +197,7 @@ class Work:
     params: Params
     seed: int | None
     outs: Outs
+    blame: Blame
 
 
 class Generation:
@@ -207,6 +208,7 @@ class Generation:
     """
 
     __slots__ = (
+        "_blame",
         "_channel",
         "_count",
         "_driver",
@@ -234,6 +236,7 @@ class Generation:
         self.prompt_ids, self.prompt_tokens = submitted.prompt, len(submitted.prompt)
         self._driver = driver
         self._channel = channel
+        self._blame = work.blame
         self._params = params
         self._prompt: PromptScores | None = None
         if params.prompt_logprobs:
@@ -257,9 +260,12 @@ class Generation:
         """Waits for what comes next: everything that has arrived since the last call."""
         if self._over:
             raise StopAsyncIteration
-        if self._prompt is None:
-            return self._chunk(await self._channel.get())
-        return self._chunk(await next_batch(self._channel, self._prompt))
+        try:
+            if self._prompt is None:
+                return self._chunk(await self._channel.get())
+            return self._chunk(await next_batch(self._channel, self._prompt))
+        except RequestError as error:
+            raise await self._blame(error) from None
 
     @property
     def prompt(self) -> tuple[TokenOut, ...]:

@@ -355,3 +355,21 @@ async def test_an_answer_goes_on_exactly_where_it_was_on_another_worker(bench: B
             async for chunk in generation:
                 text += chunk.text
         assert text == unbroken
+
+
+async def test_what_was_asked_while_no_worker_was_up_is_refused_in_the_same_words(
+    bench: Bench,
+) -> None:
+    async with router_of((await bench.start("w"),)) as router:
+        with pytest.raises(RequestError) as told:
+            await router.service.generate(ask_of(BAD))
+        await bench.kill("w")
+        await until(lambda: not any(router.fleet.groups_up().values()))
+        generation = await router.service.generate(ask_of(BAD))
+        sound = await router.service.generate(ask_of(WORDS))
+        await bench.start("w")
+        with pytest.raises(RequestError) as caught:
+            await whole(generation)
+        assert (caught.value.fault, caught.value.field) == (Fault.VALIDATION, "response_format")
+        assert caught.value.message == told.value.message
+        assert (await whole(sound))[0] in ("yes", "no")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deploy.hardware import Hardware, detect
 from deploy.interpreters import installed_apart
-from deploy.models import HUB_ID, ModelNotFound
+from deploy.models import HUB_ID, ModelNotFound, check_single, is_hf, lacking, looking_at
 from deploy.options import UserError
 
 GGUF, SAFETENSORS = "gguf", "safetensors"
@@ -251,22 +251,33 @@ def pick(
 def format_of(model: str | None, file: str | None = None) -> str:
     """The format of a model, by what is on the disk, or the name of its repository on the hub.
 
-    Raises ``ModelNotFound`` for a folder that holds no model, and for a path where nothing is.
+    Raises ``ModelNotFound`` for a folder that holds no model, for a file that is none, and for a
+    path where nothing is.
     """
     if not model or (file or "").lower().endswith(".gguf"):
         return GGUF  # the embedded model is one
     path = Path(model).expanduser()
-    if path.is_dir():
-        if file is None and (path / "config.json").is_file():
-            return SAFETENSORS
-        if next(path.glob("*.gguf"), None) is not None:
+    with looking_at(path):
+        if path.is_dir():
+            return _format_in(path, file)
+        if path.exists():
+            check_single(path)
             return GGUF
-        raise ModelNotFound(f"folder {path} holds neither config.json nor a GGUF file")
-    if not path.exists() and (model.startswith((".", "~")) or not HUB_ID.fullmatch(model)):
+    if model.startswith((".", "~")) or not HUB_ID.fullmatch(model):
         raise ModelNotFound(f"model file {model} does not exist")
     # Repositories of GGUF files are called so; nothing but a download could say it better.
     named = path.suffix == ".gguf" or "gguf" in path.name.lower() or file is not None
     return GGUF if named else SAFETENSORS
+
+
+def _format_in(folder: Path, file: str | None) -> str:
+    """What a folder holds; of both, safetensors, unless ``file`` names one."""
+    names = sorted(path.name for path in folder.iterdir())
+    if file is None and is_hf(names):
+        return SAFETENSORS
+    if any(name.endswith(".gguf") for name in names):
+        return GGUF
+    raise ModelNotFound(f"folder {folder} {lacking('llamacpp' if is_hf(names) else '', names)}")
 
 
 def installed_here() -> set[str]:

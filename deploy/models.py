@@ -2,7 +2,8 @@
 
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ QUANTISATIONS = (
     *("IQ4_XS", "IQ4_NL", "Q3_K_L", "Q3_K_M", "Q2_K", "BF16", "F16", "F32"),
 )
 WEIGHT_FILES = (".gguf", ".safetensors")
+_NAME_MAX = 200
+_MAGIC = b"GGUF"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # A model in several files is named by its first one; llama.cpp finds the others beside it.
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -54,10 +57,11 @@ def resolve(name: str | None, *, engine: str, file: str | None, revision: str | 
     if not name:
         return Model(None, "scripted") if engine == "scripted" else embedded()
     path = Path(name).expanduser()
-    if path.is_dir():
-        return in_folder(path, engine, file)
-    if path.is_file():
-        return _single(path, engine)
+    with looking_at(path):
+        if path.is_dir():
+            return in_folder(path, engine, file)
+        if path.exists():
+            return _single(path, engine)
     if engine == "scripted":
         return Model(None, name)
     if path.suffix in WEIGHT_FILES or not HUB_ID.fullmatch(name) or name.startswith("."):
@@ -68,16 +72,41 @@ def resolve(name: str | None, *, engine: str, file: str | None, revision: str | 
     return hub.fetch(name, engine, file, revision)
 
 
+@contextmanager
+def looking_at(path: Path) -> Iterator[None]:
+    """Raises ``ModelNotFound`` where the system refuses to tell what is at a path."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelNotFound(f"model {str(path)[:_NAME_MAX]}: {error.strerror}") from error
+
+
 def _single(path: Path, engine: str) -> Model:
     """A model that is one file, which only GGUF can be."""
-    if path.suffix == ".safetensors":
-        raise ModelNotFound(
-            f"model file {path} holds weights alone: give the folder that it is in, "
-            "with config.json and tokenizer.json, to an engine other than llamacpp"
-            if reads_gguf_only(engine)
-            else f"model file {path} holds weights alone: give the folder that it is in"
-        )
+    if engine != "scripted":
+        check_single(path, engine)
     return Model(path, path.stem)
+
+
+def check_single(path: Path, engine: str = "") -> None:
+    """Raises ``ModelNotFound`` for a file that no engine, or not this one, takes as a model.
+
+    A damaged one that is called .gguf is left to the worker, which says what is wrong with it.
+    """
+    if not path.is_file():
+        raise ModelNotFound(f"model {path} is neither a file nor a folder")
+    if path.suffix == ".safetensors":
+        told = "holds weights alone: give the folder that it is in"
+        if reads_gguf_only(engine):
+            told += ", with config.json and tokenizer.json, to an engine other than llamacpp"
+        raise ModelNotFound(f"model file {path} {told}")
+    with path.open("rb") as file:
+        begins = file.read(len(_MAGIC))
+    if path.suffix != ".gguf" and begins != _MAGIC:
+        told = f"is no GGUF file (starts with {begins!r})" if begins else "is empty"
+        raise ModelNotFound(
+            f"model file {path} {told}; a model of another format is a folder, with config.json"
+        )
 
 
 def embedded() -> Model:
@@ -113,7 +142,10 @@ def is_hf(names: Iterable[str]) -> bool:
 
 
 def lacking(engine: str, names: Sequence[str]) -> str:
-    """What a folder or repository without a GGUF file should have held, and what to do."""
+    """What a folder or repository without a GGUF file should have held, and what to do.
+
+    ``engine`` is "" if any would do.
+    """
     if reads_gguf_only(engine):
         if is_hf(names):
             return (
@@ -129,7 +161,8 @@ def lacking(engine: str, names: Sequence[str]) -> str:
             "holds pickled weights, which can run code and are never loaded: "
             "save the model as safetensors"
         )
-    return f"holds neither config.json with *.safetensors nor a GGUF file, which {engine} needs"
+    needs = f", which {engine} needs" if engine else ""
+    return f"holds neither config.json with *.safetensors nor a GGUF file{needs}"
 
 
 def pick(names: Sequence[str], file: str | None, where: str, none: str) -> str:

@@ -166,20 +166,31 @@ def test_if_nothing_is_installed_the_best_is_suggested() -> None:
 
 
 def test_the_format_is_read_off_the_disk_and_off_names(tmp_path: Path) -> None:
-    hf, gguf, empty = tmp_path / "hf", tmp_path / "gguf", tmp_path / "empty"
-    for folder in (hf, gguf, empty):
+    hf, gguf, both, empty = (tmp_path / name for name in ("hf", "gguf", "both", "empty"))
+    for folder in (hf, gguf, both, empty):
         folder.mkdir()
-    (hf / "config.json").write_text("{}")
-    (gguf / "a.gguf").touch()
+    for folder in (hf, both):
+        (folder / "config.json").write_text("{}")
+    (hf / "model.safetensors").touch()
+    for folder in (gguf, both):
+        (folder / "a.gguf").touch()
+    (gguf / "called-otherwise").write_bytes(b"GGUF\3")
     assert format_of(None) == GGUF
     assert format_of(str(hf)) == SAFETENSORS
     assert format_of(str(gguf)) == GGUF
     assert format_of(str(gguf / "a.gguf")) == GGUF
+    assert format_of(str(gguf / "called-otherwise")) == GGUF
+    # Repositories of GGUF files often have the configuration of the original beside them.
+    assert format_of(str(both)) == GGUF
     assert format_of("Qwen/Qwen3-0.6B") == SAFETENSORS
     assert format_of("Qwen/Qwen3-0.6B-GGUF") == GGUF
     assert format_of("Qwen/Qwen3-0.6B", "Q8_0") == GGUF
-    with pytest.raises(ModelNotFound, match=r"neither config\.json nor a GGUF file"):
+    with pytest.raises(
+        ModelNotFound, match=r"neither config\.json with \*\.safetensors nor a GGUF file$"
+    ):
         format_of(str(empty))
+    with pytest.raises(ModelNotFound, match=r"no GGUF file, which is all that llama\.cpp reads"):
+        format_of(str(hf), "Q8_0")
     for nothing in ("./none", str(tmp_path / "none.gguf"), "~/no/such"):
         with pytest.raises(ModelNotFound, match="does not exist"):
             format_of(nothing)
@@ -197,6 +208,7 @@ def test_serve_says_which_engine_it_took_or_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr("deploy.engines.importable", lambda name: name == "llamacpp")
     monkeypatch.setenv("ROUNDHOUSE_HOME", str(tmp_path / "home"))
     with pytest.raises(UserError, match="roundhouse engines install"):

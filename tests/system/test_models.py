@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from deploy.engines import choose
 from deploy.models import ModelNotFound, embedded, pick, resolve
+from deploy.options import UserError
 from tests.system.hub import fake_hub
 
 RESOLVE = """
@@ -129,6 +131,49 @@ def test_weights_without_their_folder_are_refused(tmp_path: Path, engine: str) -
         resolve(f"{tmp_path}/model.safetensors", engine=engine, file=None, revision=None)
     with pytest.raises(ModelNotFound, match=r"^model file ./no.safetensors does not exist$"):
         resolve("./no.safetensors", engine=engine, file=None, revision=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("notes.txt", "hello", r"notes.txt is no GGUF file \(starts with b'hell'\)"),
+        ("empty.bin", "", "empty.bin is empty"),
+        ("model.safetensors", "x", "holds weights alone: give the folder"),
+        ("folder/config.json", "{}", r"holds neither config.json with \*.safetensors"),
+        ("folder/pytorch_model.bin config.json", "{}", "holds pickled weights"),
+    ],
+)
+def test_what_is_no_model_is_named_before_an_engine_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, told: str
+) -> None:
+    monkeypatch.setattr("deploy.engines.installed_here", lambda: {"llamacpp"})
+    first, *more = name.split()
+    for file in (tmp_path / first, *((tmp_path / first).parent / other for other in more)):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    given = tmp_path / first.partition("/")[0]
+    with pytest.raises(UserError, match=told):
+        choose(str(given))
+    with pytest.raises(ModelNotFound, match=told):
+        resolve(str(given), engine="torch", file=None, revision=None)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, f"{'b' * 300}/m.gguf"])
+def test_what_the_system_refuses_to_look_at_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=r"^model [ab]{200}: File name too long$"):
+        choose(name)
+    with pytest.raises(ModelNotFound, match=r"File name too long$"):
+        resolve(name, engine="llamacpp", file=None, revision=None)
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_one_line(tmp_path: Path) -> None:
+    """Nobody waits for a pipe to say what it holds."""
+    os.mkfifo(tmp_path / "m.gguf")
+    for name in ("/dev/null", str(tmp_path / "m.gguf")):
+        with pytest.raises(UserError, match="is neither a file nor a folder"):
+            choose(name)
+        with pytest.raises(ModelNotFound, match="is neither a file nor a folder"):
+            resolve(name, engine="llamacpp", file=None, revision=None)
 
 
 @pytest.mark.parametrize(

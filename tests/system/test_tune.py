@@ -185,6 +185,7 @@ def test_each_engine_is_tried_on_each_copy_of_the_model_that_it_reads(tmp_path: 
     folder, file = tmp_path / "model", tmp_path / "model.Q8_0.gguf"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
     file.write_bytes(b"")
     copies = tune_command.copies_of((str(folder), str(file)), "")
     assert copies == {str(folder): "safetensors", str(file): "gguf"}

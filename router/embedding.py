@@ -19,8 +19,10 @@ from router.link import LinkDownError, UnreachableError
 from router.tracing import CALL
 from router.validation import check_vocabulary, invalid
 
-INPUTS_MAX = 256
-"""Inputs of one request, which is also what a worker takes in one call."""
+INPUTS_MAX = 2048
+"""Inputs of one request, as many as OpenAI takes."""
+CALL_INPUTS_MAX = 256
+"""Inputs that a worker takes in one call; ``shards/wire.py`` has the same bound."""
 DEADLINE_S = 300.0
 """What a request may take if nobody sets a shorter time."""
 FEATURE = "embeddings"
@@ -59,7 +61,7 @@ class Embedder:
                 async with asyncio.timeout(self._limit_s(ask)):
                     inputs = await asyncio.to_thread(_tokenise, card, ask.inputs)
                     _check_lengths(inputs, card)
-                    vectors = await self._vectors(card, inputs)
+                    vectors = await self._all_vectors(card, inputs)
         except TimeoutError:
             text = "the deadline passed before the embeddings were complete"
             raise RequestError(Fault.DEADLINE, text) from None
@@ -72,6 +74,15 @@ class Embedder:
     def _limit_s(self, ask: EmbedAsk) -> float:
         given = (ask.deadline_s, self._settings.request_deadline_s, DEADLINE_S)
         return min(seconds for seconds in given if seconds is not None)
+
+    async def _all_vectors(
+        self, card: ModelCard, inputs: Sequence[Sequence[int]]
+    ) -> list[Sequence[float]]:
+        """One call after the other, so that a long list holds up nobody else's for long."""
+        vectors: list[Sequence[float]] = []
+        for start in range(0, len(inputs), CALL_INPUTS_MAX):
+            vectors += await self._vectors(card, inputs[start : start + CALL_INPUTS_MAX])
+        return vectors
 
     async def _vectors(
         self, card: ModelCard, inputs: Sequence[Sequence[int]]

@@ -72,6 +72,13 @@ async def test_every_form_of_input(house: House, given: Any, tokens: list[list[i
     assert {entry["object"] for entry in body["data"]} == {"embedding"}
 
 
+async def test_as_many_inputs_as_openai_takes(house: House) -> None:
+    given = [[number % 50 + 1, number // 50 + 1] for number in range(2048)]
+    answer = await embed(house, given)
+    assert vectors(answer) == [pytest.approx(vector_of(ids), abs=1e-6) for ids in given]
+    assert answer.json()["usage"]["prompt_tokens"] == 4096
+
+
 async def test_base64_is_of_little_endian_floats(house: House) -> None:
     (text,) = vectors(await embed(house, [1, 2, 3], encoding_format="base64"))
     floats = struct.unpack("<3f", base64.b64decode(text))
@@ -100,7 +107,7 @@ async def test_openais_client(house: House) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "`input` must have 1 to 256 entries. Given: 0"),
+        ([], "`input` must have 1 to 2048 entries. Given: 0"),
         ("", "`input` holds an empty entry"),
         (["a", ""], "`input` holds an empty entry"),
         ([[1], []], "`input` holds an empty entry"),
@@ -108,7 +115,7 @@ async def test_openais_client(house: House) -> None:
         (["a", "b" * 40], "`input` entry 1 must have 1 to 16 tokens. Given: 40"),
         ([-1], "`input` holds the token id -1"),
         ([1 << 20], "`input` holds the token id 1048576"),
-        (["a"] * 257, "`input` must have 1 to 256 entries. Given: 257"),
+        (["a"] * 2049, "`input` must have 1 to 2048 entries. Given: 2049"),
         (7, "`input`"),
         ([["a"]], "`input"),
     ],

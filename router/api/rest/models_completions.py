@@ -92,7 +92,7 @@ class EmbeddingRequest(Body):
         description="A model. Null, `tgi`, `dummy` and a URL mean the default one.",
     )
     input: str | list[str] | list[int] | list[list[int]] = Field(
-        description="Text, token ids, or a list of either; at most 256."
+        description="Text, token ids, or a list of either; at most 2048."
     )
     encoding_format: Literal["float", "base64"] | None = Field(
         default=None, description="`base64` is of little-endian 32-bit floats. Default float."

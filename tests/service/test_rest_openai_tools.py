@@ -191,12 +191,42 @@ async def test_every_tool_choice_is_understood(
         ),
         ({"tools": TOOLS, "functions": [NOW["function"]]}, "functions"),
         ({"functions": [NOW["function"]], "function_call": {"name": "f"}}, "function_call"),
+        ({"tools": TOOLS, "tool_choice": {"type": "mcp", "name": "now"}}, "tool_choice"),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"tools": [{"type": "mcp", "name": "now"}]},
+                },
+            },
+            "tool_choice.allowed_tools",
+        ),
+        ({"function_call": {"name": "now"}}, "function_call"),
+        ({"tools": TOOLS, "function_call": {"name": "now"}}, "function_call"),
+        ({"tools": TOOLS, "function_call": "none"}, "function_call"),
+        ({"functions": [NOW["function"]], "tool_choice": "required"}, "tool_choice"),
+        ({"functions": [NOW["function"]], "tool_choice": "none"}, "tool_choice"),
     ],
 )
 async def test_bad_tools_are_named(fields: dict[str, object], param: str) -> None:
     answer = await chat(FakeService(), **fields)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"function_call": "none"},
+        {"function_call": "auto"},
+        {"tools": TOOLS, "function_call": "auto"},
+        {"functions": [NOW["function"]], "tool_choice": "auto"},
+    ],
+)
+async def test_a_choice_of_the_other_form_may_ask_for_nothing(fields: dict[str, object]) -> None:
+    answer = await chat(model(HERMES, pieces("Hi.")), **fields)
+    assert answer.status_code == 200, answer.text
 
 
 async def test_schemas_reach_the_template_whole_whatever_they_are_called() -> None:

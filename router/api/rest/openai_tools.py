@@ -31,9 +31,22 @@ def tools_of(body: ChatRequest) -> Choice:
         raise invalid("`functions` and `tools` exclude each other", "functions")
     functions = body.functions or [] if legacy else [tool.function for tool in body.tools or []]
     tools = tuple(map(_tool, functions))
+    _check_form(body, legacy=legacy)
     if legacy:
         return chosen(Choice(tools, legacy=True), body.function_call, "function_call")
     return chosen(Choice(tools), body.tool_choice, "tool_choice")
+
+
+def _check_form(body: ChatRequest, *, legacy: bool) -> None:
+    """A choice is of the form that the tools have; else it would choose nothing, unnoticed."""
+    asked, field, other = (
+        (body.tool_choice, "tool_choice", "tools")
+        if legacy
+        else (body.function_call, "function_call", "functions")
+    )
+    offered = legacy or bool(body.tools)
+    if asked not in (None, "auto") and (offered or asked != "none"):
+        raise invalid(f"`{field}` needs `{other}`", field)
 
 
 def _tool(function: Function) -> Tool:
@@ -65,8 +78,9 @@ def chosen(all_of: Choice, asked: str | dict[str, Any] | None, field: str) -> Ch
 def _name(asked: Any, field: str) -> str:
     """The name in `{"type": "function", "function": {"name": …}}`, or in the older, bare form."""
     if isinstance(asked, dict):
-        if asked.get("type") == "custom":
-            raise unsupported(field, "custom tools are not there; choose a function")
+        kind = asked.get("type", "function")
+        if kind != "function":
+            raise unsupported(field, f"{str(kind)[:64]!r} is not there; choose a function")
         function = asked.get("function", asked)
         if isinstance(function, dict) and isinstance(function.get("name"), str):
             return str(function["name"])

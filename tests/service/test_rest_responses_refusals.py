@@ -10,6 +10,7 @@ from router.api.rest.models_responses import ResponsesRequest
 from tests.service.chat_bench import HERMES, said
 from tests.service.test_rest_responses import WEATHER, model, posted, sdk
 
+CALLED = {"type": "function_call", "call_id": "a", "name": "f"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"store": True}, "store"),
     ({"background": True}, "background"),
@@ -51,6 +52,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]},
      "input.0.content.0.text"),
     ({"input": [{"type": "function_call", "call_id": "a", "name": "f"}]}, "input.0.arguments"),
+    ({"input": [{**CALLED, "arguments": "{"}]}, "input.0.arguments"),
+    ({"input": [{**CALLED, "arguments": "[1]"}]}, "input.0.arguments"),
+    ({"input": [{**CALLED, "arguments": "[" * 9999}]}, "input.0.arguments"),
     ({"input": [{"type": "function_call_output", "output": "a"}]}, "input.0.call_id"),
     ({"input": [{"type": "function_call_output", "call_id": "a"}]}, "input.0.output"),
 ]  # fmt: skip

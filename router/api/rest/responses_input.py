@@ -1,5 +1,6 @@
 """From the items of OpenAI's responses to the messages of a chat."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,8 +121,19 @@ def _call(item: Json, where: str) -> Json:
     for field in ("call_id", "name", "arguments"):
         if not isinstance(item.get(field), str):
             raise invalid(f"`{where}.{field}` must be a string", f"{where}.{field}")
+    if not _is_object(item["arguments"]):
+        text = f"`{where}.arguments` must be a JSON object, written as text"
+        raise invalid(text, f"{where}.arguments")
     function = {"name": item["name"], "arguments": item["arguments"]}
     return {"id": item["call_id"], "type": "function", "function": function}
+
+
+def _is_object(text: str) -> bool:
+    """Whether a text is what a call's arguments may be, which is nothing, too."""
+    try:
+        return not text.strip() or isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _output(item: Json, where: str) -> Json:

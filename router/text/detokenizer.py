@@ -49,6 +49,9 @@ class Decoding(Protocol):
     def whole(self, token: int) -> str | None:
         """The token's text behind other text, or None if that depends on its neighbours."""
 
+    def part(self, token: int) -> bytes | None:
+        """The token's bytes if they may be a part of a character, else None."""
+
     def view(self) -> View:
         """A new stream."""
 
@@ -200,6 +203,10 @@ class ByteDecoding:
         except UnicodeDecodeError:
             return None
 
+    def part(self, token: int) -> bytes | None:
+        """The token's bytes if they are not whole characters."""
+        return None if self.whole(token) is not None else self.data(token) or None
+
     def view(self) -> "ByteView":
         """A new stream."""
         return ByteView(self)
@@ -273,6 +280,11 @@ class PieceDecoding:
             return None
         return self.behind([token])
 
+    def part(self, token: int) -> bytes | None:
+        """The byte that a token is."""
+        byte = _byte_of(self._tokenizer.id_to_token(token)) if self._fallback else None
+        return None if byte is None else bytes([byte])
+
     def view(self) -> "PieceView":
         """A new stream."""
         return PieceView(self)
@@ -330,6 +342,9 @@ class WindowDecoding:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
     def whole(self, token: int) -> None:
+        """Nothing is known of any token."""
+
+    def part(self, token: int) -> None:
         """Nothing is known of any token."""
 
     def view(self) -> "WindowView":

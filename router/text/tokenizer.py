@@ -137,6 +137,18 @@ class Tokenizer:
         text = self._decoding.whole(token)
         return self.decode([token], skip_special_tokens=False) if text is None else text
 
+    def token_bytes(self, token: int, text: str) -> bytes:
+        """The bytes of one token of an answer, to which it added ``text``.
+
+        They are the token's own, so that those of a character's tokens are that character together.
+        """
+        part = self._decoding.part(token)
+        if part is not None:
+            return part
+        # The text may begin with what was held back of tokens before, or lack a leading space.
+        own = self._decoding.whole(token)
+        return (own if own and text.endswith(own) else text).encode()
+
     def piece(self, token: int) -> str:
         """The token as the vocabulary has it, "" for an id that stands for nothing."""
         return self._tokenizer.id_to_token(token) or ""

@@ -9,7 +9,7 @@ from router.ask import Chunk, Finish, TokenOut
 from router.config import Settings
 from router.core.events import Reason
 from router.errors import Fault, RequestError
-from tests.service.fake_service import FakeService, Step, events_of, words
+from tests.service.fake_service import FakeService, Step, byte_tokenizer, events_of, words
 from tests.service.rest_server import USER, chat, serving
 
 TEXT = "Once upon a tîme 🙂"
@@ -112,6 +112,17 @@ async def test_chat_logprobs() -> None:
     stream = await chat(service, logprobs=True, top_logprobs=2, stream=True)
     assert events_of(stream.text)[0]["choices"][0]["logprobs"] == expected
     assert service.asks[0].params.top_logprobs == 2
+
+
+async def test_bytes_of_parts_of_characters_are_their_own() -> None:
+    first, second = byte_tokenizer().encode("é", add_special_tokens=False)
+    top = ((first, "\ufffd", -0.1), (second, "\ufffd", -0.2))
+    outs = (TokenOut(first, "", False, -0.1, top), TokenOut(second, "é", False, -0.3))
+    service = FakeService([Chunk(outs, "é", Finish(Reason.LENGTH, "é", 1, 2))])
+    answer = await chat(service, logprobs=True, top_logprobs=2)
+    entries = answer.json()["choices"][0]["logprobs"]["content"]
+    assert [entry["bytes"] for entry in entries] == [[195], [169]]
+    assert [entry["bytes"] for entry in entries[0]["top_logprobs"]] == [[195], [169]]
 
 
 async def test_n_answers_one_request() -> None:

@@ -67,6 +67,14 @@ async def test_logprobs_are_parallel_lists() -> None:
     assert parts[0]["top_logprobs"] is None
 
 
+async def test_of_tokens_with_the_same_text_the_likeliest_is_told() -> None:
+    top = ((1, "\ufffd", -0.25), (2, "\ufffd", -2.0), (3, "b", -3.0))
+    out = TokenOut(9, "a", False, -4.0, top)
+    service = FakeService([Chunk((out,), "a", Finish(Reason.LENGTH, "a", 1, 1))])
+    (choice,) = (await complete(service, logprobs=3)).json()["choices"]
+    assert choice["logprobs"]["top_logprobs"] == [{"\ufffd": -0.25, "b": -3.0, "a": -4.0}]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_echo_puts_the_prompt_in_front(stream: bool) -> None:
     def texts(answer: str) -> str:

@@ -51,6 +51,33 @@ def test_any_text_gives_the_text_of_decode(maker: Maker, text: str) -> None:
     assert_exact(tokenizer, tokenizer.encode(text, add_special_tokens=False))
 
 
+@KINDS
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.sampled_from("aé\u0301👩\u200d👧नम世 \n"), max_size=30))
+def test_bytes_of_tokens_are_the_text_together(maker: Maker, text: str) -> None:
+    tokenizer = made(maker)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    shown = [text for text, _ in streamed(tokenizer, ids)]
+    joined = b"".join(map(tokenizer.token_bytes, ids, shown))
+    told = joined.decode(errors="replace")  # a vocabulary here has a token that is half a character
+    assert told.lstrip() == tokenizer.decode(ids, skip_special_tokens=False).lstrip()
+
+
+def test_a_part_of_a_character_has_bytes_of_its_own() -> None:
+    smile = "🙂".encode()
+    byte = made(byte_level)
+    ids = byte.encode("a🙂b", add_special_tokens=False)
+    parts = [byte.token_bytes(id_, byte.token_text(id_)) for id_ in ids]
+    assert len(parts) > 3
+    assert b"".join(parts) == b"a" + smile + b"b"
+    piece = made(llama2)
+    ids = piece.encode("🙂b", add_special_tokens=False)
+    texts = [shown for shown, _ in streamed(piece, ids)]
+    assert [piece.token_bytes(*pair) for pair in zip(ids, texts, strict=False)] == [
+        b"", *(smile[at : at + 1] for at in range(4)), b"b"
+    ]  # fmt: skip
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     text=st.text(st.sampled_from("aé\u0301👩\u200d👧🇫🇷नम世 \n"), max_size=40),

@@ -1,6 +1,6 @@
 """Chat answers in OpenAI's shapes: whole ones, and the events of a stream as prepared bytes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -11,6 +11,9 @@ from router.api.rest.openai_shapes import FINISH_REASON, Head, Json, cut_tops, f
 from router.ask import TokenOut
 from router.chat import ChatGeneration
 from router.conversation import Call, CallDelta, ChatChunk, ChatFinish
+
+BytesOf = Callable[[int, str], bytes]
+"""The bytes of a token that adds this text: ``Tokenizer.token_bytes``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +28,25 @@ class Style:
     tops: int | None
     legacy: bool
     ids: bool
+    bytes_of: BytesOf
 
     @classmethod
-    def of(cls, body: ChatRequest, legacy: bool) -> "Style":
+    def of(cls, body: ChatRequest, legacy: bool, bytes_of: BytesOf) -> "Style":
         """The style that a request asks for."""
         tops = (body.top_logprobs or 0) if body.logprobs else None
-        return cls(tops, legacy, bool(body.return_token_ids))
+        return cls(tops, legacy, bool(body.return_token_ids), bytes_of)
 
     def logprobs(self, tokens: Iterable[TokenOut]) -> Json | None:
         """Returns the log probabilities of tokens, if they were asked for."""
-        return None if self.tops is None else chat_logprobs(cut_tops(tokens, self.tops))
+        if self.tops is None:
+            return None
+        # Special tokens are no part of the content.
+        content = [
+            token_logprob(token, self.bytes_of)
+            for token in cut_tops(tokens, self.tops)
+            if not token.special
+        ]
+        return {"content": content, "refusal": None}
 
     def token_ids(self, tokens: Iterable[TokenOut]) -> Json:
         """Returns a choice's field with the ids of tokens, if they were asked for."""
@@ -47,19 +59,14 @@ class Style:
         return FINISH_REASON[finish.finish.reason]
 
 
-def chat_logprobs(tokens: Iterable[TokenOut]) -> Json:
-    """Returns the log probabilities of chat answers; special tokens are no part of the content."""
-    content = []
-    for token in tokens:
-        if not token.special:
-            entry = _logprob(token.text, token.logprob)
-            entry["top_logprobs"] = [_logprob(text, logprob) for _, text, logprob in token.top]
-            content.append(entry)
-    return {"content": content, "refusal": None}
+def token_logprob(token: TokenOut, bytes_of: BytesOf) -> Json:
+    """Returns the log probabilities of one token and of the likeliest beside it."""
 
+    def entry(id_: int, text: str, logprob: float | None) -> Json:
+        return {"token": text, "logprob": finite(logprob), "bytes": list(bytes_of(id_, text))}
 
-def _logprob(text: str, logprob: float | None) -> Json:
-    return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+    likely = [entry(*one) for one in token.top]
+    return {**entry(token.id, token.text, token.logprob), "top_logprobs": likely}
 
 
 def chat_choice(index: int, answer: WholeChat, style: Style) -> Json:

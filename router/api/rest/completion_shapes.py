@@ -102,12 +102,16 @@ def _logprob(token: TokenOut) -> float | None:
 
 
 def _tops(token: TokenOut) -> dict[str, float] | None:
-    """The likeliest tokens by text, and the token itself wherever it comes."""
+    """The likeliest tokens by text, and the token itself wherever it comes.
+
+    Of several with the same text, as parts of characters have, it is the likeliest.
+    """
     if token.logprob is None:
         return None
-    return {text: finite(logprob) for _, text, logprob in token.top} | {
-        token.text: finite(token.logprob)
-    }
+    found: dict[str, float] = {}
+    for _, text, logprob in token.top:
+        found.setdefault(text, finite(logprob))
+    return found | {token.text: finite(token.logprob)}
 
 
 class CompletionEvents:

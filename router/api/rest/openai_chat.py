@@ -9,7 +9,7 @@ from starlette.responses import Response
 from router.api.rest import chat_shapes as shapes
 from router.api.rest.asks import fan_out
 from router.api.rest.chat import chat_ask
-from router.api.rest.collect import collect_chat, together
+from router.api.rest.collect import collect_chats
 from router.api.rest.context import Context
 from router.api.rest.errors import Dialect
 from router.api.rest.models_chat import ChatRequest
@@ -43,12 +43,12 @@ class ChatRoute:
         head = Head("chatcmpl", kind, ask.adapter or model.id, body, model)
         job = Job(body, model, head, body.n or 1, characters_of(body))
         asks = fan_out(ask, job.tries)
-        style = shapes.Style.of(body, choice.legacy)
+        style = shapes.Style.of(body, choice.legacy, model.tokenizer.token_bytes)
         if body.stream:
             events = [shapes.ChatEvents(head, index, style) for index in range(job.tries)]
             begins = [partial(self._begin, *pair) for pair in zip(asks, events, strict=True)]
             return stream(job, begins, [one.of for one in events])
-        answers = await together([collect_chat(partial(self._start, ask)) for ask in asks])
+        answers = await collect_chats([partial(self._start, ask) for ask in asks])
         choices = [shapes.chat_choice(index, answer, style) for index, answer in enumerate(answers)]
         more: dict[str, Any] = {} if body.metadata is None else {"metadata": body.metadata}
         if body.prompt_logprobs is not None:

@@ -113,7 +113,7 @@ class ResponsesRoute:
         choice = chosen(Choice(tools_of(body)), body.tool_choice, "tool_choice")
         ask = self._ask(body, model, choice)
         tops = None if not ask.params.logprobs else body.top_logprobs or 0
-        recorder = Recorder(ask.adapter or model.id, _echo(body), tops)
+        recorder = Recorder(ask.adapter or model.id, _echo(body), tops, model.tokenizer.token_bytes)
         if body.stream:
             headers = {"x-compute-type": compute_type(model)} | ignored_header(body)
             return EventStream(_Stream(self, body, ask, recorder).run, Dialect.OPENAI, headers)

@@ -10,7 +10,8 @@ from uuid import uuid4
 
 import orjson
 
-from router.api.rest.openai_shapes import finite
+from router.api.rest.chat_shapes import BytesOf, token_logprob
+from router.api.rest.openai_shapes import cut_tops
 from router.ask import TokenOut
 from router.conversation import CallDelta, ChatChunk, ChatFinish
 from router.core.events import Reason
@@ -26,7 +27,7 @@ class Recorder:
     tokens to report, or None for no log probabilities.
     """
 
-    def __init__(self, model: str, echo: Json, tops: int | None) -> None:
+    def __init__(self, model: str, echo: Json, tops: int | None, bytes_of: BytesOf) -> None:
         self.response: Json = {
             "id": f"resp_{uuid4().hex}",
             "object": "response",
@@ -41,6 +42,7 @@ class Recorder:
             **echo,
         }
         self._tops = tops
+        self._bytes_of = bytes_of
         self._sequence = 0
         self._item: Json | None = None
         self._text: list[str] = []
@@ -200,10 +202,9 @@ class Recorder:
         yield self._event(f"response.{status}", response=self._snapshot())
 
     def _logprobs_of(self, tokens: Iterable[TokenOut]) -> Iterator[Json]:
-        for token in tokens:
+        for token in cut_tops(tokens, self._tops or 0):
             if not token.special:
-                likely = [_logprob(text, value) for _, text, value in token.top[: self._tops]]
-                yield _logprob(token.text, token.logprob) | {"top_logprobs": likely}
+                yield token_logprob(token, self._bytes_of)
 
 
 def usage(chat: ChatFinish) -> Json:
@@ -216,10 +217,6 @@ def usage(chat: ChatFinish) -> Json:
         "output_tokens_details": {"reasoning_tokens": chat.reasoning_tokens},
         "total_tokens": finish.prompt_tokens + finish.generated_tokens,
     }
-
-
-def _logprob(text: str, logprob: float | None) -> Json:
-    return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
 
 
 def written(events: Iterable[Json]) -> bytes:

@@ -5,15 +5,13 @@ The dialect is that of ``transformers.utils.chat_template_utils``: trimmed block
 ``{% generation %}`` blocks, whose bounds matter in training only.
 
 A template comes with the weights of a model, so it is not trusted: it cannot reach Python's
-internals, cannot change the messages, and is stopped when its loops run too long or its output
-grows too large.
+internals, cannot change the messages, and is stopped when it takes too long or makes too much
+(``template_bounds.py``).
 """
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -26,15 +24,13 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from router.errors import Fault, RequestError
+from router.text import template_bounds as bounds
 
 SOURCE_CHARS_MAX = 1 << 20
 OUTPUT_CHARS_MAX = 1 << 23
 RENDER_S_MAX = 2.0
 TRY_S_MAX = 0.25
-_REPEATS_MAX = 1 << 20
-_POWER_MAX = 1024
 _RESERVED = frozenset({"messages", "bos_token", "eos_token"})
-_DEADLINE: ContextVar[float] = ContextVar("template_deadline", default=float("inf"))
 
 
 class ChatTemplate:
@@ -81,13 +77,11 @@ class ChatTemplate:
         }
         if isinstance(self._template, RequestError):
             raise _fault(self._template.message)
-        token = _DEADLINE.set(time.monotonic() + seconds_max)
         try:
-            return _join(self._template.generate(values), output_chars_max)
+            with bounds.bounded(seconds_max):
+                return _join(self._template.generate(values), output_chars_max)
         except Exception as error:  # a template calls methods of the values it gets
             raise _fault(_line(error)) from error
-        finally:
-            _DEADLINE.reset(token)
 
     def try_out(self) -> None:
         """Finds out what the template can do, so that no request has to wait for it."""
@@ -164,10 +158,6 @@ def _called(arguments: Any) -> tuple[dict[str, Any], ...]:
     return (*_asked("a"), {"role": "assistant", "content": "", "tool_calls": [call]})
 
 
-class _BoundError(Exception):
-    """A bound was passed."""
-
-
 def _fault(message: str) -> RequestError:
     return RequestError(Fault.TEMPLATE, message, "messages")
 
@@ -177,7 +167,7 @@ def _line(error: Exception) -> str:
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"the model's chat template is broken, line {error.lineno}: {error.message}"
     text = " ".join(str(error).split())
-    if type(error) is jinja2.TemplateError or isinstance(error, _BoundError):
+    if type(error) is jinja2.TemplateError or isinstance(error, bounds.BoundError):
         return text
     if isinstance(error, RecursionError):
         return "the chat template nests too deeply"
@@ -189,48 +179,31 @@ def _join(pieces: Iterator[str], chars_max: int) -> str:
     for piece in pieces:
         size += len(piece)
         if size > chars_max:
-            raise _BoundError(f"the chat template gives more than {chars_max} characters")
-        _check_time()
+            raise bounds.BoundError(f"the chat template gives more than {chars_max} characters")
+        bounds.check_time()
         taken.append(piece)
     return "".join(taken)
 
 
-def _check_time() -> None:
-    if time.monotonic() > _DEADLINE.get():
-        raise _BoundError("the chat template takes too long for these messages")
-
-
-def _steps(items: Iterable[Any]) -> Iterator[Any]:
-    """The items of a loop, with a look at the clock now and then."""
-    for count, item in enumerate(items):
-        if not count & 63:
-            _check_time()
-        yield item
-
-
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with bounds on loops, calls and repetition."""
+    """The sandbox, with bounds on loops, calls, operators and filters."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
+    concat = staticmethod(bounds.joined)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
+        tree: nodes.Template = bounds.TildeAsFilter().visit(super()._parse(source, name, filename))
         for loop in tree.find_all(nodes.For):
             loop.iter = nodes.Filter(loop.iter, "_steps", [], [], None, None, lineno=loop.lineno)
         return tree
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        _check_time()
-        return super().call(context, obj, *args, **kwargs)
+        args = bounds.check_call(obj, args, kwargs.values())
+        return bounds.made(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Refuses the two operators by which one short expression can fill the memory."""
-        if operator == "**" and max(abs(left), abs(right)) > _POWER_MAX:
-            raise _BoundError("the chat template raises a number to too high a power")
-        for times, value in ((left, right), (right, left)):
-            repeats = isinstance(times, int) and hasattr(value, "__len__")
-            if operator == "*" and repeats and times * len(value) > _REPEATS_MAX:
-                raise _BoundError("the chat template repeats a value too often")
+        """Refuses operators by which one short expression can fill the memory."""
+        bounds.check_operator(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
 
@@ -271,9 +244,11 @@ def _environment() -> _Environment:
         lstrip_blocks=True,
         extensions=[_Generation, jinja2.ext.loopcontrols],
         cache_size=0,
+        finalize=bounds.finalize,
     )
-    filters: dict[str, Callable[..., Any]] = {"tojson": _to_json, "_steps": _steps}
-    environment.filters.update(filters)
+    own: dict[str, Callable[..., Any]] = {"tojson": _to_json}
+    internal = {"_steps": bounds.steps, "_concat": bounds.concatenated}
+    environment.filters = {**bounds.filters(own), **internal}
     del environment.globals["lipsum"]
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment

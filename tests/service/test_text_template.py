@@ -158,5 +158,86 @@ def test_one_expression_cannot_fill_the_memory(source: str) -> None:
     assert refused(source).fault is Fault.TEMPLATE
 
 
+DOUBLED = (
+    "{%% set ns = namespace(x=%s) %%}{%% for i in range(24) %%}%s{%% endfor %%}{{ ns.x|length }}"
+)
+TEXT = "'aaaaaaaa'"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        DOUBLED % (TEXT, "{% set ns.x = ns.x ~ ns.x %}"),
+        DOUBLED % (TEXT, "{% set ns.x = ns.x + ns.x %}"),
+        DOUBLED % (TEXT, "{% set ns.x = [ns.x, ns.x]|join %}"),
+        DOUBLED % (TEXT, "{% set ns.x = ns.x.replace('a', 'aa') %}"),
+        DOUBLED % (TEXT, "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}"),
+        DOUBLED % (TEXT, "{% macro f() %}{{ ns.x }}{{ ns.x }}{% endmacro %}{% set ns.x = f() %}"),
+        DOUBLED % ("[1]", "{% set ns.x = ns.x + ns.x %}"),
+        DOUBLED % ("[1]", "{% set ns.x = [ns.x, ns.x] %}") + "{{ ns.x }}",
+        DOUBLED % ("[1]", "{% set ns.x = [ns.x, ns.x] %}") + "{{ ns.x|tojson }}",
+        DOUBLED % ("[1]", "{% set ns.x = [ns.x, ns.x] %}") + "{{ '' ~ ns.x }}",
+        DOUBLED % ("[1]", "{% set ns.x = [ns.x, ns.x] %}") + "{{ '%s' % ns.x }}",
+        DOUBLED % ("3", "{% set ns.x = ns.x * ns.x %}"),
+        "{{ '%099999999d' % 1 }}",
+        "{{ '%099999999d'|format(1) }}",
+        "{{ '{:>99999999}'.format(1) }}",
+        "{{ '{:>{w}}'.format(1, w=99999999) }}",
+        "{{ ('{0}' * 9999).format('a' * 9999) }}",
+        "{{ ('%s' * 9999) % (('a' * 9999,) * 9999) }}",
+        "{{ 'x'|center(99999999) }}",
+        "{{ 'x'.ljust(99999999) }}",
+        "{{ ('\t' * 9999).expandtabs(9999) }}",
+        "{{ ('a\n' * 9999)|indent(9999) }}",
+        "{{ ('a' * 9999)|replace('a', 'b' * 9999) }}",
+        "{{ ('a' * 9999)|join('b' * 9999) }}",
+        "{{ ('b' * 9999).join('a' * 9999) }}",
+        "{{ ('b' * 9999).join(range(99999)|map('string')) }}",
+        "{{ (['a' * 9999] * 9999)|select|join }}",
+        "{{ range(99999)|map('center', 99999)|list }}",
+        "{{ ('a' * 9999).translate({97: 'b' * 9999}) }}",
+        "{{ messages|tojson(indent=99999999) }}",
+        "{{ [1]|slice(99999999)|list }}",
+        "{{ [1]|batch(99999999, 0)|list }}",
+        "{{ ([[1] * 9999] * 9999)|sum(start=[]) }}",
+        "{{ ('<!-- -->' * 99999)|striptags }}",
+    ],
+)
+def test_nothing_else_can_fill_the_memory_or_take_for_ever(source: str) -> None:
+    began = time.monotonic()
+    assert refused(source).fault is Fault.TEMPLATE
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ 'a' ~ 1 ~ [2] ~ none }}", "a1[2]None"),
+        ("{{ ['a', 1]|join('-') }}{{ ', '.join(['a', 'b']|map('upper')) }}", "a-1A, B"),
+        ("{{ messages|map(attribute='role')|join }}", "user"),
+        ("{{ '%s is %d' % ('a', 2) }}{{ '%s'|format('x') }}{{ '{:>3}'.format(7) }}", "a is 2x  7"),
+        ("{{ 'a\nb'|indent(2, true) }}{{ [1, 2]|sum }}{{ [3, 1]|sort }}", "  a\n  b3[1, 3]"),
+        (
+            "{{ 'a-b'.replace('-', '+') }}{{ 'a'|replace('a', 'b') }}{{ 7 % 4 }}{{ 2 + 3 }}",
+            "a+bb35",
+        ),
+        ("{{ {'a': [1]}|tojson(indent=1) }}", '{\n "a": [\n  1\n ]\n}'),
+        ("{{ 3 * 'ab' }}{{ [1] * 2 }}{{ [1] + [2] }}{{ ' x '|trim }}", "ababab[1, 1][1, 2]x"),
+    ],
+)
+def test_what_is_small_is_as_in_jinja(source: str, text: str) -> None:
+    assert ChatTemplate(source, None, None).render(HELLO) == text
+
+
+def test_a_long_conversation_is_within_the_bounds() -> None:
+    messages = [{"role": "user", "content": "a b\n" * 250} for _ in range(400)]
+    source = (
+        "{% set ns = namespace(x='') %}{% for m in messages %}"
+        "{% set ns.x = ns.x ~ m.role + ': ' + m.content|trim ~ m.content.replace('a', 'b') %}"
+        "{% endfor %}{{ ns.x }}"
+    )
+    assert len(ChatTemplate(source, None, None).render(messages)) == 400 * (6 + 999 + 1000)
+
+
 def test_more_than_the_sandbox_range_is_refused() -> None:
     assert "Range too big" in refused("{% for a in range(10000000) %}{% endfor %}").message

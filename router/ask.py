@@ -24,12 +24,15 @@ class Constraint:
     """What the generated text must match as a whole.
 
     ``text`` is a JSON schema as JSON text, a regular expression, or a grammar in llguidance's Lark.
-    ``field`` is the client's parameter that asked for it, which errors name.
+    ``field`` is the client's parameter that asked for it, which errors name. ``parts`` are what the
+    client asked for, where the text was made of several such: one of them cannot be compiled if the
+    whole cannot.
     """
 
     kind: ConstraintKind
     text: str
     field: str = "grammar"
+    parts: tuple["Constraint", ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

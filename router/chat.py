@@ -26,6 +26,7 @@ from router.text.tokenizer import Tokenizer
 from router.text.tools.formats import PLAIN, ToolFormat, format_of
 from router.text.tools.grammar import GrammarWriter, Thinking
 from router.text.tools.reader import ToolReader
+from router.text.tools.rules import schema_of
 from router.text.tools.telling import text_of, with_tools
 from router.tracing import CALL
 
@@ -304,9 +305,22 @@ def _constraint(ask: ChatAsk, laid: Laid) -> Constraint | None:
     several = ask.parallel_calls and ask.tool is None
     if forced:
         tools = [tool for tool in ask.tools if ask.tool in (None, tool.name)]
-        return writer.calls(tools, "tool_choice", several=several, thinking=thinking)
-    assert wanted is not None
-    return writer.answer(wanted, _offered(ask), several=several, thinking=thinking)
+        made = writer.calls(tools, "tool_choice", several=several, thinking=thinking)
+    else:
+        assert wanted is not None
+        made = writer.answer(wanted, _offered(ask), several=several, thinking=thinking)
+    return made if made is wanted else replace(made, parts=_parts(ask))
+
+
+def _parts(ask: ChatAsk) -> tuple[Constraint, ...]:
+    """What the client wrote of a constraint that is made of several."""
+    wanted = () if ask.params.constraint is None else (ask.params.constraint,)
+    parameters = (
+        constraints.json_schema(schema_of(tool.parameters), f"tools.{number}.function.parameters")
+        for number, tool in enumerate(_offered(ask))
+        if ask.tool in (None, tool.name)
+    )
+    return (*wanted, *parameters)
 
 
 def _reader(ask: ChatAsk, laid: Laid, marks: Mapping[str, int]) -> AnswerReader:

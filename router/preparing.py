@@ -26,6 +26,9 @@ KNOWN_MAX = 4096
 DEADLINE_S = 60.0
 """What preparing may take if nobody sets a shorter time; a worker gives a constraint up sooner."""
 
+PARTS_S = 5.0
+"""What it may take to find the part of a constraint that cannot be compiled."""
+
 Blame = Callable[[RequestError], Awaitable[RequestError]]
 """What to tell a client of the failure that broke an answer off."""
 
@@ -52,6 +55,29 @@ class Preparer:
         constraint = ask.params.constraint
         if constraint is None:
             return
+        try:
+            await self._prepare(model, ask, constraint)
+        except RequestError as error:
+            raise await self._located(model, ask, constraint, error) from error
+
+    async def _located(
+        self, model: str, ask: Ask, constraint: Constraint, error: RequestError
+    ) -> RequestError:
+        """The refusal of the part that is at fault: the client has not seen the whole."""
+        if error.fault is not Fault.VALIDATION or not constraint.parts:
+            return error
+        try:
+            async with asyncio.timeout(PARTS_S):
+                for part in constraint.parts:
+                    await self._prepare(model, ask, part)
+        except TimeoutError:
+            return error
+        except RequestError as refused:
+            return refused if refused.fault is Fault.VALIDATION else error
+        return error
+
+    async def _prepare(self, model: str, ask: Ask, constraint: Constraint) -> None:
+        """As ``prepare``, for one constraint."""
         wire = constraint_of(constraint)
         digest = hashlib.sha256(wire.SerializeToString(deterministic=True)).digest()
         calls = {

@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Group:
         self.gate = asyncio.Event()
         self.gate.set()
         self.fault: Exception | None = None
+        self.faults: dict[str, str] = {}
         self.cancelled = 0
 
     async def prepare(self, constraint: Any) -> None:
@@ -56,6 +58,8 @@ class Group:
             raise
         if self.fault is not None:
             raise self.fault
+        if constraint.regex in self.faults:
+            raise RequestError(Fault.VALIDATION, self.faults[constraint.regex])
 
 
 def bring_up(fleet: Fleet, name: str, call: PrepareCall, **changes: Any) -> None:
@@ -151,6 +155,22 @@ async def test_what_is_refused_names_the_clients_own_parameter(
     groups[1].fault = None
     await preparer.prepare("m", ask_of(WORDS))
     assert len(groups[1].asked) == 2
+
+
+async def test_of_several_parts_the_one_at_fault_is_named(
+    preparer: Preparer, groups: list[Group]
+) -> None:
+    part = Constraint(WORDS.kind, "b", "tools.1.function.parameters")
+    made = replace(WORDS, parts=(replace(WORDS, text="a"), part))
+    groups[0].faults = {WORDS.text: "line 7: bad", "b": "bad"}
+    with pytest.raises(RequestError) as caught:
+        await preparer.prepare("m", ask_of(made))
+    assert (caught.value.fault, caught.value.field) == (Fault.VALIDATION, part.field)
+    assert caught.value.message == "`tools.1.function.parameters` cannot be compiled: bad"
+    # If each of them can be compiled it is the whole that cannot.
+    groups[0].faults = {WORDS.text: "line 7: bad"}
+    with pytest.raises(RequestError, match="`response_format` cannot be compiled: line 7: bad"):
+        await preparer.prepare("m", ask_of(made))
 
 
 async def test_a_group_that_goes_down_is_left_out(preparer: Preparer, groups: list[Group]) -> None:

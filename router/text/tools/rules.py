@@ -18,13 +18,19 @@ _AS_TAGS = frozenset(
 )
 
 
-def schema_rule(parameters: Mapping[str, Any]) -> str:
-    """What matches the JSON of a schema."""
+def schema_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a tool's arguments as it is compiled."""
     # Clients in Go write null for a list or an object that is empty.
     schema = {name: value for name, value in parameters.items() if value is not None}
     if schema.keys() <= _NO_MEMBERS and not schema.get("properties"):
         # "An object", and nothing of what is in it: a function without parameters.
         schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    return schema
+
+
+def schema_rule(parameters: Mapping[str, Any]) -> str:
+    """What matches the JSON of a schema."""
+    schema = schema_of(parameters)
     schema.setdefault("x-guidance", _LAYOUT)
     return f"%json {json.dumps(schema, ensure_ascii=False)}"
 

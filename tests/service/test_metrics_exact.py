@@ -90,6 +90,29 @@ async def test_each_refusal_is_one_failure_whoever_refuses(house: House) -> None
     assert seen["tgi_request_success"] == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_wrong_with_several_answers_is_one_failure(
+    house: House, stream: bool
+) -> None:
+    several: dict[str, object] = {"n": 3, "stream": stream, "max_tokens": 2}
+    for number, wrong in enumerate(
+        (
+            {"logit_bias": {"99999999": 1}},
+            {"model": "none"},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+        ),
+        start=1,
+    ):
+        for path, asked in (
+            ("chat/completions", {"messages": USER}),
+            ("completions", {"prompt": "a"}),
+        ):
+            answer = await house.post(f"/v1/{path}", {**asked, **several, **wrong})
+            assert answer.status_code in (400, 404), answer.text
+        seen = await scrape(house)
+        assert seen["tgi_request_failure:validation"] == seen["tgi_request_count"] == 2 * number
+
+
 async def test_overload_and_clients_that_leave(house: House) -> None:
     house.bench.gates["w"].clear()
     running = [asyncio.create_task(house.post("/generate", given(4))) for _ in range(3)]

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -10,9 +12,15 @@ from router.ask import Ask, Finish, TokenOut
 from router.chat import ChatGeneration
 from router.conversation import ChatFinish
 from router.fleet import ModelCard
-from router.service import Service
+from router.service import Generation, Service
 
+G = TypeVar("G")
 W = TypeVar("W")
+
+Start = Callable[[], Awaitable[AbstractAsyncContextManager[G]]]
+"""Submits an answer; leaving the context before its end cancels it. Raises RequestError."""
+Read = Callable[[G], Coroutine[Any, Any, W]]
+"""Reads an answer to its end. Raises RequestError if it breaks off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,39 +48,49 @@ class WholeChat(Whole):
     chat: ChatFinish
 
 
-async def collect(service: Service, ask: Ask) -> Whole:
-    """Runs one ask. Raises RequestError if it is refused or breaks off."""
-    tokens: list[TokenOut] = []
-    first = 0.0
-    async with await service.generate(ask) as answer:
-        submitted = perf_counter()
-        async for chunk in answer:
-            first = first or perf_counter()
-            tokens.extend(chunk.tokens)
-            if chunk.finish is not None:
-                ids, ended = answer.prompt_ids, perf_counter()
-                return Whole(tokens, chunk.finish, submitted, first, ended, prompt_ids=ids)
-    raise AssertionError("an answer ends with a finish or an error")
-
-
-async def collect_chat(start: Callable[[], Awaitable[ChatGeneration]]) -> WholeChat:
-    """Runs the chat that ``start`` submits. Raises RequestError if it is refused or breaks off."""
-    tokens: list[TokenOut] = []
-    first = 0.0
-    async with await start() as answer:
-        submitted = perf_counter()
-        async for chunk in answer:
-            first = first or perf_counter()
-            tokens.extend(chunk.tokens)
-            if (chat := chunk.finish) is not None:
-                ids, times = answer.prompt_ids, (submitted, first, perf_counter())
-                return WholeChat(tokens, chat.finish, *times, chat, prompt_ids=ids)
-    raise AssertionError("an answer ends with a finish or an error")
-
-
 async def collect_all(service: Service, asks: Sequence[Ask]) -> list[Whole]:
-    """Runs all at once, as ``together`` does."""
-    return await together([collect(service, ask) for ask in asks])
+    """Runs asks to their ends, as ``each`` does. Raises as it does."""
+    return await each([partial(service.generate, ask) for ask in asks], [_whole] * len(asks))
+
+
+async def collect_chats(starts: Sequence[Start[ChatGeneration]]) -> list[WholeChat]:
+    """Runs the chats that ``starts`` submit to their ends. Raises as ``each``."""
+    return await each(starts, [_whole_chat] * len(starts))
+
+
+async def _whole(answer: Generation) -> Whole:
+    tokens: list[TokenOut] = []
+    submitted, first = perf_counter(), 0.0
+    async for chunk in answer:
+        first = first or perf_counter()
+        tokens.extend(chunk.tokens)
+        if chunk.finish is not None:
+            ids, ended = answer.prompt_ids, perf_counter()
+            return Whole(tokens, chunk.finish, submitted, first, ended, prompt_ids=ids)
+    raise AssertionError("an answer ends with a finish or an error")
+
+
+async def _whole_chat(answer: ChatGeneration) -> WholeChat:
+    tokens: list[TokenOut] = []
+    submitted, first = perf_counter(), 0.0
+    async for chunk in answer:
+        first = first or perf_counter()
+        tokens.extend(chunk.tokens)
+        if (chat := chunk.finish) is not None:
+            ids, times = answer.prompt_ids, (submitted, first, perf_counter())
+            return WholeChat(tokens, chat.finish, *times, chat, prompt_ids=ids)
+    raise AssertionError("an answer ends with a finish or an error")
+
+
+async def each(starts: Sequence[Start[G]], reads: Sequence[Read[G, W]]) -> list[W]:
+    """Submits one answer after the other, then reads all at once, as ``together`` does.
+
+    What they have in common is so refused once, and not once for each, before any is read. Raises
+    as ``together``; whatever ends it, no answer is left running.
+    """
+    async with AsyncExitStack() as running:
+        answers = [await running.enter_async_context(await start()) for start in starts]
+        return await together([read(one) for read, one in zip(reads, answers, strict=True)])
 
 
 async def together(works: Sequence[Coroutine[Any, Any, W]]) -> list[W]:

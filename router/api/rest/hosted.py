@@ -18,7 +18,7 @@ from router.api.rest import models_tgi as m
 from router.api.rest.asks import invalid, model_name, unsupported
 from router.api.rest.body import check, ignored_header, read_json
 from router.api.rest.chat import chat_ask
-from router.api.rest.collect import collect_all, collect_chat, together
+from router.api.rest.collect import collect_all, collect_chats, together
 from router.api.rest.context import Context, json_response
 from router.api.rest.errors import Dialect, error_response
 from router.api.rest.models_chat import ChatCompletion, ChatCompletionChunk, ChatRequest
@@ -127,7 +127,7 @@ class HostedRoutes:
         ask, _ = chat_ask(body, context.settings, context.fleet)
 
         async def work() -> str:
-            answer = (await collect_chat(partial(context.chat.chat, ask))).chat
+            answer = (await collect_chats([partial(context.chat.chat, ask)]))[0].chat
             return answer.text or _calls_text(answer.calls)
 
         return work

@@ -1,14 +1,14 @@
 """How OpenAI's two generating routes answer: all at once, or as one stream of events."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 
 from router.api.rest.body import ignored_header
-from router.api.rest.collect import Whole, WholeChat, compute_type, timing_headers, together
+from router.api.rest.collect import Start, Whole, WholeChat, compute_type, each, timing_headers
 from router.api.rest.context import json_response
 from router.api.rest.errors import Dialect
 from router.api.rest.models_openai import SamplingFields
@@ -19,8 +19,6 @@ from router.conversation import ChatChunk, ChatFinish
 from router.fleet import ModelCard
 
 C = TypeVar("C", Chunk, ChatChunk)
-Start = Callable[[], Awaitable[AbstractAsyncContextManager[AsyncIterator[C]]]]
-"""Submits one request and returns its answer."""
 Events = Callable[[C], bytes]
 """Makes the event of a chunk of one choice; empty if it has nothing for the client."""
 
@@ -63,12 +61,13 @@ def whole(
     return json_response(value, headers | ignored_header(job.body))
 
 
-def stream(job: Job, starts: Sequence[Start[C]], choices: Sequence[Events[C]]) -> Response:
+def stream(
+    job: Job, starts: Sequence[Start[AsyncIterator[C]]], choices: Sequence[Events[C]]
+) -> Response:
     """Returns the events of all answers, each as it comes."""
 
     async def produce(writer: EventWriter) -> bytes:
-        pumps = map(_pump, starts, choices, [writer] * len(starts))
-        finishes = await together(list(pumps))
+        finishes = await each(starts, [partial(_pump, writer, one) for one in choices])
         if not job.head.counted:
             return DONE
         return job.head.event([], job.usage(finishes)) + DONE
@@ -80,13 +79,14 @@ def stream(job: Job, starts: Sequence[Start[C]], choices: Sequence[Events[C]]) -
     return EventStream(produce, Dialect.OPENAI, headers | ignored_header(job.body))
 
 
-async def _pump(start: Start[C], events_of: Events[C], writer: EventWriter) -> Finish | ChatFinish:
-    """Runs one answer to its end and writes its events."""
-    async with await start() as answer:
-        async for chunk in answer:
-            events = events_of(chunk)
-            if events:
-                await writer.write(events)
-            if chunk.finish is not None:
-                return chunk.finish
+async def _pump(
+    writer: EventWriter, events_of: Events[C], answer: AsyncIterator[C]
+) -> Finish | ChatFinish:
+    """Writes the events of one answer, to its end."""
+    async for chunk in answer:
+        events = events_of(chunk)
+        if events:
+            await writer.write(events)
+        if chunk.finish is not None:
+            return chunk.finish
     raise AssertionError("an answer ends with a finish or an error")

@@ -21,6 +21,12 @@ NESTING_MAX = 96
 """Objects and lists inside each other in a JSON schema: the compiler's JSON reader ends at 128."""
 OPTIONS_MAX = 4096
 
+_KINDS = frozenset({"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"})
+"""Words by which a schema says what its values are."""
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+_ONE = ("items", "additionalProperties")
+_SEVERAL = ("anyOf", "oneOf", "allOf", "prefixItems")
+
 
 def json_object(field: str) -> Constraint:
     """Any JSON object."""
@@ -28,15 +34,38 @@ def json_object(field: str) -> Constraint:
 
 
 def json_schema(schema: Mapping[str, Any] | bool, field: str) -> Constraint:
-    """JSON that is valid by a schema. Raises RequestError, VALIDATION."""
+    """JSON that is valid by a schema, read as ``with_objects`` does. Raises RequestError."""
     if not isinstance(schema, Mapping | bool):
         raise _invalid(f"`{field}` must be a JSON schema: an object or a boolean", field)
     _check_nesting(schema, field)
     try:
-        text = orjson.dumps(schema).decode()
+        text = orjson.dumps(with_objects(schema)).decode()
     except TypeError as error:
         raise _invalid(f"`{field}` is not a JSON schema: {error}", field) from error
     return _bounded(ConstraintKind.JSON_SCHEMA, text, field)
+
+
+def with_objects(schema: Any) -> Any:
+    """The schema with the type that goes without saying: what has properties is an object.
+
+    By the letter a text would be valid, too, and a small model likes to write one. TGI's examples
+    leave the type out, and it makes objects of them. Nothing is changed in place.
+    """
+    if not isinstance(schema, Mapping):
+        return schema
+    made = dict(schema)
+    for word in _NAMED:
+        if isinstance(made.get(word), Mapping):
+            made[word] = {name: with_objects(one) for name, one in made[word].items()}
+    for word in _ONE:
+        if word in made:
+            made[word] = with_objects(made[word])
+    for word in _SEVERAL:
+        if isinstance(made.get(word), list):
+            made[word] = [with_objects(one) for one in made[word]]
+    if "properties" in made and not made.keys() & _KINDS:
+        made["type"] = "object"
+    return made
 
 
 def regex(pattern: str, field: str) -> Constraint:

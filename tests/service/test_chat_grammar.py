@@ -61,6 +61,17 @@ def calls(form: str, *, several: bool = True, thinking: Thinking | None = None) 
     return writer.calls(TOOLS, "tool_choice", several=several, thinking=thinking)
 
 
+@pytest.mark.parametrize("form", ["hermes", "json", "llama3"])
+def test_arguments_are_an_object_also_if_the_schema_does_not_say_so(form: str) -> None:
+    untyped = tool("f", {"properties": {"a": {"type": "integer"}}})
+    writer = GrammarWriter(FORMS[form], TOKENIZER.token_id)
+    made = writer.calls([untyped], "tool_choice", several=False, thinking=None)
+    call = f'{{"name": "f", "{FORMS[form].key}": %s}}'
+    whole = HERMES % call if form == "hermes" else call
+    assert accepts(made, whole % '{"a": 1}')
+    assert not accepts(made, whole % '"a"')
+
+
 @pytest.mark.parametrize("form", ACCEPTED)
 def test_calls_in_the_models_own_format_and_nothing_else(form: str) -> None:
     made = calls(form)

@@ -43,6 +43,54 @@ def test_a_schema_is_written_out() -> None:
     assert constraints.json_schema(True, "x").text == "true"
 
 
+@pytest.mark.parametrize(
+    ("schema", "meant"),
+    [
+        ({"properties": {"a": {}}}, {"properties": {"a": {}}, "type": "object"}),
+        (
+            {"properties": {"properties": {"properties": {"type": {}}}}},
+            {
+                "properties": {"properties": {"properties": {"type": {}}, "type": "object"}},
+                "type": "object",
+            },
+        ),
+        (
+            {"type": "array", "items": {"properties": {}}, "$defs": {"d": {"properties": {}}}},
+            {
+                "type": "array",
+                "items": {"properties": {}, "type": "object"},
+                "$defs": {"d": {"properties": {}, "type": "object"}},
+            },
+        ),
+        (
+            {"anyOf": [{"properties": {}}, {"type": "null"}, {"enum": [{"properties": {}}]}]},
+            {
+                "anyOf": [
+                    {"properties": {}, "type": "object"},
+                    {"type": "null"},
+                    {"enum": [{"properties": {}}]},
+                ]
+            },
+        ),
+        # Those that say themselves what they are.
+        *(
+            (one, one)
+            for one in (
+                {"type": ["object", "null"], "properties": {}},
+                {"anyOf": [{"type": "null"}], "properties": {}},
+                {"$ref": "#/$defs/a", "properties": {}},
+                {"const": {"properties": {}}, "properties": {}},
+                {"default": {"properties": {}}, "required": ["a"]},
+            )
+        ),
+    ],
+)
+def test_properties_without_a_type_are_those_of_an_object(schema: Any, meant: Any) -> None:
+    given = json.dumps(schema)
+    assert json.loads(constraints.json_schema(schema, "x").text) == meant
+    assert json.dumps(schema) == given
+
+
 def test_the_order_of_properties_is_kept() -> None:
     made = constraints.json_schema({"properties": {"b": {}, "a": {}}}, "x")
     assert list(json.loads(made.text)["properties"]) == ["b", "a"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from router.conversation import Tool
 from router.errors import Fault, RequestError
+from router.text import constraints
 from router.text.tools.tag_calls import is_text
 
 _LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -25,7 +26,8 @@ def schema_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
     if schema.keys() <= _NO_MEMBERS and not schema.get("properties"):
         # "An object", and nothing of what is in it: a function without parameters.
         schema = {"type": "object", "properties": {}, "additionalProperties": False}
-    return schema
+    schema.setdefault("type", "object")
+    return dict(constraints.with_objects(schema))
 
 
 def schema_rule(parameters: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from router.api.rest.openapi import docs_page, install_openapi
 from router.api.rest.request_id import ANTHROPIC_PATH, naming
 from router.api.rest.responses import responses_routes
 from router.api.rest.sse import SERVER_SEND, known_fault
+from router.api.rest.straight import Straight
 from router.api.rest.tgi import tgi_routes, version
 from router.auth import ApiKeys
 from router.chat import ChatService
@@ -72,12 +73,17 @@ def create_app(
     app.tracing = tracing
     keys = ApiKeys(settings.api_key)
     context = Context(service, fleet, metrics, settings, keys, ChatService(service))
-    app.include_router(tgi_routes(context))
-    app.include_router(hosted_routes(context))
-    app.include_router(openai_routes(context))
-    app.include_router(responses_routes(context))
-    app.include_router(embedding_routes(context))
-    app.include_router(anthropic_routes(context))
+    groups = (
+        tgi_routes(context),
+        hosted_routes(context),
+        openai_routes(context),
+        responses_routes(context),
+        embedding_routes(context),
+        anthropic_routes(context),
+    )
+    for group in groups:
+        app.include_router(group)
+    app.add_middleware(Straight, routes=[route for group in groups for route in group.routes])
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(settings.cors_allow_origin) or ["*"],

@@ -1,5 +1,6 @@
 """Chats that are refused, and the field that is named."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from router.ask import Params
 from router.conversation import ChatAsk, Tool, ToolMode
 from router.errors import Fault, RequestError
 from router.text import constraints
-from tests.service.chat_bench import HERMES, MISTRAL, TOOLS, USER, chats, said, tool
+from tests.service.chat_bench import HERMES, MISTRAL, TOOLS, USER, answer, chats, said, tool
 
 SCHEMA = constraints.json_schema({"type": "object"}, "response_format")
 DEEP: Any = {}
@@ -70,3 +71,28 @@ async def test_the_templates_own_objection_is_passed_on() -> None:
         await chat.chat(ChatAsk(({"role": "critic", "content": "a"},)))
     assert caught.value.fault is Fault.TEMPLATE
     assert caught.value.message == "Only user, assistant and tool roles"
+
+
+@pytest.mark.parametrize(
+    ("more", "fields"),
+    [
+        (
+            {"mode": ToolMode.REQUIRED},
+            ["tools.0.function.parameters", "tools.1.function.parameters"],
+        ),
+        ({"mode": ToolMode.REQUIRED, "tool": "now"}, ["tools.1.function.parameters"]),
+        (
+            {"params": Params(constraint=SCHEMA)},
+            ["response_format", "tools.0.function.parameters", "tools.1.function.parameters"],
+        ),
+        ({"params": Params(constraint=SCHEMA), "mode": ToolMode.NONE}, []),
+    ],
+)
+async def test_a_grammar_says_what_it_was_made_of(more: dict[str, Any], fields: list[str]) -> None:
+    chat, service = chats(HERMES, said("a"))
+    await answer(chat, ChatAsk(USER, tools=TOOLS, **more))
+    constraint = service.asks[0].params.constraint
+    assert constraint is not None
+    assert [part.field for part in constraint.parts] == fields
+    for part in constraint.parts[-len(TOOLS) :]:
+        assert json.loads(part.text)["type"] == "object"

@@ -32,31 +32,6 @@ CALLED = [("get_weather", '{"city": "Köln"}')]
 SCHEMA = constraints.json_schema({"type": "object"}, "response_format")
 
 
-@pytest.mark.parametrize(
-    ("more", "fields"),
-    [
-        (
-            {"mode": ToolMode.REQUIRED},
-            ["tools.0.function.parameters", "tools.1.function.parameters"],
-        ),
-        ({"mode": ToolMode.REQUIRED, "tool": "now"}, ["tools.1.function.parameters"]),
-        (
-            {"params": Params(constraint=SCHEMA)},
-            ["response_format", "tools.0.function.parameters", "tools.1.function.parameters"],
-        ),
-        ({"params": Params(constraint=SCHEMA), "mode": ToolMode.NONE}, []),
-    ],
-)
-async def test_a_grammar_says_what_it_was_made_of(more: dict[str, Any], fields: list[str]) -> None:
-    chat, service = chats(HERMES, said("a"))
-    await answer(chat, ChatAsk(USER, tools=TOOLS, **more))
-    constraint = service.asks[0].params.constraint
-    assert constraint is not None
-    assert [part.field for part in constraint.parts] == fields
-    for part in constraint.parts[-len(TOOLS) :]:
-        assert json.loads(part.text)["type"] == "object"
-
-
 async def test_a_plain_chat() -> None:
     chat, service = chats(CHATML, said("It", " rains."))
     params = Params(temperature=0.5, stop=("x",))

@@ -42,6 +42,9 @@ from tests.service.rest_server import chat, client_of, complete
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
+        ({"prediction": {"type": "guess", "content": "x"}}, "prediction.type"),
+        ({"prediction": {"type": "content"}}, "prediction.content"),
+        ({"prompt_cache_retention": "1h"}, "prompt_cache_retention"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},

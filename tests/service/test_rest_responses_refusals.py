@@ -21,6 +21,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"context_management": [{"type": "compaction"}]}, "context_management"),
     ({"moderation": {}}, "moderation"),
     ({"include": ["secrets"]}, "include"),
+    ({"prompt_cache_retention": "1h"}, "prompt_cache_retention"),
     ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
     ({"stream_options": {}}, "stream_options"),
     ({"max_output_tokens": 0}, "max_output_tokens"),

@@ -5,7 +5,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.api.rest.body import Body
-from router.api.rest.models_openai import ABSENT, PromptLogprobs, SamplingFields, Usage
+from router.api.rest.models_openai import (
+    ABSENT,
+    CacheRetention,
+    PromptLogprobs,
+    SamplingFields,
+    Usage,
+)
 
 FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
@@ -83,6 +89,13 @@ class ToolEntry(Body):
     function: Function = Field(description="The function.")
 
 
+class Prediction(Body):
+    """What an answer is expected to be."""
+
+    type: Literal["content"] = Field(description="Always content.")
+    content: str | list[dict[str, Any]] = Field(description="Text, or parts of the type text.")
+
+
 class ChatRequest(SamplingFields):
     """A conversation to answer."""
 
@@ -147,7 +160,7 @@ class ChatRequest(SamplingFields):
         default=None, description="True is refused: answers are not stored here."
     )
     modalities: list[str] | None = Field(default=None, description='Only ["text"].')
-    prediction: dict[str, Any] | None = Field(
+    prediction: Prediction | None = Field(
         default=None, description="Accepted without effect: it can only save time."
     )
     safety_identifier: str | None = Field(default=None, description="Accepted without effect.")
@@ -157,7 +170,9 @@ class ChatRequest(SamplingFields):
     prompt_cache_options: dict[str, Any] | None = Field(
         default=None, description="As prompt_cache_key."
     )
-    prompt_cache_retention: str | None = Field(default=None, description="As prompt_cache_key.")
+    prompt_cache_retention: CacheRetention | None = Field(
+        default=None, description="As prompt_cache_key."
+    )
     audio: Any = Field(default=None, description=ABSENT)
     moderation: Any = Field(default=None, description=ABSENT)
     web_search_options: Any = Field(default=None, description=ABSENT)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from router.api.rest.body import Body
 
 ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
+CacheRetention = Literal["in_memory", "in-memory", "24h"]
 ABSENT = "Refused unless it is null: nothing here does that."
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.api.rest.body import Body
-from router.api.rest.models_openai import ABSENT, ServiceTier
+from router.api.rest.models_openai import ABSENT, CacheRetention, ServiceTier
 
 UNSTORED = "Refused unless it is null: nothing is stored here."
 NO_EFFECT = "Accepted without effect."
@@ -143,7 +143,7 @@ class ResponsesRequest(Body):
         default=None, description=f"{NO_EFFECT} Prefixes are found by themselves."
     )
     prompt_cache_options: Any = Field(default=None, description=NO_EFFECT)
-    prompt_cache_retention: str | None = Field(default=None, description=NO_EFFECT)
+    prompt_cache_retention: CacheRetention | None = Field(default=None, description=NO_EFFECT)
     safety_identifier: str | None = Field(default=None, description=NO_EFFECT)
     user: str | None = Field(default=None, description=NO_EFFECT)
     top_k: int | None = Field(

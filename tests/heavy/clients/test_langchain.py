@@ -156,3 +156,7 @@ def test_embeddings(server: Server, checked: bool) -> None:
     cat, dog = model.embed_documents(["a cat", "a dog"])
     assert len(cat) == len(dog) > 10
     assert model.embed_query("a cat") == pytest.approx(cat, abs=1e-3)
+    # More than a worker takes in one call; LangChain sends up to 1000 in a request.
+    many = model.embed_documents(["a cat"] * 300)
+    assert len(many) == 300
+    assert many[-1] == pytest.approx(cat, abs=1e-3)

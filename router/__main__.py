@@ -8,6 +8,7 @@ from typing import Any
 # As in ``deploy.commands``: said before grpc is imported, which the imports below do.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
 import uvloop
 

@@ -8,6 +8,7 @@ with one line that says why.
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import TypeVar, cast
@@ -50,6 +51,7 @@ MESSAGE_BYTES_MAX = 64 * 2**20
 
 UNREACHABLE = "failed to connect"
 """What grpc says in such a case; the code is the same as that of a lost connection."""
+_NUMBER = re.compile(r" \(\d+\)$")  # of the error, behind its name
 
 _CALL_FAULTS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Fault.OVERLOADED,
@@ -309,7 +311,7 @@ def cause_of(error: grpc.aio.AioRpcError) -> str:
     lines = (error.details() or "no details").splitlines()
     details = "".join(filter(str.isprintable, lines[0] if lines else ""))
     if is_unreachable(error):
-        return f"nobody can be reached there ({details.rpartition(': ')[2]})"
+        return f"nobody can be reached there ({_NUMBER.sub('', details.rpartition(': ')[2])})"
     if error.code() is grpc.StatusCode.UNAVAILABLE and is_closed(details):
         return f"the connection broke: its process has ended, or the network fails ({details})"
     return f"{error.code().name}: {details}"

@@ -204,6 +204,31 @@ def test_it_takes_more_connections_than_files_are_allowed_at_first(tmp_path: Pat
         assert answers(server)
 
 
+def wakings(pid: int) -> int:
+    """How often gRPC's own threads have gone to sleep in a process."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    shown = [(task / "status").read_text() for task in tasks]
+    return sum(
+        int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+        for text in shown
+        if "event_engine" in text.partition("\n")[0]
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system shows no threads")
+def test_a_step_wakes_none_of_the_threads_that_grpc_adds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRPC_EXPERIMENTS", raising=False)
+    with serving(tmp_path, *SCRIPTED) as server:
+        pids = (server.process.pid, server.worker_pid())
+        before = [wakings(pid) for pid in pids]
+        asked = {"inputs": "Count", "parameters": {"max_new_tokens": 200}}
+        assert server.client.post("/generate", json=asked).status_code == 200
+        after = [wakings(pid) for pid in pids]
+    assert all(late - early < 100 for early, late in zip(before, after, strict=True))
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
 def test_a_full_disk_for_its_lines_ends_nothing() -> None:
     with Path("/dev/full").open("w") as full:

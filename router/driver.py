@@ -18,6 +18,7 @@ from itertools import count, repeat
 from typing import Protocol, assert_never
 
 from router import journal
+from router.alarm import Alarm
 from router.channel import Channel
 from router.core.effects import Abandon, Close, Deliver, Effect, Left, RunPlan
 from router.core.events import Ended, Event, Reason, Submitted, Ticked
@@ -89,6 +90,7 @@ class Driver:
         self.requests_max = requests_max
         self._core = core
         self._clock = clock
+        self._alarm = Alarm(clock, self._ring)
         self._ids = count(1)
         self._groups: dict[str, Workers] = {}
         self._channels: dict[int, Channel] = {}
@@ -204,9 +206,10 @@ class Driver:
         """
         detail = "the server is shutting down"
         try:
+            self._alarm.set(self._core.wake_at())
             while not self._stopping:
                 await self._wait()
-                if self._stood_still():
+                if self._alarm.late_ms(self._clock()) > STANDSTILL_MS:
                     log.warning("this process stood still; hearing what came meanwhile")
                     await asyncio.sleep(HEAR_S)
                 self._turn()
@@ -215,6 +218,7 @@ class Driver:
             log.critical("the driver failed", exc_info=True)
             raise
         finally:
+            self._alarm.stop()
             self._refusal = self._refusal or detail
             self._close_all(detail)
 
@@ -248,22 +252,11 @@ class Driver:
         if self._inbox or self._stopping:
             await asyncio.sleep(0)
             return
-        loop = asyncio.get_running_loop()
-        self._bell = loop.create_future()
-        due_ms = self._core.wake_at()
-        timer = None
-        if due_ms is not None:
-            timer = loop.call_later(max(0, due_ms - self._clock()) / 1000, self._ring)
+        self._bell = asyncio.get_running_loop().create_future()
         try:
             await self._bell
         finally:
             self._bell = None
-            if timer is not None:
-                timer.cancel()
-
-    def _stood_still(self) -> bool:
-        due_ms = self._core.wake_at()
-        return due_ms is not None and self._clock() - due_ms > STANDSTILL_MS
 
     def _turn(self) -> None:
         """Lets the core see everything that has arrived, plan once, and performs the lot.
@@ -275,8 +268,7 @@ class Driver:
         effects: list[Effect] = []
         for event in events:
             effects += self._core.observe(now_ms, event)
-        due_ms = self._core.wake_at()
-        if due_ms is not None and due_ms <= now_ms:
+        if self._alarm.late_ms(now_ms) >= 0:
             effects += self._core.observe(now_ms, Ticked())
         effects += self._core.plan(now_ms)
         for effect in effects:
@@ -287,6 +279,7 @@ class Driver:
         if not self._waking:
             self._wake_some()
         self._notice_empty()
+        self._alarm.set(self._core.wake_at())
 
     def _perform(self, effect: Effect, now_ms: int) -> None:
         match effect:

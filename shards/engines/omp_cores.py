@@ -61,13 +61,23 @@ def _in_each(library: Any, count: int, act: Callable[[int], None]) -> None:
     library.GOMP_parallel(_REGION(region), None, count, 0)
 
 
-def _library() -> Any:
+def openmp_path() -> Path | None:
     """The OpenMP that this process computes with, or None if that cannot be told."""
-    paths = {line.split()[-1] for line in _MAPS.read_text().splitlines() if "/lib" in line}
-    found = [path for path in paths if Path(path).name.startswith(_NAMES)]
-    if len(found) != 1:
+    try:
+        lines = _MAPS.read_text().splitlines()
+    except OSError:
         return None
-    library = ctypes.CDLL(found[0])
+    paths = {line.split()[-1] for line in lines if "/lib" in line}
+    found = [path for path in map(Path, paths) if path.name.startswith(_NAMES)]
+    return found[0] if len(found) == 1 else None
+
+
+def _library() -> Any:
+    """The OpenMP that this process computes with, or None; see ``openmp_path``."""
+    path = openmp_path()
+    if path is None:
+        return None
+    library = ctypes.CDLL(str(path))
     if not hasattr(library, "GOMP_parallel"):
         return None
     library.GOMP_parallel.argtypes = (_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)

@@ -14,13 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from shards.engines.torch_views import Chunk, Decodes, Kind, View, causal_mask
+from shards.engines.torch_views import Chunk, Decodes, Kind, View, Viewer, causal_mask
+from shards.kv import StepLayout
 
 if TYPE_CHECKING:
     from shards.engines.torch_kernel import PagedKernel
+    from shards.engines.torch_native import Cache, Native
 
 NAME = "roundhouse_paged"
 Given = Mapping[str, Any]
@@ -46,13 +49,23 @@ class Shape:
 class Step:
     """What all layers see of the step under way: where tokens go, and one view for each kind.
 
-    If ``kernel`` is not None, it writes to the cells, and attends for decoding sequences.
+    If ``kernel`` is not None, it writes to the cells, and attends for decoding sequences. If
+    ``native`` is not None, it does all of it, by what it was told of the step itself.
     """
 
     def __init__(self, kernel: "PagedKernel | None" = None) -> None:
         self.kernel = kernel
+        self.native: Native | None = None
         self.cells: Any = None
         self.views: dict[Kind, View] = {}
+
+    def begin(self, layout: StepLayout, kinds: Sequence[Kind], viewer: Viewer) -> None:
+        """Says what the layers compute next."""
+        if self.native is not None:
+            self.native.begin(layout)
+            return
+        self.views = {kind: viewer.view(layout, kind) for kind in kinds}
+        self.cells = viewer.tensor(layout.cells.astype(np.int64))
 
 
 class PagedLayer:
@@ -71,11 +84,16 @@ class PagedLayer:
         self.values = torch.zeros((*size, shape.value_dim), dtype=dtype, device=device)
         self._key_cells = self.keys.view(-1, shape.kv_heads, shape.key_dim)
         self._value_cells = self.values.view(-1, shape.kv_heads, shape.value_dim)
+        self._cache: Cache | None = None
+        if step.native is not None:
+            self._cache = step.native.cache(shape, self.keys, self.values)
 
     def attend(self, _module: Any, query: Any, key: Any, value: Any, given: Given) -> Any:
         """Attention for the tokens of the step; see ``attend``."""
         query, key, value = query[0], key[0], value[0]
         step, sinks = self._step, given.get("s_aux")
+        if step.native is not None and self._cache is not None:
+            return step.native.attend(self._cache, query, key, value, sinks)[None]
         if step.kernel is not None:
             step.kernel.write(key, value, step.cells, self.keys, self.values)
         else:

@@ -12,6 +12,7 @@ from shards.engines.torch_linear import can_pack
 if TYPE_CHECKING:
     from shards.engines.torch_draw_kernel import DrawKernel
     from shards.engines.torch_kernel import PagedKernel
+    from shards.engines.torch_native import Native
 
 _COMPILES = ("cuda", "cpu")
 
@@ -33,6 +34,29 @@ def packs(wanted: str, device: Device, dtype: torch.dtype, *, compiling: bool) -
             " compile=on or pack=on"
         )
     return able and wanted != "off" and not compiling
+
+
+def choose_native(
+    wanted: str, dtype: torch.dtype, *, packing: bool
+) -> tuple["Native | None", tuple[str, ...]]:
+    """Kernels of our own for CPUs, if any, and what to warn of; see ``packs``."""
+    able = packing and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+    if wanted == "on" and not able:
+        raise ModelError(
+            "torch: engine option native=on: the kernels are for packed bfloat16 weights on CPUs"
+            " with AVX512-BF16 and without AMX; leave it out"
+        )
+    if wanted == "off" or not able:
+        return None, ()
+    from shards.engines.torch_native import Native
+    from shards.engines.torch_native_build import BuildError
+
+    try:
+        return Native(), ()
+    except BuildError as error:
+        if wanted == "on":
+            raise ModelError(f"torch: engine option native=on: {error}; leave it out") from error
+        return None, (f"kernels of our own, about twice as fast, are not used: {error}",)
 
 
 def compiles(wanted: str, device: Device, *, graphs: bool, world: int) -> bool:

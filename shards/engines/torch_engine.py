@@ -15,6 +15,8 @@ Engine options (``--engine-option key=value``):
   ``gather``.
 - ``pack``: ``on`` or ``off``: keep weights in the order in which a CPU's kernels read them.
   Default: where torch has such kernels.
+- ``native``: ``on`` or ``off``: compute layers by kernels of our own, compiled at load.
+  Default: where bfloat16 weights are packed and the machine has a C++ compiler.
 - ``fuse``: ``on`` or ``off``: multiply weights that share their input as one matrix, and on
   accelerators compute norms in one kernel. Default: where they are packed, and on accelerators.
 - ``sample``: ``device`` or ``host``: where tokens are drawn that ask for no more than temperature,
@@ -33,6 +35,7 @@ import numpy as np
 import torch
 import transformers
 
+from shards.engines import torch_choices as choices
 from shards.engines.base import (
     Engine,
     EngineInfo,
@@ -46,7 +49,6 @@ from shards.engines.caller import Drawing
 from shards.engines.omp_cores import Cores
 from shards.engines.paged import PagedEngine
 from shards.engines.threads import ThreadControl, usable_cores
-from shards.engines.torch_choices import choose_draw_kernel, choose_kernel, compiles, packs
 from shards.engines.torch_devices import (
     Device,
     ToHost,
@@ -110,6 +112,7 @@ class TorchEngine(PagedEngine):
         compiled = extras.choice("compile", "auto", ("auto", "on", "off"))
         attention = extras.choice("attention", "auto", ("auto", "kernel", "gather"))
         fused = extras.choice("fuse", "auto", ("auto", "on", "off"))
+        native = extras.choice("native", "auto", ("auto", "on", "off"))
         packed = extras.choice("pack", "auto", ("auto", "on", "off"))
         sample = extras.choice("sample", "auto", ("auto", "device", "host"))
         peer_timeout_s = extras.number("peer_timeout_s", PEER_TIMEOUT_S)
@@ -121,15 +124,16 @@ class TorchEngine(PagedEngine):
         self._to_host = ToHost()
         self._checkpoint = Checkpoint(options.model)
         self._dtype = choose_dtype(options.dtype, self._checkpoint.stored_dtype, self._device)
-        compiling = compiles(compiled, self._device, graphs=graphs, world=options.world)
-        packing = packs(packed, self._device, self._dtype, compiling=compiling)
+        compiling = choices.compiles(compiled, self._device, graphs=graphs, world=options.world)
+        packing = choices.packs(packed, self._device, self._dtype, compiling=compiling)
+        self._native, unbuilt = choices.choose_native(native, self._dtype, packing=packing)
         self._control = ThreadControl(_threads(options, self._device))
         self._cores = Cores()
         self._set_threads()
         check_split(self._checkpoint.config, options.world, self._checkpoint.where)
         self._ranks = Ranks(options, self._device, peer_timeout_s)
         fusing = fused == "on" or (fused == "auto" and (packing or self._device.kind != "cpu"))
-        self._kernel = choose_kernel(attention, self._device)
+        self._kernel = choices.choose_kernel(attention, self._device)
         share = LOADING if compiling else 1.0
         self._model, self._weight_bytes = self._load(lambda x: progress(share * x), fusing, packing)
         self._limits = self._limit(options, page)
@@ -144,7 +148,7 @@ class TorchEngine(PagedEngine):
             rest = (lambda x: progress(share + (1.0 - share) * x)) if compiling else None
             self._graphs, lacking = self._make_graphs(page, rest)
         self._drawer, warnings = self._make_drawer(sample)
-        self._info = self._describe(options, (*lacking, *warnings))
+        self._info = self._describe(options, (*unbuilt, *lacking, *warnings))
         self._control.start()
         progress(1.0)
 
@@ -160,13 +164,18 @@ class TorchEngine(PagedEngine):
             if self._device.kind != "cpu":
                 fuse_norms(model)
         if packing:
-            pack(model)
+            pack(model, self._native)
+        if self._native is not None:
+            from shards.engines.torch_native_layers import use_native
+
+            use_native(model, self._native)
         # The probe computes together, and its collectives do not wait as long as a slow disk takes.
         self._ranks.least(0, self._device)
         try:
             with self._ranks.watched():
                 where = self._checkpoint.where
-                paged = PagedModel(model, where, device, self._dtype, self._kernel)
+                ways = (self._kernel, self._native)
+                paged = PagedModel(model, where, device, self._dtype, *ways)
                 return paged, weight_bytes
         except EngineLost as error:
             raise ModelError(f"torch: {error}") from error
@@ -219,7 +228,7 @@ class TorchEngine(PagedEngine):
         if wanted == "host" or (wanted == "auto" and self._device.kind not in DRAWING):
             return None, ()
         size, device = self._limits.vocab_size, self._device.torch
-        kernel = choose_draw_kernel(self._device, size)
+        kernel = choices.choose_draw_kernel(self._device, size)
         if not self._ranks.least(int(kernel is not None), self._device):
             kernel = None
         warnings: tuple[str, ...] = ()
@@ -346,9 +355,8 @@ class TorchEngine(PagedEngine):
         with self._ranks.watched():
             if self._graphs is not None and is_decode(layout):
                 return self._graphs.logits(layout)
-            step, tensor = self._model.step, self._viewer.tensor
-            step.views = {kind: self._viewer.view(layout, kind) for kind in self._model.kinds}
-            step.cells = tensor(layout.cells.astype(np.int64))
+            tensor = self._viewer.tensor
+            self._model.step.begin(layout, self._model.kinds, self._viewer)
             tokens = tensor(layout.tokens.astype(np.int64))
             return self._model.forward(
                 self._late.known(tokens) if any_late(layout.tokens) else tokens,

@@ -13,12 +13,16 @@ instead of 13, 20 and 80.)
 
 import ctypes
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from shards.engines.torch_devices import cpu_has_bfloat16
+
+if TYPE_CHECKING:
+    from shards.engines.torch_native import Native
 
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Levels of instructions, in torch's words, with which oneDNN's kernels for packed weights run.
@@ -30,6 +34,8 @@ _PACKABLE = ([nn.Linear], [nn.Embedding, nn.Linear])
 _ROWS, _COLUMN_BYTES = 64, 4
 # Rows of an embedding that are compared at once.
 _COMPARED = 4096
+# Rows with which a kernel of our own is compared, and by how much sums in another order may differ.
+_TRIED_ROWS, _TRIED_TOLERANCE = 3, 0.05
 
 
 class Kept:
@@ -120,14 +126,28 @@ def _joined(linears: list[Any]) -> Any:
 
 
 class Packed(nn.Module):  # type: ignore[misc]
-    """A linear layer whose weight is in oneDNN's order."""
+    """A linear layer whose weight is in oneDNN's order, multiplied by oneDNN or by our kernel."""
 
-    def __init__(self, packed: Any, bias: Any) -> None:
+    def __init__(self, packed: Any, bias: Any, native: "Native | None" = None) -> None:
         super().__init__()
         self.packed = packed  # has no storage that a parameter could have
         self.bias = bias
+        outs, self.width = packed.shape
         # Of several operators of that name this one; to find it takes as long as a small product.
-        self._product = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
+        product = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
+        self._product: Callable[[Any], Any] = lambda x: product(x, packed, bias, "none", [], "")
+        if native is not None and not self.width % 2:
+            kernel, address = native.product, torch.ops.mkldnn.data_ptr(packed)
+            self._try(lambda x: kernel(x, address, outs, bias))
+
+    def _try(self, product: Callable[[Any], Any]) -> None:
+        """Multiplies in another way from now on, if that gives the same, up to rounding."""
+        x = torch.randn(_TRIED_ROWS, self.width, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected, seen = self._product(x.bfloat16()).float(), product(x.bfloat16()).float()
+        allowed = _TRIED_TOLERANCE * expected.abs().mean().item()
+        if torch.allclose(seen, expected, rtol=_TRIED_TOLERANCE, atol=allowed):
+            self._product = product
 
     @property
     def weight(self) -> Any:
@@ -136,7 +156,7 @@ class Packed(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Any) -> Any:
         """[..., in] to [..., out]."""
-        return self._product(x, self.packed, self.bias, "none", [], "")
+        return self._product(x)
 
 
 class Table(nn.Module):  # type: ignore[misc]
@@ -192,8 +212,10 @@ def can_pack(dtype: torch.dtype) -> bool:
     return able and (dtype == torch.float32 or cpu_has_bfloat16())
 
 
-def pack(model: Any) -> None:
+def pack(model: Any, native: "Native | None" = None) -> None:
     """Packs the weights of plain linear layers, one after the other, and lets go of them.
+
+    ``native`` are kernels that multiply by packed bfloat16 weights faster than oneDNN.
 
     A head that is tied to the embedding is packed if the embedding can read it then. A weight that
     anything else uses too stays as it is, so that none is held twice.
@@ -210,7 +232,7 @@ def pack(model: Any) -> None:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # noqa: SLF001 - no public name
         if torch.ops.mkldnn._nbytes(packed) > _PADDED_MAX * weight.nbytes:  # noqa: SLF001
             continue
-        made: list[Any] = [Packed(packed, modules[-1].bias)]
+        made: list[Any] = [Packed(packed, modules[-1].bias, native)]
         if len(places) > 1:
             made.insert(0, Table(packed))
             if not _serves(made[0], modules[0]):

@@ -27,6 +27,7 @@ from shards.engines.torch_views import Kind, causal_mask
 
 if TYPE_CHECKING:
     from shards.engines.torch_kernel import PagedKernel
+    from shards.engines.torch_native import Native
 
 # Kinds of layers, by the names in a configuration's ``layer_types``.
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -133,8 +134,10 @@ class PagedModel:
         device: torch.device,
         dtype: torch.dtype,
         kernel: "PagedKernel | None" = None,
+        native: "Native | None" = None,
     ) -> None:
         self.step = Step(kernel)
+        self._native = native
         self._model = model
         self._device = device
         self._dtype = dtype
@@ -188,6 +191,11 @@ class PagedModel:
 
     def make_cache(self, page_count: int, page_tokens: int) -> None:
         """Makes the KV cache; only then can steps be computed."""
+        if self._native is not None:
+            from shards.engines.torch_native_trial import attends
+
+            if attends(self._native, self.shapes, page_tokens):
+                self.step.native = self._native
         for module, shape in zip(self._modules, self.shapes, strict=True):
             layer = PagedLayer(shape, page_count, page_tokens, self._dtype, self._device, self.step)
             module.roundhouse = layer

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.engines import torch_engine, torch_filters, torch_sampling, torch_trial
+from shards.engines import torch_choices, torch_filters, torch_sampling, torch_trial
 from shards.engines.base import Plan, SamplingParams
 from shards.engines.torch_engine import TorchEngine
 from shards.engines.torch_rows import AT, CHANCE, COLUMNS, TEMPERATURE, Packer, uniforms
@@ -116,7 +116,7 @@ def test_the_trial_covers_the_kernel(kernel: Kernel) -> None:
 
 
 def start(monkeypatch: pytest.MonkeyPatch, kernel: object) -> TorchEngine:
-    monkeypatch.setattr(torch_engine, "choose_draw_kernel", lambda _device, _vocab_size: kernel)
+    monkeypatch.setattr(torch_choices, "choose_draw_kernel", lambda _device, _vocab_size: kernel)
     engine = make(tiny_llama_folder(), extra={"sample": "device"})
     assert isinstance(engine, TorchEngine)
     return engine

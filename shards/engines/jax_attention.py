@@ -1,7 +1,9 @@
 """Attention over paged keys and values: the plain way of any device, and the kernel of the TPU.
 
-The cache of a layer is [pages, page_tokens, 2 * kv_heads, head_dim], keys at even places and values
-at odd ones: what the ragged paged attention kernel in JAX's own package takes. Both ways read the
+The cache of a layer is [pages, 2 * kv_heads, page_tokens, head_dim] in the plain way, first the
+heads of keys and then those of values: what it gathers are runs of memory, in the order in which
+they are multiplied. The ragged paged attention kernel in JAX's own package takes [pages,
+page_tokens, 2 * kv_heads, head_dim], keys at even places and values at odd ones. Both ways read the
 same fields of a step, see ``jax_buckets.Bucket``.
 
 The plain way never looks at more than a piece of each sequence at once. Its loops run as often as
@@ -22,7 +24,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from shards.engines.jax_buckets import BLOCK, PIECE, Bucket
+from shards.engines.jax_buckets import BLOCK, OWN_PIECE, PIECE, Bucket
 from shards.kv import TRASH
 
 Step = Mapping[str, Array]
@@ -56,21 +58,27 @@ class Attention:
             return kernel(queries, cache, step, self)
         return plain(queries, cache, step, bucket, self)
 
+    def write(self, cache: Array, keys: Array, values: Array, cells: Array) -> Array:
+        """The cache with the keys and values [tokens, kv_heads, head_dim] in their cells."""
+        return (kernel_write if self.kernel else write)(cache, keys, values, cells)
+
+    def page_tokens(self, cache: Array) -> int:
+        """Tokens of a page of the cache."""
+        return int(cache.shape[1 if self.kernel else 2])
+
 
 def write(cache: Array, keys: Array, values: Array, cells: Array) -> Array:
-    """The cache with the keys and values [tokens, kv_heads, head_dim] in their cells."""
-    tokens, _, dim = keys.shape
-    pages, page_tokens, both, cache_dim = cache.shape
-    pairs = _stored(jnp.stack((keys, values), axis=2), cache.dtype)
-    pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, 0), (0, cache_dim - dim)))
+    """The plain way's cache with keys and values [tokens, kv_heads, head_dim] in their cells."""
+    tokens, heads, dim = keys.shape
+    page_tokens = cache.shape[2]
+    pairs = _stored(jnp.concatenate((keys, values), axis=1), cache.dtype)
     if tokens == 1:
         # A scatter of one becomes a choice between two whole caches, and this is done twice, with
         # copies, if it is not in the shape that the program returns.
-        place = (cells[0] // page_tokens, cells[0] % page_tokens, 0, 0)
-        return lax.dynamic_update_slice(cache, pairs.reshape(1, 1, both, cache_dim), place)
-    flat = cache.reshape(pages * page_tokens, both, cache_dim)
-    flat = flat.at[cells].set(pairs.reshape(tokens, both, cache_dim), mode="promise_in_bounds")
-    return flat.reshape(cache.shape)
+        place = (cells[0] // page_tokens, 0, cells[0] % page_tokens, 0)
+        return lax.dynamic_update_slice(cache, pairs.reshape(1, 2 * heads, 1, dim), place)
+    places = cache.at[cells // page_tokens, :, cells % page_tokens]
+    return places.set(pairs, mode="promise_in_bounds")
 
 
 def _stored(values: Array, dtype: Any) -> Array:
@@ -92,6 +100,16 @@ def _loaded(stored: Array, dtype: Any) -> Array:
 
 
 # The kernel ------------------------------------------------------------------------------------
+
+
+def kernel_write(cache: Array, keys: Array, values: Array, cells: Array) -> Array:
+    """As ``write``, of the kernel's cache, whose heads may be longer."""
+    tokens, heads, dim = keys.shape
+    pages, page_tokens, both, cache_dim = cache.shape
+    pairs = jnp.stack((keys, values), axis=2).astype(cache.dtype).reshape(tokens, 2 * heads, dim)
+    pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, cache_dim - dim)))
+    flat = cache.reshape(pages * page_tokens, both, cache_dim)
+    return flat.at[cells].set(pairs, mode="promise_in_bounds").reshape(cache.shape)
 
 
 def kernel(
@@ -124,7 +142,7 @@ def kernel(
 def plain(queries: Array, cache: Array, step: Step, bucket: Bucket, attention: Attention) -> Array:
     """Gathered pages and a masked softmax, a piece at a time."""
     tokens, heads, dim = queries.shape
-    groups = cache.shape[2] // 2
+    groups = cache.shape[1] // 2
     grouped = (queries.astype(jnp.float32) * attention.scale).astype(attention.compute)
     grouped = grouped.reshape(tokens, groups, heads // groups, dim)
     if bucket.mixed:
@@ -168,37 +186,59 @@ def _mixed(queries: Array, cache: Array, step: Step, bucket: Bucket, attention: 
 def _rows(queries: Array, cache: Array, step: Step, first: Array, attention: Attention) -> Array:
     """Attention of sequences ``first`` and on, one token each: [rows, groups, heads, head_dim]."""
     rows = queries.shape[0]
-    page_tokens = cache.shape[1]
-    size = PIECE * page_tokens
+    page_tokens = cache.shape[2]
     tables = lax.dynamic_slice_in_dim(step["tables"], first, rows)
     positions = lax.dynamic_slice_in_dim(step["lengths"], first, rows) - 1
     common = step["counts"][2]
     real = first + jnp.arange(rows) < step["counts"][0]
-
-    def shared(index: Array, carry: Carry) -> Carry:
-        pages = lax.dynamic_slice_in_dim(step["tables"][0], index * PIECE, PIECE)
-        keys, values = _load(cache, pages, attention)
-        at = index * size + jnp.arange(size)
-        seen = _seen(at[None], positions[:, None], attention) & (at < common * page_tokens)[None]
-        values = jnp.where((at < common * page_tokens)[:, None], values, 0)
-        scores = _dot("sgrd,gkd->sgrk", queries, keys)
-        scores = jnp.where(seen[:, None, None], scores, _MASKED)
-        return _fold(carry, scores, values, "sgrk,gkd->sgrd")
-
-    def own(index: Array, carry: Carry) -> Carry:
-        page = common + index * PIECE
-        pages = lax.dynamic_slice_in_dim(tables, page, PIECE, axis=1)
-        return _own(carry, queries, cache, (page, pages, positions), attention)
-
     lowest = jnp.min(jnp.where(real, positions, jnp.iinfo(jnp.int32).max))
     cut = _first_seen(lowest, attention)
     before = common * page_tokens
-    carry = _nothing(queries)
-    carry = lax.fori_loop(cut // size, -(-before // size), shared, carry)
+    reach = (cut, before - 1)
+    carry = _together(queries, cache, (step["tables"][0], positions, reach), attention)
+    size = OWN_PIECE * page_tokens
+
+    def own(index: Array, carry: Carry) -> Carry:
+        page = common + index * OWN_PIECE
+        pages = lax.dynamic_slice_in_dim(tables, page, OWN_PIECE, axis=1)
+        return _own(carry, queries, cache, (page, pages, positions), attention)
+
     behind = jnp.maximum(cut - before, 0) // size
     highest = jnp.max(jnp.where(real, positions, 0))
     end = -(-(highest + 1 - before) // size)
     return _finish(lax.fori_loop(behind, end, own, carry))
+
+
+def _together(
+    queries: Array,
+    cache: Array,
+    where: tuple[Array, Array, tuple[Array, Array]],
+    attention: Attention,
+) -> Carry:
+    """What queries [tokens, groups, heads, head_dim] see of the pages of one table.
+
+    ``where`` is the table, the positions of the tokens, and the first and the last place that is
+    looked at. All queries of a group are one matrix.
+    """
+    table, positions, (first, last) = where
+    tokens, groups, heads, dim = queries.shape
+    size = PIECE * cache.shape[2]
+    rows = queries.swapaxes(0, 1).reshape(groups, tokens * heads, dim)
+    positions = jnp.repeat(positions, heads)[:, None]
+
+    def piece(index: Array, carry: Carry) -> Carry:
+        pages = lax.dynamic_slice_in_dim(table, index * PIECE, PIECE)
+        keys, values = _load(cache, pages, attention)
+        at = index * size + jnp.arange(size)
+        values = jnp.where((at <= last)[:, None], values, 0)
+        seen = _seen(at[None], positions, attention) & (at <= last)[None]
+        scores = jnp.where(seen, _dot("gqd,gkd->gqk", rows, keys), _MASKED)
+        return _fold(carry, scores, values, "gqk,gkd->gqd")
+
+    found = lax.fori_loop(first // size, -(-(last + 1) // size), piece, _nothing(rows))
+    by_token = (one.reshape(groups, tokens, heads, *one.shape[2:]) for one in found)
+    peak, total, sums = (one.swapaxes(0, 1) for one in by_token)
+    return peak, total, sums
 
 
 def _wide(queries: Array, cache: Array, step: Step, attention: Attention) -> Array:
@@ -234,7 +274,7 @@ def _own(
     ``where`` is that number, the pages, and the positions of the rows.
     """
     page, pages, positions = where
-    page_tokens = cache.shape[1]
+    page_tokens = cache.shape[2]
     keys, values = _load(cache, pages, attention)
     at = page * page_tokens + jnp.arange(pages.shape[1] * page_tokens)
     written = at[None] <= positions[:, None]
@@ -254,37 +294,27 @@ def _block(
 ) -> Array:
     """Attention of up to ``BLOCK`` tokens of one sequence: [BLOCK, groups, heads, head_dim]."""
     sequence, first, count = block
-    size = PIECE * cache.shape[1]
     start = step["positions"][first]
-    last = start + count - 1
-    positions = start + jnp.arange(BLOCK)
-
-    def piece(index: Array, carry: Carry) -> Carry:
-        pages = lax.dynamic_slice(step["tables"], (sequence, index * PIECE), (1, PIECE))[0]
-        keys, values = _load(cache, pages, attention)
-        at = index * size + jnp.arange(size)
-        values = jnp.where((at <= last)[:, None], values, 0)
-        scores = _dot("sgrd,gkd->sgrk", queries, keys)
-        seen = _seen(at[None], positions[:, None], attention)
-        scores = jnp.where(seen[:, None, None], scores, _MASKED)
-        return _fold(carry, scores, values, "sgrk,gkd->sgrd")
-
-    begin = _first_seen(start, attention) // size
-    return _finish(lax.fori_loop(begin, last // size + 1, piece, _nothing(queries)))
+    reach = (_first_seen(start, attention), start + count - 1)
+    where = (step["tables"][sequence], start + jnp.arange(BLOCK), reach)
+    return _finish(_together(queries, cache, where, attention))
 
 
 def _load(cache: Array, pages: Array, attention: Attention) -> tuple[Array, Array]:
     """Keys and values of pages [..., count]: [..., groups, count * page_tokens, head_dim].
 
-    Heads come before tokens because products are batched by them: otherwise each product would
-    have its operand put into this order anew.
+    A head's tokens of a page are gathered as one row, which XLA's CPU client copies as such: of
+    rows with more dimensions it computes where each element is.
     """
-    _, page_tokens, both, dim = cache.shape
-    found = _loaded(cache.at[pages].get(mode="promise_in_bounds"), attention.compute)
-    tokens = pages.shape[-1] * page_tokens
-    found = found.reshape(*pages.shape[:-1], tokens, both // 2, 2, dim)
-    found = jnp.moveaxis(found, -4, -2)
-    return found[..., 0, :, :], found[..., 1, :, :]
+    count, both, page_tokens, dim = cache.shape
+    rows = cache.reshape(count * both, page_tokens * dim)
+    first = pages[..., None, :] * both + jnp.arange(both // 2, dtype=jnp.int32)[:, None]
+    shape = (*first.shape[:-1], first.shape[-1] * page_tokens, dim)
+    keys, values = (
+        _loaded(rows.at[first + heads].get(mode="promise_in_bounds"), attention.compute)
+        for heads in (0, both // 2)
+    )
+    return keys.reshape(shape), values.reshape(shape)
 
 
 def _seen(at: Array, positions: Array, attention: Attention) -> Array:

@@ -28,6 +28,8 @@ BLOCK = 64
 # Pages of a sequence that it looks at together. A table has as many more at its end, so that such a
 # piece may begin at any page.
 PIECE = 8
+# And pages of each of several sequences that it looks at together, at most ``PIECE``.
+OWN_PIECE = 4
 
 
 @dataclass(frozen=True, slots=True)

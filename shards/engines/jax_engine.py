@@ -176,8 +176,13 @@ class JaxEngine(PagedEngine):
     def _cache(self, whole: LlamaConfig, limits: Limits, layers: int) -> Array:
         """Keys and values of some layers; see ``jax_attention``. Page 0 of each is the trash."""
         pages = layers * (limits.kv_tokens // limits.page_tokens + 1)
-        shape = (pages, limits.page_tokens, 2 * whole.kv_heads, self._head_dim(whole))
-        sharding = self._group.sharding(None, None, AXIS, None)
+        heads, size = 2 * whole.kv_heads, self._head_dim(whole)
+        if self._kernel:
+            shape = (pages, limits.page_tokens, heads, size)
+            sharding = self._group.sharding(None, None, AXIS, None)
+        else:
+            shape = (pages, heads, limits.page_tokens, size)
+            sharding = self._group.sharding(None, AXIS, None, None)
         bits = self._group.platform == "cpu" and self._dtype == jnp.bfloat16
         return jnp.zeros(shape, jnp.uint16 if bits else self._dtype, device=sharding)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from shards.engines.jax_attention import Attention, Step, write
+from shards.engines.jax_attention import Attention, Step
 from shards.engines.jax_buckets import Bucket
 from shards.engines.jax_config import LlamaConfig
 from shards.engines.jax_mesh import AXIS, Group
@@ -174,8 +174,9 @@ class Model:
         """One layer on [tokens, width]; the cache comes back with the step's keys and values."""
         y = self._norm(x, layer["norm_in"])
         queries, keys, values = self._qkv(y, layer, step)
-        cache = write(cache, keys, values, step["cells"])
-        y = self.attention(window)(queries, cache, step, bucket)
+        attention = self.attention(window)
+        cache = attention.write(cache, keys, values, step["cells"])
+        y = attention(queries, cache, step, bucket)
         y = y.astype(self.dtype).reshape(len(x), -1)
         x = self._add(x, y, layer, "out")
         gate, up = jnp.split(_linear(self._norm(x, layer["norm_mlp"]), layer, "gated"), 2, axis=-1)
@@ -189,8 +190,10 @@ class Model:
     def head(self, picked: Array, norm: Array, table: Array) -> Array:
         """Float32 logits [rows, vocabulary]."""
         logits = _dot(self._norm(picked, norm), table)
-        gathered: Array = lax.all_gather(logits, AXIS, axis=1, tiled=True)
-        return gathered[:, : self.vocab_size]
+        # A rank alone would copy what it has: XLA's CPU client takes no collective out.
+        if lax.axis_size(AXIS) > 1:
+            logits = lax.all_gather(logits, AXIS, axis=1, tiled=True)
+        return logits[:, : self.vocab_size]
 
     def best(self, logits: Array) -> Array:
         """The likeliest token of each row, and the bits of its logit: int32 [2, rows].
@@ -226,7 +229,7 @@ class Model:
 
     def _sum(self, part: Array) -> Array:
         """The sum over ranks, in float32: fewer roundings depend on how many there are."""
-        return lax.psum(part, AXIS)
+        return lax.psum(part, AXIS) if lax.axis_size(AXIS) > 1 else part
 
 
 def _dot(x: Array, weight: Array) -> Array:

@@ -27,7 +27,6 @@ from shards.engines.jax_model import LAYOUTS, Model
 
 Compiled = Any
 Weights = Mapping[str, Array]
-CACHE = PartitionSpec(None, None, AXIS, None)
 SAME = PartitionSpec()
 TABLE = PartitionSpec(AXIS, None)
 
@@ -81,6 +80,7 @@ class Steps(ABC):
     def __init__(self, model: Model, compiler: Compiler, arrays: Arrays, rows: int) -> None:
         self._model, self._compiler, self._arrays, self._rows = model, compiler, arrays, rows
         self._windows = model.config.windows
+        self._cache = arrays.caches[0].sharding.spec
         self._pick: dict[Bucket, Compiled] = {}
 
     @property
@@ -152,8 +152,8 @@ class ByLayer(Steps):
                     x, cache, layer, step, bucket, window
                 ),
                 (x, arrays.caches[0], arrays.layers[0], step),
-                (SAME, CACHE, self._specs(), SAME),
-                (SAME, CACHE),
+                (SAME, self._cache, self._specs(), SAME),
+                (SAME, self._cache),
                 donate=(1,),
             )
         self._compile_pick(bucket)
@@ -199,8 +199,8 @@ class Whole(Steps):
         self._step[bucket], _ = self._compiler(
             self._computed(bucket),
             (arrays.outside["embed"], *self._given(bucket), cache, self._vectors, arrays.layers),
-            (TABLE, SAME, SAME, CACHE, SAME, [self._specs()] * len(arrays.layers)),
-            (SAME, SAME, CACHE),
+            (TABLE, SAME, SAME, self._cache, SAME, [self._specs()] * len(arrays.layers)),
+            (SAME, SAME, self._cache),
             donate=(3,),
         )
         self._compile_pick(bucket)
@@ -235,7 +235,8 @@ class Whole(Steps):
             matrices: list[Weights],
         ) -> tuple[Array, Array, Array]:
             x, step = model.embed(table, vector, late, bucket)
-            pages, page_tokens = cache.shape[0] // len(matrices), cache.shape[1]
+            pages = cache.shape[0] // len(matrices)
+            page_tokens = model.attention(0).page_tokens(cache)
             for number, (window, layer) in enumerate(zip(self._windows, matrices, strict=True)):
                 page = number * pages
                 own = {

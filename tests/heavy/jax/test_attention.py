@@ -100,6 +100,11 @@ def made(heads: int, kv_heads: int, dim: int, tokens: int) -> tuple[jax.Array, j
     return jnp.array(queries), jnp.array(cache)
 
 
+def by_heads(cache: jax.Array) -> jax.Array:
+    """The kernel's cache as the plain way has it."""
+    return jnp.concatenate((cache[:, :, 0::2], cache[:, :, 1::2]), axis=2).swapaxes(1, 2)
+
+
 def written_cells(layout: StepLayout) -> Any:
     """Which cells [pages, page] hold what somebody may look at; padding looks at the trash."""
     written = np.zeros((PAGES, PAGE), bool)
@@ -135,7 +140,8 @@ def test_the_plain_way_is_as_the_reference(case: str, window: int) -> None:
     attention = Attention(0.3, window, kernel=False, compute=jnp.float32)
     queries, cache = made(6, 2, 32, bucket.tokens)
     expected = kernel(queries, cache, step, attention, reference(bucket.tokens))
-    found = jax.jit(partial(plain, bucket=bucket, attention=attention))(queries, cache, step)
+    function = jax.jit(partial(plain, bucket=bucket, attention=attention))
+    found = function(queries, by_heads(cache), step)
     count = len(layout.tokens)
     np.testing.assert_allclose(found[:count], expected[:count], atol=2e-5)
     assert np.isfinite(found).all()
@@ -158,7 +164,8 @@ def test_a_wide_bucket_is_as_the_reference(
     expected = kernel(queries, cache, step, attention, reference(bucket.tokens))
     written = written_cells(layout)[:, :, None, None]
     cache = jnp.where(written, cache, jnp.nan)
-    found = jax.jit(partial(plain, bucket=bucket, attention=attention))(queries, cache, step)
+    function = jax.jit(partial(plain, bucket=bucket, attention=attention))
+    found = function(queries, by_heads(cache), step)
     count = len(layout.tokens)
     np.testing.assert_allclose(found[:count], expected[:count], atol=2e-5)
     assert np.isfinite(found).all()
@@ -174,7 +181,7 @@ def test_the_rows_of_a_wide_bucket_have_no_loop_that_data_ends() -> None:
         attention = Attention(0.3, 0, kernel=False, compute=jnp.float32)
         queries, cache = made(6, 2, 32, bucket.tokens)
         traced = jax.make_jaxpr(partial(plain, bucket=bucket, attention=attention))
-        text = str(traced(queries, cache, step))
+        text = str(traced(queries, by_heads(cache), step))
         loops.append("while" in text or "scan" in text)
     assert loops == [False, True]
 
@@ -208,8 +215,9 @@ def test_cells_that_are_not_written_yet_do_not_matter(case: str) -> None:
     spoiled = jnp.where(written_cells(layout)[:, :, None, None], cache, jnp.nan)
     function = jax.jit(partial(plain, bucket=bucket, attention=attention))
     count = len(layout.tokens)
-    expected = function(queries, cache, step)[:count]
-    np.testing.assert_array_equal(function(queries, spoiled, step)[:count], expected)
+    expected = function(queries, by_heads(cache), step)[:count]
+    found = function(queries, by_heads(spoiled), step)[:count]
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("case", ["rows of many lengths", "rows behind blocks"])
@@ -270,27 +278,33 @@ def test_bfloat16_is_kept_as_its_bits_and_comes_back() -> None:
     queries, cache = made(6, 2, 32, bucket.tokens)
     rounded = cache.astype(jnp.bfloat16).astype(jnp.float32)
     bits = write(
-        jnp.zeros(cache.shape, jnp.uint16),
+        jnp.zeros(by_heads(cache).shape, jnp.uint16),
         rounded[:, :, 0::2].reshape(-1, 2, 32),
         rounded[:, :, 1::2].reshape(-1, 2, 32),
         jnp.arange(PAGES * PAGE),
     )
     function = jax.jit(partial(plain, bucket=bucket, attention=attention))
     count = len(layout.tokens)
-    expected = function(queries, rounded, step)[:count]
+    expected = function(queries, by_heads(rounded), step)[:count]
     np.testing.assert_allclose(function(queries, bits, step)[:count], expected, atol=1e-6)
 
 
-def test_padding_writes_to_the_trash_page_alone() -> None:
+@pytest.mark.parametrize("kernel", [False, True])
+def test_padding_writes_to_the_trash_page_alone(kernel: bool) -> None:
     layout = layout_of(*CASES["several blocks"], np.random.default_rng(3))
     bucket = fit(layout)
     step = fields(layout, bucket)
     assert bucket.tokens > len(layout.tokens)
     cache = jnp.zeros((PAGES, PAGE, 4, 32))
     ones = jnp.ones((bucket.tokens, 2, 32))
-    after = np.asarray(write(cache, ones, 2 * ones, step["cells"]))
-    touched = set(np.flatnonzero(after.reshape(PAGES * PAGE, -1).any(axis=1)).tolist())
+    attention = Attention(0.3, 0, kernel=kernel, compute=jnp.float32)
+    cache = cache if kernel else by_heads(cache)
+    assert attention.page_tokens(cache) == PAGE
+    after = attention.write(cache, ones, 2 * ones, step["cells"])
+    cells = np.asarray(after if kernel else after.swapaxes(1, 2)).reshape(PAGES * PAGE, 4, 32)
+    touched = set(np.flatnonzero(cells.any(axis=(1, 2))).tolist())
     assert touched == set(layout.cells.tolist()) | {0}
-    cell = after.reshape(PAGES * PAGE, 4, 32)[layout.cells[0]]
-    assert (cell[0::2] == 1).all()
-    assert (cell[1::2] == 2).all()
+    cell = cells[layout.cells[0]]
+    keys, values = (cell[0::2], cell[1::2]) if kernel else (cell[:2], cell[2:])
+    assert (keys == 1).all()
+    assert (values == 2).all()

@@ -242,6 +242,7 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     for arguments in (("groups",), ("groups", "add", "a:1"), ("switch", "a:1")):
         line = only_line(roundhouse(*arguments, PORT="3999"))
         assert "there is no server on port 3999 that could be asked, or it is not ready yet" in line
+        assert "a gateway has no groups: its router has them" in line
     folder = tmp_path / "control"
     folder.mkdir(0o700)
     with socket.socket(socket.AF_UNIX) as left_over:

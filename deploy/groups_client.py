@@ -39,8 +39,8 @@ def server_on(port: int) -> Iterator[GroupsStub]:
     """The server on this port of REST. Raises ``UserError`` for whatever it answers but success."""
     nobody = (
         f"there is no server on port {port} that could be asked, or it is not ready yet: say which "
-        f"by --port (a gateway has no groups: its router has them); if it has another {FOLDER}, or another folder for temporary files, set "
-        f"{FOLDER} for both"
+        f"by --port (a gateway has no groups: its router has them); if it has another {FOLDER}, or "
+        f"another folder for temporary files, set {FOLDER} for both"
     )
     try:
         path = find_socket(port)

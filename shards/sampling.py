@@ -134,11 +134,9 @@ class Sampler:
         """
         self._tallies.turn()
         if all(row.plain for row in rows):
-            best: Ids = logits.argmax(axis=1)
-            tops: list[float] = logits[np.arange(len(best)), best].tolist()
-            drawn = Drawn(best.tolist())
-            for index, top in enumerate(tops):
-                if not math.isfinite(top):
+            drawn = Drawn(logits.argmax(axis=1).tolist())
+            for index, best in enumerate(drawn.tokens):
+                if not math.isfinite(logits.item(index, best)):
                     _fail(drawn, index, NOT_FINITE)
             return drawn
         step = _Step(logits, rows, Drawn([0] * len(rows)))

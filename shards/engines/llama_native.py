@@ -1,6 +1,6 @@
 """The few calls of llama.cpp that the engine needs, over llama-cpp-python's ctypes layer.
 
-Batches are filled through numpy arrays that lie behind the pointers of one ``llama_batch``; logits
+Batches are filled through ctypes arrays that lie behind the pointers of one ``llama_batch``; logits
 are read through a numpy view of llama.cpp's own buffer. Nothing here is called per token.
 """
 
@@ -168,13 +168,15 @@ class Batch:
     """Room for the tokens of one ``llama_decode``: each belongs to exactly one sequence."""
 
     def __init__(self, tokens_max: int, sequences_max: int) -> None:
-        self._tokens = np.zeros(tokens_max, np.int32)
-        self._positions = np.zeros(tokens_max, np.int32)
-        self._ones = np.ones(tokens_max, np.int32)
-        self._wanted = np.zeros(tokens_max, np.int8)
+        self._tokens: Any = (ctypes.c_int32 * tokens_max)()
+        self._positions: Any = (ctypes.c_int32 * tokens_max)()
+        self._ones = (ctypes.c_int32 * tokens_max)(*[1] * tokens_max)
+        self._wanted: Any = (ctypes.c_int8 * tokens_max)()
         # llama.cpp wants a pointer to a list of sequence ids per token: here into one table.
-        self._table = np.arange(sequences_max, dtype=np.int32)
-        self._lists = np.zeros(tokens_max, np.uint64)
+        self._table = (ctypes.c_int32 * sequences_max)(*range(sequences_max))
+        end = ctypes.addressof(self._table) + ctypes.sizeof(self._table)
+        self._places = range(ctypes.addressof(self._table), end, ctypes.sizeof(ctypes.c_int32))
+        self._lists: Any = (ctypes.c_void_p * tokens_max)()
         native = self.native = llama.llama_batch()
         native.token = _pointer(self._tokens, ctypes.c_int32)
         native.pos = _pointer(self._positions, ctypes.c_int32)
@@ -191,20 +193,18 @@ class Batch:
     ) -> None:
         """Sets token, position and sequence of each row, and the rows whose logits are wanted."""
         count = len(tokens)
+        flags = [0] * count
+        for row in wanted:
+            flags[row] = 1
         self._tokens[:count] = tokens
         self._positions[:count] = positions
-        lists = self._lists[:count]
-        lists[:] = slots
-        lists *= np.uint64(self._table.itemsize)
-        lists += np.uint64(self._table.ctypes.data)
-        flags = self._wanted[:count]
-        flags[:] = 0
-        flags[wanted] = 1
+        self._lists[:count] = [self._places[slot] for slot in slots]
+        self._wanted[:count] = flags
         self.native.n_tokens = count
 
 
-def _pointer(array: NDArray[Any], kind: type[Any]) -> Any:
-    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+def _pointer(array: Any, kind: type[Any]) -> Any:
+    return ctypes.cast(array, ctypes.POINTER(kind))
 
 
 class Context:
@@ -225,6 +225,8 @@ class Context:
         self._memory = llama.llama_get_memory(pointer)
         self._vocab_size = model.vocab_size
         self._threads = sizes.threads
+        self._viewed = (0, 0)
+        self._view = np.empty((0, self._vocab_size), np.float32)
         self.kv_tokens: int = llama.llama_n_ctx(pointer)
         self.length_max: int = llama.llama_n_ctx_seq(pointer)
 
@@ -260,12 +262,17 @@ class Context:
             raise EngineLost("llama.cpp found no room in its KV cache, though the account has some")
         if code:
             raise EngineLost(f"llama_decode failed with code {code}: {last_error()}")
-        if not rows:
-            return np.empty((0, self._vocab_size), np.float32)
-        first = llama.llama_get_logits(self._pointer)
-        kind = ctypes.c_float * (rows * self._vocab_size)
-        buffer: Any = kind.from_address(ctypes.addressof(first.contents))
-        return np.frombuffer(buffer, np.float32).reshape(rows, self._vocab_size)
+        return self._logits(rows) if rows else np.empty((0, self._vocab_size), np.float32)
+
+    def _logits(self, rows: int) -> NDArray[np.float32]:
+        """A view of llama.cpp's logits, which mostly lie where those of the last step did."""
+        address = ctypes.addressof(llama.llama_get_logits(self._pointer).contents)
+        if (address, rows) != self._viewed:
+            self._viewed = address, rows
+            kind = ctypes.c_float * (rows * self._vocab_size)
+            buffer: Any = kind.from_address(address)
+            self._view = np.frombuffer(buffer, np.float32).reshape(rows, self._vocab_size)
+        return self._view
 
     def drop(self, slot: int) -> None:
         """Frees the cells that only this sequence has."""

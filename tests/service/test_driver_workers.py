@@ -119,8 +119,8 @@ async def test_an_answer_whose_worker_stays_away_ends_in_time(bench: Bench) -> N
     async with routing((address,), resume_timeout_s=0.2) as router:
         channel = submit(router, 500)
         assert (await channel.get()).tokens
-        await bench.kill("a")
         lost = monotonic()
+        await bench.kill("a")  # the router may have noticed before this returns
         _, close = await answer(channel)
         assert close.reason is Reason.WORKER_LOST
         assert close.detail == "the worker was lost, and none came up to go on within 200 ms"

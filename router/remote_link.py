@@ -13,7 +13,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from router.errors import Fault, RequestError
-from router.gateway_wire import PROTOCOL, SERVICE
+from router.gateway_wire import NO_PROBES, PROTOCOL, SERVICE
 from router.link import (
     EMBED_DEADLINE_S,
     MESSAGE_BYTES_MAX,
@@ -51,6 +51,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # A connection of its own, so that a new attachment never inherits the state of a broken one.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
+    *NO_PROBES,
     # Finds a router that vanished while nothing was asked of it, or that stands still.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),

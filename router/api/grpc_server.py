@@ -12,7 +12,7 @@ from router.auth import ApiKeys
 from router.chat import ChatService
 from router.config import Settings
 from router.fleet import Fleet
-from router.gateway_wire import MESSAGE_BYTES_MAX
+from router.gateway_wire import MESSAGE_BYTES_MAX, NO_PROBES
 from router.gateway_wire import SERVICE as GATEWAY
 from router.identities import Identities
 from router.metrics_models import Models
@@ -33,6 +33,7 @@ def _options(settings: Settings, bytes_max: int) -> list[tuple[str, int]]:
         # What clients may send, each method says for itself; this is the most of all.
         ("grpc.max_receive_message_length", max(settings.payload_limit, bytes_max)),
         ("grpc.max_send_message_length", -1),
+        *NO_PROBES,
         ("grpc.so_reuseport", 0),  # a second router on the port is an error, not a lottery
         # Finds clients that vanished without closing, and lets idle ones ping.
         ("grpc.keepalive_time_ms", 60_000),

@@ -110,6 +110,22 @@ def fan_out(ask: Asked, count: int) -> list[Asked]:
     ]
 
 
+WORDS = {"`max_new_tokens`": "`max_tokens`", "`top_n_tokens`": "`top_logprobs`"}
+"""Names that messages of the service use, which are TGI's, and what the same is called here."""
+
+
+def words_of(prompt: str) -> dict[str, str]:
+    """As ``WORDS``, with the name of the field that holds the prompt."""
+    return {**WORDS, "`inputs`": f"`{prompt}`"}
+
+
+def prompt_field(request: pb.GenerateRequest | pb.ChatRequest) -> str:
+    """Returns the name of the field that holds the prompt."""
+    if isinstance(request, pb.ChatRequest):
+        return "messages"
+    return request.WhichOneof("input") or "input"
+
+
 def generate_ask(request: pb.GenerateRequest, deadline_s: float | None) -> Ask:
     """Returns the ask of a Generate call. Raises RequestError if there is no prompt."""
     kind = request.WhichOneof("input")

@@ -1,8 +1,9 @@
 """Errors on gRPC: a status code, a text, and ``google.rpc.Status`` details for programs."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import grpc.aio
@@ -49,15 +50,23 @@ def _code(error: RequestError) -> grpc.StatusCode:
 
 
 @contextmanager
-def renaming(name: Callable[[str], str]) -> Iterator[None]:
-    """Errors that come from inside name the field at fault as this protocol's clients know it."""
+def renaming(
+    name: Callable[[str], str], words: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[None]:
+    """Errors that come from inside name the field at fault as this protocol's clients know it.
+
+    ``words`` are names in their messages, which are TGI's, and what stands for them here.
+    """
     try:
         yield
     except (RequestError, ExceptionGroup) as error:
         first = first_of(error)
         if not isinstance(first, RequestError) or first.field is None:
             raise
-        raise RequestError(first.fault, first.message, name(first.field)) from error
+        message = first.message
+        for native, word in words.items():
+            message = message.replace(native, word)
+        raise RequestError(first.fault, message, name(first.field)) from error
 
 
 def first_of(error: Exception) -> Exception:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
@@ -55,18 +56,19 @@ class Inference:
             ask = convert.generate_ask(known, time_left_s(context))
             params = known.parameters
             count = self._count(params)
-            if known.best_of > 1:
-                await self._best(self._candidates(ask, known.best_of, count), params, context)
-                return
-            asks = convert.fan_out(ask, count)
-            await _run([partial(self._service.generate, one) for one in asks], params, context)
+            with _renaming(known):
+                if known.best_of > 1:
+                    await self._best(self._candidates(ask, known.best_of, count), params, context)
+                    return
+                asks = convert.fan_out(ask, count)
+                await _run([partial(self._service.generate, one) for one in asks], params, context)
 
     async def chat(self, request: Received[pb.ChatRequest], context: Context) -> None:
         """Answers a conversation."""
         async with guarded(self._keys, request, context) as known:
             params = known.parameters
             asks = convert.fan_out(chat_ask(known, time_left_s(context)), self._count(params))
-            with renaming(field_name):
+            with _renaming(known):
                 await _run([partial(self._chats.chat, one) for one in asks], params, context)
 
     async def embed(self, request: Received[pb.EmbedRequest], context: Context) -> pb.EmbedResponse:
@@ -92,7 +94,7 @@ class Inference:
     ) -> pb.TokenizeChatResponse:
         """Turns a conversation into the token ids that a chat would start from."""
         async with guarded(self._keys, request, context) as known:
-            with renaming(field_name):
+            with _renaming(known):
                 card, text = await self._chats.render(chat_ask(known, None))
             found = await self._service.tokenize(card, text, False)
             return pb.TokenizeChatResponse(text=text, tokens=convert.tokens_of(found))
@@ -170,6 +172,13 @@ class Inference:
                 UNARY, self.list_models, pb.ListModelsRequest, pb.ListModelsResponse, most
             ),
         }
+
+
+def _renaming(request: pb.GenerateRequest | pb.ChatRequest) -> AbstractContextManager[None]:
+    """Errors from inside speak of what the prompt and the parameters are called here."""
+    prompt = convert.prompt_field(request)
+    names = {"prompt": prompt}.get
+    return renaming(lambda field: names(field, field_name(field)), convert.words_of(prompt))
 
 
 async def _run(starts: Sequence[Start], params: pb.Parameters, context: Context) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -220,3 +221,25 @@ async def test_each_method_has_the_limit_of_a_message() -> None:
         assert await read(stub.Generate(pb.GenerateRequest(text="x" * 800)))
         error = await failure(stub.Generate(pb.GenerateRequest(text="x" * 900)))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(
+    ("request_of", "prompt"),
+    [
+        ({"text": "x"}, "text"),
+        ({"token_ids": {"ids": [1]}}, "token_ids"),
+    ],
+)
+async def test_errors_speak_of_the_fields_of_this_protocol(
+    request_of: dict[str, Any], prompt: str
+) -> None:
+    service = FakeService()
+    text = "`inputs` tokens + `max_new_tokens` must be <= 9. `top_n_tokens` is too high"
+    for field, shown in (("prompt", prompt), ("max_tokens", "max_tokens")):
+        service.refusal = RequestError(Fault.VALIDATION, text, field)
+        async with stub_of(service) as stub:
+            error = await failure(stub.Generate(pb.GenerateRequest(**request_of)))
+        assert error.details() == (
+            f"`{prompt}` tokens + `max_tokens` must be <= 9. `top_logprobs` is too high"
+        )
+        assert field_of(error) == shown

@@ -17,6 +17,7 @@ from pathlib import Path
 from shards.engines.omp_cores import openmp_path
 
 SOURCE = Path(__file__).with_name("torch_native.cpp")
+HEADERS = tuple(SOURCE.with_name(f"torch_native_{part}.h") for part in ("numbers", "attention"))
 COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-w"),
@@ -38,7 +39,8 @@ def library() -> ctypes.CDLL:
     if openmp is None:
         raise BuildError("torch's OpenMP library is not found")
     compiler = _compiler()
-    made_of = (SOURCE.read_text(), *_FLAGS, _run([compiler, "--version"]), str(openmp))
+    texts = (path.read_text() for path in (SOURCE, *HEADERS))
+    made_of = (*texts, *_FLAGS, _run([compiler, "--version"]), str(openmp))
     name = f"native-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:24]}.so"
     folder = _folder()
     if folder is None:

@@ -1,20 +1,14 @@
 """The commands of ``roundhouse``. Each is imported when it is asked for: help is shown at once."""
 
-import os
 from dataclasses import dataclass
 from importlib import import_module
 
+import tls.before_grpc  # noqa: F401 - before what imports grpc
+
+# isort: split
 import click
 
 from shards.interrupts import quietly
-
-# gRPC prepares for forks that go on in Python; ours only start other programs. It also has a line
-# for each handshake that fails, of which anybody may cause any number. And its event engine hands
-# each message from thread to thread until a processor is awake for it: without, the thread that
-# waits for it reads it, which takes half as many wakings. All is to be said before it is imported.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,11 @@
 """``python -m router``: a router for workers that run elsewhere. ``roundhouse router`` can more."""
 
+import tls.before_grpc  # noqa: F401 - before what imports grpc
+
+# isort: split
 import argparse
-import os
 import sys
 from typing import Any
-
-# As in ``deploy.commands``: said before grpc is imported, which the imports below do.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
 import uvloop
 

@@ -8,6 +8,7 @@ from shards.interrupts import end_quietly
 def main() -> int:
     """Runs the worker; returns the exit code."""
     end_quietly()
+    import tls.before_grpc  # noqa: F401 - before what imports grpc
     from shards.process import main as run
 
     try:

@@ -29,6 +29,7 @@ from shards.config import CLUSTER, ConfigError, WorkerConfig, parse
 from shards.engines.base import Engine, ModelError
 from shards.service_manager import ServiceManager
 from shards.worker import Worker
+from tls.before_grpc import EXPERIMENTS
 from tls.files import TlsError
 from tls.identity import Identity
 from tls.wire import stays_here
@@ -121,7 +122,9 @@ def _cluster(config: WorkerConfig) -> Identity | None:
 
 
 def _make(config: WorkerConfig) -> Engine:
-    """Loads the engine; runs on the engine thread."""
+    """Loads the engine; runs on the engine thread, when the worker listens."""
+    # Our gRPC has read it by now. An engine's own, as JAX has one, is to be as that knows it.
+    os.environ.pop(EXPERIMENTS, None)
     told = -1.0
 
     def progress(fraction: float) -> None:

@@ -13,8 +13,6 @@ for name in [name for name in os.environ if name.startswith(("OTEL_", "OTLP_"))]
     del os.environ[name]
 # gRPC's own lines about connections that tests break on purpose.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-# As in ``deploy.commands``.
-os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
 # A shell lets what it runs in the background ignore Ctrl-C, and so would every server that a test
 # starts and interrupts.

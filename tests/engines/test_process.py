@@ -15,8 +15,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from shards import process
+from shards.config import parse
 from shards.v1 import shard_pb2 as pb
 from shards.v1 import shard_pb2_grpc
+from tls.before_grpc import EXPERIMENTS
 
 PATIENCE_S = 30.0
 # Longer than a worker that has nothing to wait for takes to end, and far below its limit.
@@ -355,3 +358,15 @@ def test_a_chat_template_that_is_not_there_is_one_line(start, tmp_path: Path) ->
     process = start("--engine", "scripted", "--chat-template", str(missing))
     assert str(missing) in str(process.hear("error")["message"])
     assert process.end()[0] == 1
+
+
+def test_an_engine_has_a_grpc_of_its_own_as_that_knows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[str | None] = []
+    monkeypatch.setenv(EXPERIMENTS, "ours")
+    monkeypatch.setattr(
+        process.engines, "load", lambda *_: found.append(os.environ.get(EXPERIMENTS))
+    )
+    process._make(parse(["--engine", "scripted", "--model", "scripted"]))
+    assert found == [None]

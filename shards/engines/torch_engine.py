@@ -20,8 +20,7 @@ Engine options (``--engine-option key=value``):
 - ``fuse``: ``on`` or ``off``: multiply weights that share their input as one matrix, and on
   accelerators compute norms in one kernel. Default: where they are packed, and on accelerators.
 - ``sample``: ``device`` or ``host``: where tokens are drawn that ask for no more than temperature,
-  top_k, top_p and min_p. Default: on the device, if it is an accelerator and draws what the host
-  does.
+  top_k, top_p and min_p. Default: the device, if it is an accelerator that draws as the host does.
 - ``peer_timeout_s``: how long a rank waits for the others within a step. Default: 5.
 """
 
@@ -173,10 +172,8 @@ class TorchEngine(PagedEngine):
         self._ranks.least(0, self._device)
         try:
             with self._ranks.watched():
-                where = self._checkpoint.where
-                ways = (self._kernel, self._native)
-                paged = PagedModel(model, where, device, self._dtype, *ways)
-                return paged, weight_bytes
+                where, ways = self._checkpoint.where, (self._kernel, self._native)
+                return PagedModel(model, where, device, self._dtype, *ways), weight_bytes
         except EngineLost as error:
             raise ModelError(f"torch: {error}") from error
 
@@ -279,6 +276,8 @@ class TorchEngine(PagedEngine):
         self._sampler.close()
         self._control.close()
         self._ranks.close()
+        if self._native is not None:
+            self._native.close()
 
     def _set_threads(self) -> None:
         if self._device.kind == "cpu" and torch.get_num_threads() != self._control.threads:

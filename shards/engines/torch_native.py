@@ -12,6 +12,7 @@ torch has there.
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import ExitStack
 from ctypes import byref, c_float, c_int64, c_void_p
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,19 @@ class Native:
         self._attend = self._kernel("attend", 7 * [c_void_p])
         self._step = _Step()
         self._held: Sequence[Ints] = ()
+        self._undo = ExitStack()
+
+    def replace_in(self, module: dict[str, Any], name: str, value: Any) -> None:
+        """Puts a function into a file of the library, whose names are ``module``, until ``close``.
+
+        Other models of the process would meet it there, too.
+        """
+        self._undo.callback(module.__setitem__, name, module[name])
+        module[name] = value
+
+    def close(self) -> None:
+        """Leaves the library as it was found."""
+        self._undo.close()
 
     def _kernel(self, name: str, arguments: Sequence[Any]) -> Any:
         found = getattr(self._library, name)

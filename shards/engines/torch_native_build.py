@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -68,7 +69,9 @@ def _folder() -> Path | None:
     folder = Path(base) / "roundhouse" / "torch"
     with suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+        found = folder.stat()
+        others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if found.st_uid == os.getuid() and not others and os.access(folder, os.W_OK):
             return folder
     return None
 

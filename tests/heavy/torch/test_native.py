@@ -97,7 +97,6 @@ def test_numbers_that_are_none_stay_so(native: Native) -> None:
 @pytest.mark.parametrize("tokens", [1, 7, 130])
 def test_rotary_embeddings_are_the_librarys_to_the_bit(native: Native, tokens: int) -> None:
     plain = modeling_llama.apply_rotary_pos_emb
-    plain = plain._plain if isinstance(plain, Rotary) else plain
     both = numbers(1, tokens, 12, 64).transpose(1, 2)
     q, k = both[:, :9], both[:, 9:]
     angles = torch.rand(1, tokens, 64)
@@ -167,6 +166,7 @@ def logits(engine: TorchEngine, prompts: Sequence[Sequence[int]], parts: int = 1
 
 
 def test_layers_are_replaced(folder: Path) -> None:
+    found = modeling_llama.apply_rotary_pos_emb
     engine = make(folder, dtype="bfloat16")
     modules = [type(module) for module in engine._model._model.modules()]
     assert modules.count(GatedMlp) == 3
@@ -175,6 +175,7 @@ def test_layers_are_replaced(folder: Path) -> None:
     assert engine._model.step.native is not None
     assert not engine.describe().warnings
     engine.close()
+    assert modeling_llama.apply_rotary_pos_emb is found, "it is one for all models of a process"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -272,6 +273,13 @@ def test_kernels_are_compiled_once(built_anew: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch_native_build, "_compile", lambda *_: pytest.fail("compiled again"))
     Native()
     assert list(built_anew.iterdir()) == [kept]
+
+
+def test_a_folder_in_which_others_write_is_not_trusted(built_anew: Path) -> None:
+    built_anew.mkdir(parents=True)
+    built_anew.chmod(0o777)
+    assert Native().gated(numbers(1, 64)).shape == (1, 32)
+    assert not list(built_anew.iterdir())
 
 
 @pytest.mark.usefixtures("built_anew")

@@ -17,9 +17,6 @@ SERVICE = "router.v1.Gateway"
 MESSAGE_BYTES_MAX = 16 * 2**20
 """What a gateway may send at once: a prompt of a million tokens takes 3 to 4 MiB."""
 TOKENIZER_PIECE_BYTES = 2**20
-NO_PROBES = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**20))
-"""Of both ends' connections. To choose its windows grpc sends a ping behind what it receives, which
-wakes both ends once more for each small message; windows of this size need no choice."""
 
 LIMITS = tuple(field.name for field in pb.Limits.DESCRIPTOR.fields)
 """The settings that a router tells its gateways; all others are of a process."""

@@ -36,7 +36,7 @@ from shards.v1.shard_pb2 import (
     TokenizerChunk,
 )
 from tls.identity import Identity
-from tls.wire import channel_to
+from tls.wire import NO_PROBES, channel_to
 
 T = TypeVar("T")
 
@@ -65,6 +65,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # A connection of its own, so that a new life never inherits the state of a broken one.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
+    *NO_PROBES,
 )
 _KEEPALIVE: tuple[tuple[str, int], ...] = (
     # Finds a host that vanished while nothing was asked of it. The worker allows such pings.

@@ -13,7 +13,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from router.errors import Fault, RequestError
-from router.gateway_wire import NO_PROBES, PROTOCOL, SERVICE
+from router.gateway_wire import PROTOCOL, SERVICE
 from router.link import (
     EMBED_DEADLINE_S,
     MESSAGE_BYTES_MAX,
@@ -38,7 +38,7 @@ from shards.v1.shard_pb2 import (
     TokenizerChunk,
 )
 from tls.identity import Identity
-from tls.wire import channel_to
+from tls.wire import NO_PROBES, channel_to
 
 T = TypeVar("T")
 

@@ -35,7 +35,7 @@ from shards.wire import (
     vectors_to_wire,
 )
 from tls.identity import Identity
-from tls.wire import listen
+from tls.wire import NO_PROBES, listen
 
 SERVICE = "shards.v1.Shard"
 # A plan may admit many long prompts; an outcome may carry many log probabilities.
@@ -310,6 +310,7 @@ class Worker:
                 ("grpc.max_send_message_length", MESSAGE_MAX_BYTES),
                 # Two workers on one port would each get some of the calls.
                 ("grpc.so_reuseport", 0),
+                *NO_PROBES,
                 # The router pings an idle stream to learn whether this host is still there.
                 ("grpc.http2.max_ping_strikes", 0),
             )

@@ -11,6 +11,11 @@ import grpc.aio
 from tls.files import Material
 from tls.identity import Identity
 
+NO_PROBES = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**20))
+"""Options of both ends of a connection that lives long. To choose its windows grpc sends a ping
+behind what it receives, which wakes both ends once more for each small message; windows of a MiB
+need no choice."""
+
 
 def listen(server: grpc.aio.Server, address: str, identity: Identity | None) -> int:
     """Binds ``host:port`` or ``unix:///path``, which needs no encryption; returns the port.

@@ -12,14 +12,14 @@ from router.auth import ApiKeys
 from router.chat import ChatService
 from router.config import Settings
 from router.fleet import Fleet
-from router.gateway_wire import MESSAGE_BYTES_MAX, NO_PROBES
+from router.gateway_wire import MESSAGE_BYTES_MAX
 from router.gateway_wire import SERVICE as GATEWAY
 from router.identities import Identities
 from router.metrics_models import Models
 from router.service import Service
 from router.tracing import OFF, Tracing
 from tls.identity import Identity
-from tls.wire import listen
+from tls.wire import NO_PROBES, listen
 
 PING_INTERVAL_MS = 10_000
 """How often clients may ping while nothing is said, gateways among them: grpc's own limit of five

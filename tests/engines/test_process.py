@@ -15,7 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shards import process
+from shards import process as worker_process
 from shards.config import parse
 from shards.v1 import shard_pb2 as pb
 from shards.v1 import shard_pb2_grpc
@@ -366,7 +366,7 @@ def test_an_engine_has_a_grpc_of_its_own_as_that_knows_it(
     found: list[str | None] = []
     monkeypatch.setenv(EXPERIMENTS, "ours")
     monkeypatch.setattr(
-        process.engines, "load", lambda *_: found.append(os.environ.get(EXPERIMENTS))
+        worker_process.engines, "load", lambda *_: found.append(os.environ.get(EXPERIMENTS))
     )
-    process._make(parse(["--engine", "scripted", "--model", "scripted"]))
+    worker_process._make(parse(["--engine", "scripted", "--listen", "unix:///w"]))
     assert found == [None]

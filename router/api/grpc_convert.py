@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import orjson
 
+from router.api.rest.errors import WORDS
 from router.ask import Ask, Constraint, EmbedAsk, Embedded, Params
 from router.conversation import ChatAsk
 from router.errors import Fault, RequestError
@@ -110,12 +111,8 @@ def fan_out(ask: Asked, count: int) -> list[Asked]:
     ]
 
 
-WORDS = {"`max_new_tokens`": "`max_tokens`", "`top_n_tokens`": "`top_logprobs`"}
-"""Names that messages of the service use, which are TGI's, and what the same is called here."""
-
-
 def words_of(prompt: str) -> dict[str, str]:
-    """As ``WORDS``, with the name of the field that holds the prompt."""
+    """OpenAI's words for TGI's, which are ours here, with the field that holds the prompt."""
     return {**WORDS, "`inputs`": f"`{prompt}`"}
 
 

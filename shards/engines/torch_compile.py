@@ -15,7 +15,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from shards.engines.base import Progress
 from shards.engines.torch_attention import NAME, attend
 from shards.engines.torch_graphs import Capture, Packing, Replay, row_buckets
 from shards.engines.torch_model import AGREEMENT_MIN, PagedModel
+from shards.engines.torch_native_build import cache_folder
 from shards.kv import StepLayout
 from shards.residents import Limits
 
@@ -167,15 +167,10 @@ def _keep() -> None:
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-    folder = Path(base) / "roundhouse" / "torch"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return
+    folder = cache_folder()
     # Unless somebody has chosen one, torch has set this to its own when it was imported.
     unasked = os.environ.get(_CACHE) in {None, default_cache_dir()}
-    if unasked and os.access(folder, os.W_OK):
+    if unasked and folder is not None:
         os.environ[_CACHE] = str(folder)
 
 

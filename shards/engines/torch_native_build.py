@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL:
     texts = (path.read_text() for path in (SOURCE, *HEADERS))
     made_of = (*texts, *_FLAGS, _run([compiler, "--version"]), str(openmp))
     name = f"native-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:24]}.so"
-    folder = _folder()
+    folder = cache_folder()
     if folder is None:
         with tempfile.TemporaryDirectory() as passing:
             return _open(_compile(compiler, openmp, Path(passing) / name))
@@ -63,8 +63,8 @@ def _compiler() -> str:
     raise BuildError(f"there is no C++ compiler ({wanted or ' or '.join(COMPILERS)})")
 
 
-def _folder() -> Path | None:
-    """Where only this user writes: what is found there is run."""
+def cache_folder() -> Path | None:
+    """Where what was compiled is kept, if only this user writes there: what is found is run."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
     folder = Path(base) / "roundhouse" / "torch"
     with suppress(OSError):

@@ -84,7 +84,8 @@ test-clients: clients ## Tests real clients (openai, anthropic, TGI's ...) again
 	@$(call CLIENT_TEST,clients,tests/heavy/clients --ignore tests/heavy/clients/tgi)
 	@$(call CLIENT_TEST,clients-tgi,tests/heavy/clients/tgi)
 
-check: setup proto-check lint type sim test ## Everything CI runs
+check: ## Everything CI runs: code, simulation, tests, the suites of engines and clients (8 GB)
+	@.ci/run
 
 proto: setup ## Generates the folders named v1 from proto/
 	@$(call PROTOC,.)

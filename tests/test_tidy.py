@@ -53,6 +53,11 @@ BAD = [
     (tidy.importing, "tls/files.py", "from shards.v1 import shard_pb2"),
     (tidy.importing, "tls/files.py", "import deploy.cli"),
     (tidy.importing, "tests/test_x.py", "import proto"),
+    (tidy.importing, "deploy/cli.py", "from tests import tidy"),
+    (tidy.importing, "deploy/cli.py", "import benchmarks.load"),
+    (tidy.importing, "shards/worker.py", "import deploy.cli"),
+    (tidy.importing, "shards/worker.py", "importlib.import_module('router.errors')"),
+    (tidy.importing, "router/driver.py", "x = import_module('shards.engines')"),
     (tidy.importing, "deploy/cli.py", "import pickle"),
     (tidy.importing, "router/core/plan.py", "import time"),
     (tidy.importing, "router/core/plan.py", "from random import random"),
@@ -74,6 +79,12 @@ BAD = [
     (tidy.purity, "router/core/plan.py", "a = set()\nfor x in a | b: pass"),
     (tidy.purity, "router/core/plan.py", "a = {1}\nb = [*a]"),
     (tidy.purity, "router/core/plan.py", "a = {1}\nb = a.pop()"),
+    (tidy.purity, "router/core/plan.py", "def f(a: set[int]):\n    return tuple(a.union([1]))"),
+    (tidy.purity, "router/core/plan.py", "def f(a: set[int]):\n    return list(a.copy())"),
+    (tidy.purity, "router/core/plan.py", "for x in {1} ^ {2}: pass"),
+    (tidy.purity, "router/core/plan.py", "for x in {}.keys() - {}.keys(): pass"),
+    (tidy.purity, "router/core/plan.py", "async def f():\n    await g()"),
+    (tidy.purity, "router/core/plan.py", "def f():\n    return hash('x')"),
     (tidy.lengths, "router/driver.py", "\n" * 401),
     (tidy.lengths, "tests/test_x.py", "\n" * 401),
     (tidy.lengths, "router/driver.py", "def f():\n" + "    x = 1\n" * 60),
@@ -116,6 +127,43 @@ def test_every_proto_file_has_generated_code_beside_its_users() -> None:
             assert stem.with_name(stem.name + suffix).is_file()
 
 
+def test_all_generated_code_has_its_proto_file() -> None:
+    for folder in tidy.PRODUCT:
+        for path in (tidy.ROOT / folder).rglob("*_pb2*.py*"):
+            stem = re.sub(r"_pb2(_grpc)?\.pyi?$", "", path.relative_to(tidy.ROOT).as_posix())
+            assert "__pycache__" in stem or (tidy.ROOT / "proto" / f"{stem}.proto").is_file(), path
+
+
+def test_every_field_and_method_of_the_protocols_is_described_in_sentences() -> None:
+    assert len(tidy.own_protos()) >= 4
+    missing = [f"{p}:{text}" for p in tidy.own_protos() for text in tidy.uncommented(p.read_text())]
+    assert not missing, "\n" + "\n".join(missing)
+
+
+@pytest.mark.parametrize("said", ["", "// 0 is off.\n", "// Of the tokens that there are\n"])
+@pytest.mark.parametrize(
+    "line", ["uint32 x = 1;", "repeated a.v1.B x = 2;", "map<uint32, float> x = 3;", "rpc X(A) {"]
+)
+def test_a_field_without_a_sentence_is_caught(said: str, line: str) -> None:
+    assert list(tidy.uncommented(f"// Above the message.\nmessage A {{\n{said}{line}\n}}\n"))
+    assert not list(tidy.uncommented(f"message A {{\n// It is what is meant here.\n{line}\n}}\n"))
+
+
+def test_every_file_has_its_line_in_the_architecture_page() -> None:
+    page = (tidy.ROOT / "docs" / "architecture.md").read_text()
+    named, folder = set[str](), ""
+    for row in re.findall(r"^\| (`.*?) \| ", page.partition("## The files")[2], re.MULTILINE):
+        for name in re.findall(r"`([^`]+)`", row):
+            folder, _, last = name.rpartition("/") if "/" in name else (folder, "", name)
+            named.add(f"{folder}/{last}" if last else name)
+    files = {
+        src.path.as_posix() for src in SOURCES if src.product and src.path.name != "__init__.py"
+    }
+    files |= {p.relative_to(tidy.ROOT).as_posix() for p in (tidy.ROOT / "shards").rglob("*.[ch]*")}
+    assert not sorted(files - named)
+    assert not [name for name in named if "." in name and not (tidy.ROOT / name).exists()]
+
+
 def test_makefile_has_the_verbs_and_help_lists_them() -> None:
     makefile = (tidy.ROOT / "Makefile").read_text()
     listed = re.findall(r"^([a-z-]+):.*## ", makefile, flags=re.MULTILINE)
@@ -133,6 +181,11 @@ def test_readme_gives_the_two_commands_and_ci_calls_its_test_command() -> None:
     ci = tidy.ROOT / ".ci" / "run"
     assert os.access(ci, os.X_OK)
     assert "make test" in ci.read_text()
+
+
+def test_check_is_what_ci_runs() -> None:
+    makefile = (tidy.ROOT / "Makefile").read_text()
+    assert re.search(r"^check: ## .*\n\t@\.ci/run$", makefile, flags=re.MULTILINE)
 
 
 def test_the_packages_are_listed_and_tests_are_not_shipped() -> None:

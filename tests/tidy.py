@@ -4,6 +4,7 @@
 """
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,12 @@ CORE_NAMES = {"open", "print", "input", "float", "id", "hash", "globals", "vars"
 ORDERED = {"list", "tuple", "iter", "enumerate", "zip", "map", "filter", "dict", "deque", "next"}
 UNSAFE_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 QUEUES = {"Queue", "LifoQueue", "PriorityQueue"}
+# Methods of a set, or of a dictionary's keys, that give another set.
+SET_METHODS = {"union", "intersection", "difference", "symmetric_difference", "copy"}
+# A field or a method in a .proto file.
+DECLARED = re.compile(r"(?:(?:(?:optional|repeated) )?[\w.]+|map<.*>) (\w+) = \d+;|rpc (\w+)")
+# Protocols of others, which their own documents describe.
+FOREIGN_PROTOS = ("fmaas", "kserve")
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,13 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.lineno, "." * node.level + (node.module or "")
+        elif isinstance(node, ast.Call) and target_name(node.func) == "import_module":
+            yield from ((node.lineno, str(arg.value)) for arg in node.args[:1] if is_text(arg))
+
+
+def is_text(node: ast.AST) -> bool:
+    """Whether an expression is a text that stands there."""
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def importing(src: Source) -> Iterator[str]:
@@ -91,8 +105,10 @@ def importing(src: Source) -> Iterator[str]:
             yield f"{line}: router imports of shards only shards.v1, not {name}"
         if src.folder == "shards" and top == "router":
             yield f"{line}: shards import nothing of router"
-        if src.folder in SERVERS and top in ("deploy", "tests", "benchmarks"):
+        if src.folder in SERVERS and top == "deploy":
             yield f"{line}: {src.folder} does not import {top}"
+        if src.product and top in ("tests", "benchmarks"):
+            yield f"{line}: {top} is not shipped, and {src.folder} is"
         if src.folder == "tls" and top in ("router", "shards"):
             yield f"{line}: tls imports nothing of {top}"
         if src.product and top in UNSAFE_IMPORTS:
@@ -100,13 +116,14 @@ def importing(src: Source) -> Iterator[str]:
         if src.core and name not in CORE_IMPORTS and not f"{name}.".startswith("router.core."):
             yield f"{line}: the core does not import {name}"
     if src.folder == "router":
-        for node in ast.walk(src.tree):
-            if isinstance(node, ast.ImportFrom) and node.module == "shards":
-                yield from (
-                    f"{node.lineno}: router imports of shards only shards.v1"
-                    for alias in node.names
-                    if alias.name != "v1"
-                )
+        yield from (f"{line}: router imports of shards only shards.v1" for line in named(src.tree))
+
+
+def named(tree: ast.AST) -> Iterator[int]:
+    """Lines with ``from shards import`` anything but v1."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "shards":
+            yield from (node.lineno for alias in node.names if alias.name != "v1")
 
 
 def purity(src: Source) -> Iterator[str]:
@@ -177,11 +194,18 @@ def is_set(node: ast.AST, known: set[str]) -> bool:
             return True
         case ast.Call(func=ast.Name(id="set" | "frozenset")):
             return True
-        case ast.BinOp(left=left, right=right, op=ast.BitOr() | ast.BitAnd() | ast.Sub()):
-            return is_set(left, known) or is_set(right, known)
-        case ast.Name() | ast.Attribute():
+        case ast.Call(func=ast.Attribute(attr=attr, value=value)) if attr in SET_METHODS:
+            operands = [value]
+        case ast.BinOp(op=ast.BitOr() | ast.BitAnd() | ast.BitXor() | ast.Sub()):
+            operands = [node.left, node.right]
+        case _:
             return target_name(node) in known
-    return False
+    return any(is_keys(operand) or is_set(operand, known) for operand in operands)
+
+
+def is_keys(node: ast.AST) -> bool:
+    """Whether an expression is the keys of a dictionary, which lose their order in a union."""
+    return isinstance(node, ast.Call) and target_name(node.func) == "keys"
 
 
 def lengths(src: Source) -> Iterator[str]:
@@ -246,3 +270,22 @@ def leftovers(src: Source) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (importing, purity, lengths, docstrings, calls, leftovers)
+
+
+def own_protos() -> list[Path]:
+    """The .proto files that are the reference for every field in them."""
+    paths = (ROOT / "proto").rglob("*.proto")
+    return sorted(path for path in paths if path.parent.parent.name not in FOREIGN_PROTOS)
+
+
+def uncommented(text: str) -> Iterator[str]:
+    """Fields and methods of a .proto file above which no full sentence says what they are."""
+    comment: list[str] = []
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+        if line.startswith("//"):
+            comment.append(line.removeprefix("//").strip())
+            continue
+        found = DECLARED.match(line)
+        said, comment = " ".join(comment), []
+        if found and not (re.match(r'[A-Z"]', said) and said.endswith(".") and said.count(" ") > 2):
+            yield f"{number}: {found[1] or found[2]} has no sentence that says what it is"

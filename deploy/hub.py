@@ -88,7 +88,13 @@ def _told(name: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise ModelNotFound(_refusal(name, error)) from error
     except OSError as error:
-        raise ModelNotFound(f"downloading {name} failed: {error}") from error
+        where = "HF_HOME names the folder that models are kept in"
+        raise ModelNotFound(f"downloading {name} failed: {_first_line(error)} ({where})") from error
+    except Exception as error:
+        if not (_is_transport(error) or type(error) is RuntimeError):  # which is hf_xet's only one
+            raise
+        on = "start it again, and the download goes on"
+        raise ModelNotFound(f"downloading {name} failed: {_first_line(error)}; {on}") from error
 
 
 def _files(name: str, revision: str | None) -> list[str]:
@@ -133,5 +139,9 @@ def _refusal(name: str, error: HfHubHTTPError) -> str:
         return f"{name} is neither a local file nor a model on the hub (private ones need a login)"
     if isinstance(error, RevisionNotFoundError):
         return f"{name} has no such revision"
-    first = next(iter(str(error).splitlines()), type(error).__name__)
-    return f"the hub refused {name}: {first}"
+    return f"the hub refused {name}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says first: behind that, libraries advise the programmer."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

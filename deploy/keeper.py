@@ -97,12 +97,12 @@ class _Rank:
     error: str = ""
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=5))
 
-    def reason(self, code: int) -> str:
+    def reason(self, code: int, *, was_ready: bool) -> str:
         """Why it ended, in one line: its own words if it had any."""
         if self.error:
             return self.error
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
+            return f"killed by {_signal_name(-code)}{'' if was_ready else _advice(-code)}"
         said = f": {self.tail[-1]}" if self.tail else ""
         return f"ended with status {code}{said}"
 
@@ -195,7 +195,7 @@ class Keeper:
         lasted = monotonic() - began
         return _End(
             ranks[place].worker.name,
-            ranks[place].reason(code),
+            ranks[place].reason(code, was_ready=self.was_ready),
             proven=all(rank.ready for rank in ranks) and lasted >= HEALTHY_S,
             address_taken=bool(rendezvous) and any(map(_found_address_taken, ranks)),
         )
@@ -278,6 +278,19 @@ async def _first_end(processes: Sequence[WorkerProcess]) -> tuple[int, int]:
         await asyncio.gather(*waits, return_exceptions=True)
 
 
+def _signal_name(number: int) -> str:
+    """A signal as people call it; most of the real-time ones have no name."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
+def _advice(number: int) -> str:
+    """What else is to be said of a worker that was killed before its group was ever ready."""
+    if number != signal.SIGKILL:
+        return ""
+    what = "a smaller model, or fewer --kv-tokens, takes less"
+    return f"; if nobody did that, the system ran out of memory: {what}"
+
+
 def _found_address_taken(rank: _Rank) -> bool:
     return any(ADDRESS_TAKEN.search(line) for line in (rank.error, *rank.tail))
 
@@ -293,6 +306,6 @@ def _report(line: str) -> dict[str, object]:
         return {}
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

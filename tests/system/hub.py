@@ -16,7 +16,8 @@ Repos = dict[str, dict[str, bytes]]
 def fake_hub(repos: Repos) -> Iterator[str]:
     """Serves these repositories (name to file name to content); gives the address.
 
-    A repository whose name starts with ``gated/`` refuses every download.
+    A repository whose name starts with ``gated/`` refuses every download, and one with ``broken/``
+    hangs up before the first byte of every file.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(repos))
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -63,12 +64,15 @@ def _handler(repos: Repos) -> type[BaseHTTPRequestHandler]:
                 if found and name.startswith("gated/"):
                     return self._send(403, b"", body=body, code="GatedRepo")
                 if found and file in files:
-                    return self._send(200, files[file], body=body)
+                    data, sent = files[file], 0 if name.startswith("broken/") else None
+                    return self._send(200, data, body=body, sent=sent)
                 if found:
                     return self._send(404, b"", body=body, code="EntryNotFound")
             return self._send(404, b"", body=body, code="RepoNotFound")
 
-        def _send(self, status: int, data: bytes, *, body: bool, code: str = "") -> None:
+        def _send(
+            self, status: int, data: bytes, *, body: bool, code: str = "", sent: int | None = None
+        ) -> None:
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.send_header("X-Repo-Commit", COMMIT)
@@ -77,7 +81,8 @@ def _handler(repos: Repos) -> type[BaseHTTPRequestHandler]:
                 self.send_header("X-Error-Code", code)
             self.end_headers()
             if body:
-                self.wfile.write(data)
+                self.wfile.write(data[:sent])
+                self.close_connection |= sent is not None
 
     return Handler
 

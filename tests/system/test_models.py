@@ -352,3 +352,22 @@ def test_a_hub_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
         "some/model is no local file, and the model hub cannot be reach"
     )
     assert refused.stdout.count("\n") == 1
+
+
+def test_a_download_that_breaks_off_is_one_line(tmp_path: Path) -> None:
+    with fake_hub({"broken/model": QUANTISED}) as address:
+        refused = on_hub(address, tmp_path, "broken/model")
+    assert refused.returncode == 1
+    assert refused.stdout.startswith("downloading broken/model failed: "), refused.stderr
+    assert refused.stdout.endswith("; start it again, and the download goes on\n")
+    assert refused.stdout.count("\n") == 1
+
+
+def test_a_folder_that_takes_no_download_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "hub").write_text("in the way")
+    with fake_hub({"some/model": QUANTISED}) as address:
+        refused = on_hub(address, tmp_path, "some/model")
+    assert refused.returncode == 1
+    assert refused.stdout.startswith("downloading some/model failed: "), refused.stderr
+    assert "(HF_HOME names the folder" in refused.stdout
+    assert refused.stdout.count("\n") == 1

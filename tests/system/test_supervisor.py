@@ -155,6 +155,12 @@ async def test_a_stale_socket_is_taken_away_before_each_start(tmp_path: Path) ->
         ("tell('error', message='x.gguf is corrupt')\nsys.exit(1)", "x.gguf is corrupt"),
         ("print('no cheese', file=sys.stderr)\nsys.exit(3)", "ended with status 3: no cheese"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGRTMIN + 3)", "killed by signal 37"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "killed by SIGKILL; if nobody did that, the system ran out of memory: a smaller model, "
+            "or fewer --kv-tokens, takes less",
+        ),
         ("sys.exit(0)", "ended with status 0"),
     ],
 )  # fmt: skip
@@ -220,10 +226,11 @@ async def test_lines_of_any_length_and_content_do_no_harm(tmp_path: Path) -> Non
     code = (
         "os.write(2, b'x' * 300_000 + b'\\n')\n"
         "os.write(2, b'\\xff{\\n')\n"
-        "os.write(2, b'{1\\n[]\\n')\n" + READY
+        "os.write(2, b'{1\\n[]\\n')\n"
+        "os.write(2, b'{\"a\":' * 10_000 + b'\\n')\n" + READY
     )
     async with running(Supervisor({"a": [spec(tmp_path, code)]}, heard)):
         await heard.wait(lambda news: isinstance(news, Ready))
     said = "".join(news.line for news in heard.all if isinstance(news, Said))
     assert said.count("x") == 300_000
-    assert said.endswith("\ufffd{{1[]")
+    assert said.removesuffix('{"a":' * 10_000).endswith("\ufffd{{1[]")

@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 DOMAIN = "roundhouse"
 DETAILS_KEY = "grpc-status-details-bin"
 TEXT_MAX = 2000
-"""Characters of a message: trailers over 8 KB are refused by many clients."""
+"""Plain characters of a message: trailers over 8 KB are refused by many clients."""
 
 
 def status_of(error: RequestError) -> status_pb2.Status:
     """Returns the rich status: ErrorInfo, BadRequest for a field at fault, RetryInfo if useful."""
-    text = error.message[:TEXT_MAX]
+    text = clipped(error.message)
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.fault.value, domain=DOMAIN)]
     if error.field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=text)
@@ -37,12 +37,30 @@ def status_of(error: RequestError) -> status_pb2.Status:
 
 def rich_status(code: grpc.StatusCode, text: str, details: Iterable[Message]) -> status_pb2.Status:
     """Returns a status with details for programs."""
-    status = status_pb2.Status(code=code.value[0], message=text[:TEXT_MAX])
+    status = status_pb2.Status(code=code.value[0], message=clipped(text))
     for detail in details:
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def clipped(text: str) -> str:
+    """Returns as much of a text as fits into the trailers of a call.
+
+    They have it three times: escaped, where all but plain letters take 3 bytes for each of theirs,
+    and twice in base64. So a byte of plain letters takes 11 thirds, and one of others 17.
+    """
+    text = text[:TEXT_MAX]
+    if text.isascii() and text.isprintable() and "%" not in text:
+        return text
+    left = 11 * TEXT_MAX
+    for place, letter in enumerate(text):
+        plain = " " <= letter <= "~" and letter != "%"
+        left -= 11 if plain else 17 * len(letter.encode(errors="replace"))
+        if left < 0:
+            return text[:place]
+    return text
 
 
 def _code(error: RequestError) -> grpc.StatusCode:

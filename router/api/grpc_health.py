@@ -6,7 +6,7 @@ from collections.abc import Collection
 import grpc.aio
 from grpc_health.v1 import health_pb2
 
-from router.api.grpc_calls import STREAM, UNARY, Context, Handler, handler
+from router.api.grpc_calls import STREAM, UNARY, Context, Handler, Received, handler, opened
 from router.fleet import Fleet
 
 SERVICE = "grpc.health.v1.Health"
@@ -32,23 +32,29 @@ class Health:
         return health_pb2.HealthCheckResponse(status=status)
 
     async def check(
-        self, request: health_pb2.HealthCheckRequest, context: Context
+        self, request: Received[health_pb2.HealthCheckRequest], context: Context
     ) -> health_pb2.HealthCheckResponse:
         """Says how it is now."""
-        found = self._status(request.service)
-        if found.status == health_pb2.HealthCheckResponse.ServingStatus.SERVICE_UNKNOWN:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service[:100]!r}")
-        return found
+        async with opened(request, context) as known:
+            found = self._status(known.service)
+            if found.status == health_pb2.HealthCheckResponse.ServingStatus.SERVICE_UNKNOWN:
+                text = f"no service {known.service[:100]!r}"
+                await context.abort(grpc.StatusCode.NOT_FOUND, text)
+            return found
+        raise AssertionError("either returned or aborted")
 
-    async def watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+    async def watch(
+        self, request: Received[health_pb2.HealthCheckRequest], context: Context
+    ) -> None:
         """Says how it is now and at every change, until the client leaves."""
-        last = None
-        while True:
-            found = self._status(request.service)
-            if found != last:
-                await context.write(found)
-                last = found
-            await asyncio.sleep(POLL_S)
+        async with opened(request, context) as known:
+            last = None
+            while True:
+                found = self._status(known.service)
+                if found != last:
+                    await context.write(found)
+                    last = found
+                await asyncio.sleep(POLL_S)
 
     def handlers(self) -> dict[str, Handler]:
         """The methods of the service."""

@@ -31,8 +31,9 @@ class Facts:
     """One engine. ``kind`` is ``shards.engines.base.Scheduling``'s word, ``ranks`` one of ours.
 
     It has the ``features`` always, and the ``optional`` ones if adapters or engine options ask for
-    them. ``module`` is what its package is imported as, ``distributions`` under which names it may
-    be installed, ``library`` what is asked for its devices. ``devices`` are kinds as in
+    them. ``module`` is what its package is imported as, ``instead`` another one that does as well,
+    ``distributions`` under which names they may be installed, ``library`` what is asked for its
+    devices. ``devices`` are kinds as in
     ``Hardware``, best first. ``python`` is the first version that its packages accept, and the
     first that they no longer do. ``extra`` is the extra of ``pyproject.toml`` with its pins, good
     for the kinds of device in ``installs``; for others its page says how it is installed.
@@ -47,6 +48,7 @@ class Facts:
     features: tuple[str, ...]
     optional: tuple[str, ...] = ()
     module: str = ""
+    instead: str = ""
     library: str = ""
     distributions: tuple[str, ...] = ()
     extra: str = ""
@@ -156,6 +158,7 @@ _TABLE = (
         INSIDE,
         _SAMPLED,
         module="optimum.neuron",
+        instead="neuronx_distributed_inference",
         distributions=("optimum-neuron", "neuronx-distributed-inference"),
         extra="neuron",
         installs=("neuron",),
@@ -290,9 +293,13 @@ def installed_here() -> set[str]:
 
 def importable(name: str) -> bool:
     """Whether this interpreter has the engine's package."""
-    module = ENGINES[name].module
+    facts = ENGINES[name]
+    return not facts.module or any(map(_found, filter(None, (facts.module, facts.instead))))
+
+
+def _found(module: str) -> bool:
     try:
-        return not module or importlib.util.find_spec(module) is not None
+        return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the parent of a dotted name
         return False
 

@@ -1,17 +1,13 @@
 """Groups that are asked for while ``roundhouse serve`` runs: from a text to engine and files."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import click
 
-from deploy.engines import ENGINES, importable
-from deploy.groups import AUTO, GroupType, LocalGroup, check_adapters, one_group
-from deploy.interpreters import interpreter_of
+from deploy.groups import GroupType, LocalGroup, check_adapters, one_group
 from deploy.options import UserError
-from shards.engines import lacking
 
 
 class FurtherGroups:
@@ -39,18 +35,8 @@ class FurtherGroups:
 
         Takes its time, and downloads what is not here. Raises ``UserError``.
         """
-        values = self._context.params | dict(own)
-        _check_installed(values["engine"], values["worker_python"])
-        group = one_group(values)
+        group = one_group(self._context.params | dict(own))
         model = replace(group.model, model_id=self._model_id)
         group = LocalGroup(own.get("name") or group.name, model, group.workers)
         check_adapters(group)
         return group
-
-
-def _check_installed(engine: str, interpreter: str) -> None:
-    """Raises ``UserError``, as the worker would say it, if an engine's package is not here."""
-    if engine == AUTO or interpreter or interpreter_of(engine) != sys.executable:
-        return  # of those that are installed, or somewhere else
-    if not importable(engine):
-        raise UserError(lacking(engine, ENGINES[engine].module))

@@ -4,6 +4,7 @@ The options of the command line hold for every group. ``--group ENGINE,KEY=VALUE
 group, whose own values win; several of them serve the model together, under one name.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +14,13 @@ import click
 
 from deploy.adapters import find_adapters
 from deploy.config_file import as_typed, option_name
-from deploy.engines import ENGINES, GGUF, choose
+from deploy.engines import ENGINES, GGUF, choose, importable
 from deploy.interpreters import interpreter_of
 from deploy.models import Model, ModelNotFound, resolve
 from deploy.options import UserError
 from deploy.workers import WorkerOptions
 from shards.config import GRACEFUL_TERMINATION_TIMEOUT_S
-from shards.engines import own_types
+from shards.engines import lacking, own_types
 
 AUTO = "auto"
 # The options that a group may have for itself.
@@ -126,8 +127,7 @@ def one_group(values: Mapping[str, Any], world: int = 0) -> LocalGroup:
     """One group, of ``world`` ranks or as many as the values say. Raises ``UserError``."""
     world = world or values["num_shard"]
     engine, why = chosen_engine(values, world)
-    if values["dtype"] and ENGINES[engine].formats == (GGUF,):
-        raise UserError(own_types(engine, values["dtype"]))  # as the worker does after a download
+    _check_before_download(engine, values)
     try:
         model = resolve(
             values["model"], engine=engine, file=values["file"], revision=values["revision"]
@@ -166,3 +166,18 @@ def chosen_engine(values: Mapping[str, Any], world: int) -> tuple[str, str]:
     if engine != AUTO:
         return engine, ""
     return choose(values["model"], file=values["file"], world=world)
+
+
+def _check_before_download(engine: str, values: Mapping[str, Any]) -> None:
+    """Raises ``UserError`` for what the worker would say as well, once the model is here."""
+    facts = ENGINES[engine]
+    here = not values["worker_python"] and interpreter_of(engine) == sys.executable
+    if here and not importable(engine):
+        raise UserError(lacking(engine, facts.module))
+    if values["dtype"] and facts.formats == (GGUF,):
+        raise UserError(own_types(engine, values["dtype"]))
+    if not values["model"] and facts.formats and GGUF not in facts.formats:
+        raise UserError(
+            f"engine {engine} does not read the embedded model, which is a GGUF file: name a MODEL,"
+            " a folder with config.json and safetensors or a hub id"
+        )

@@ -15,25 +15,19 @@ _MODULES = {
     "trtllm": "shards.engines.trtllm",
     "vllm": "shards.engines.vllm_engine",
 }
-# What to install when an engine's own package is missing.
-_INSTALL = {
-    "jax": "roundhouse engines install jax",
-    "llamacpp": 'CMAKE_ARGS="-DGGML_OPENMP=OFF" pip install llama-cpp-python',
+# Engines whose packages ``roundhouse engines install`` does not bring, and what to do instead.
+_OTHERWISE = {
     "neuron": "see docs/engines/neuron.md",
-    "scripted": "pip install numpy tokenizers",
-    "sglang": "roundhouse engines install sglang",
-    "torch": "roundhouse engines install torch",
+    "scripted": "try: pip install numpy tokenizers",
     "trtllm": "see docs/engines/trtllm.md",
-    "vllm": "roundhouse engines install vllm",
 }
 NAMES = tuple(sorted(_MODULES))
 
 
 def lacking(name: str, package: str) -> str:
     """That an engine's package is not installed, and what to do, in one line."""
-    return (
-        f"engine {name} needs the package {package}, which is not installed; try: {_INSTALL[name]}"
-    )
+    mend = _OTHERWISE.get(name, f"try: roundhouse engines install {name}")
+    return f"engine {name} needs the package {package}, which is not installed; {mend}"
 
 
 def own_types(name: str, dtype: str) -> str:

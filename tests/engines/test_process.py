@@ -337,8 +337,10 @@ def test_a_missing_package_is_named_with_what_to_do() -> None:
         capture_output=True,
         text=True,
     )
-    assert "needs the package llama_cpp" in done.stdout
-    assert "pip install" in done.stdout
+    assert done.stdout == (
+        "engine llamacpp needs the package llama_cpp, which is not installed;"
+        " try: roundhouse engines install llamacpp\n"
+    )
 
 
 def test_a_chat_template_of_ones_own_takes_the_place_of_the_models(start, tmp_path: Path) -> None:

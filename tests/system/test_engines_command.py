@@ -21,6 +21,7 @@ from deploy.engines import (
     choose,
     device_name,
     format_of,
+    importable,
     pick,
 )
 from deploy.engines_command import table
@@ -194,6 +195,16 @@ def test_the_format_is_read_off_the_disk_and_off_names(tmp_path: Path) -> None:
     for nothing in ("./none", str(tmp_path / "none.gguf"), "~/no/such"):
         with pytest.raises(ModelNotFound, match="does not exist"):
             format_of(nothing)
+
+
+def test_either_library_makes_neuron_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not importable("neuron")
+    (tmp_path / "neuronx_distributed_inference").mkdir()
+    (tmp_path / "neuronx_distributed_inference" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importable("neuron")
 
 
 def test_choosing_here_takes_what_is_here(tmp_path: Path) -> None:

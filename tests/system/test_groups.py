@@ -59,6 +59,30 @@ def test_an_engine_that_reads_types_from_its_file_is_told_of_none() -> None:
     assert (first.workers.dtype, second.workers.dtype) == ("float32", "")
 
 
+def test_an_engine_that_is_not_installed_is_told_before_anything_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.groups.importable", lambda name: name == "scripted")
+    told = r"sglang needs the package sglang, .*; try: roundhouse engines install sglang$"
+    with pytest.raises(UserError, match=told):
+        groups("nobody/has-this", "--engine", "sglang")
+    with pytest.raises(UserError, match=r"optimum\.neuron, .*; see docs/engines/neuron\.md$"):
+        groups("nobody/has-this", "--group", "scripted", "--group", "neuron")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    (group,) = groups(str(tmp_path), "--engine", "sglang", "--worker-python", "/p")
+    assert group.workers.interpreter == "/p"  # which knows for itself
+
+
+def test_the_embedded_model_is_not_for_engines_that_read_no_gguf_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deploy.groups.importable", lambda _name: True)
+    with pytest.raises(UserError, match=r"vllm does not read the embedded model, .*: name a MODEL"):
+        groups("--engine", "vllm")
+    assert [group.model.remark for group in groups("--engine", "torch")] == ["the embedded model"]
+
+
 def test_groups_have_common_values_and_their_own() -> None:
     first, second, third = groups(
         "m", "--threads", "2", "--engine-option", "length=1", "--served-model-name", "served",

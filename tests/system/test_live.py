@@ -242,7 +242,12 @@ async def test_what_is_not_here_is_one_line_before_any_worker_starts(
         "scripted,adapter=a=./no": "adapter a: ./no does not exist",
         f"llamacpp,model={tmp_path}": f"folder {tmp_path} holds no GGUF file",
         "trtllm,model=a/b": "engine trtllm needs the package tensorrt_llm, which is not inst",
+        "trtllm,worker-python=/p": "engine trtllm does not read the embedded model, which is a GG",
     }
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).touch()
     async with live("--engine", "scripted") as rig:
         for text, line in missing.items():
             with pytest.raises(ChangeError) as caught:
@@ -252,8 +257,8 @@ async def test_what_is_not_here_is_one_line_before_any_worker_starts(
             assert str(await rig.refused(text)) == str(caught.value)
         assert len(rig.running()) == 1
         assert not any("starting" in line for line in rig.lines)
-        given = await rig.refused("trtllm,worker-python=/no/such/python")  # it knows for itself
-        assert "cannot run /no/such/python" in str(given)
+        given = f"trtllm,model={model},worker-python=/no/such/python"  # which knows for itself
+        assert "cannot run /no/such/python" in str(await rig.refused(given))
 
 
 async def test_a_worker_that_cannot_start_says_so_and_nothing_is_left() -> None:

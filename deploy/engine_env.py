@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.declared import Declared, declared
-from deploy.engine_probe import ask
+from deploy.engine_probe import ask, lacking
 from deploy.engines import ENGINES, Facts, device_name, python_range
 from deploy.environment import (
     Environment,
@@ -100,6 +100,10 @@ def recipe(
         raise SetupError(
             f"{facts.name} for {device_name(kind)} is not installed by this command: {facts.page}"
             f" says how to, and --worker-python names its interpreter"
+        )
+    elif not here and not device:
+        raise SetupError(
+            f"{facts.name} {lacking(facts, hardware)}: --device {kind} installs it all the same"
         )
     return Recipe(
         facts.name,

@@ -23,6 +23,7 @@ WIDTH = 100
 # Who decides what is computed in a step, in words.
 KINDS = {"caller": "router", "stepped": "engine, when told", "self": "engine"}
 RANKS = {WORKERS: "--num-shard", INSIDE: "own", ALONE: "-"}
+DEVICES = sorted({kind for facts in ENGINES.values() for kind in facts.devices})
 INSTALLABLE = [name for name, facts in ENGINES.items() if facts.module]
 
 
@@ -59,7 +60,7 @@ def engines(context: click.Context, as_json: bool) -> None:
 )  # fmt: skip
 @click.option(
     "--device", metavar="KIND", default="",
-    type=click.Choice(["", "cpu", "cuda", "rocm", "xpu", "hpu", "tpu", "neuron"]),
+    type=click.Choice(["", *DEVICES]),
     help="Take the packages for this kind of device. Default: the best that is here.",
 )  # fmt: skip
 @click.option("--again", is_flag=True, help="Start from nothing, whatever is there.")

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,12 @@ STAMP = "roundhouse-setup.json"
 PIP_CHECK_S = 60
 # Time that a step has to leave when it is told to, before it is killed.
 LEAVE_S = 10
+# With less room than this left on a disk, that is why a step failed.
+ROOM_MIN_BYTES = 64 << 20
+REASON_MAX = 300
+# What pip says before it tries an index again, and last of all if it never answered.
+_UNREACHED = re.compile(r"after connection broken by '(.+)': ")
+_NOTHING_FOUND = "(from versions: none)"
 
 
 class SetupError(Exception):
@@ -43,7 +49,10 @@ class StepFailed(SetupError):
         """The same in one line: pip's own reason, and where the log is."""
         reasons = [line for line in self.lines if line.lstrip().startswith("ERROR:")]
         reason = reasons[0].strip() if reasons else last_line("\n".join(self.lines))
-        return f"{self.step.title} failed: {reason}; the log is {self.step.log}"
+        if _NOTHING_FOUND in reason and (why := _unreached(self.lines)):
+            reason = f"the package index cannot be reached: {why}"
+        room = lacking_room(self.step.log.parent)
+        return f"{self.step.title} failed: {reason}{room}; the log is {self.step.log}"
 
 
 @dataclass
@@ -83,11 +92,14 @@ class Environment:
         except OSError as error:
             raise SetupError(f"cannot run {self._base_python}: {error.strerror}") from error
         if made.returncode:
+            room = lacking_room(self.folder)
             if new:
                 shutil.rmtree(self.folder, ignore_errors=True)
+            said = made.stdout + made.stderr
+            mend = "" if room else " (on Debian and Ubuntu: apt install python3-venv)"
             raise SetupError(
-                f"{self._base_python} cannot make a virtual environment (on Debian and Ubuntu: "
-                f"apt install python3-venv): {(made.stdout + made.stderr).strip()}"
+                f"{self._base_python} cannot make a virtual environment in {self.folder}{mend}:"
+                f" {' '.join(said.split())}{room}"
             )
 
     def _has_pip(self) -> bool:
@@ -107,7 +119,7 @@ class Environment:
     def start(self, title: str, command: Sequence[str], env: Mapping[str, str] | None) -> Step:
         """Starts a command in the background, with variables on top of this process's."""
         log = self.folder / f"setup-{re.sub('[^a-z0-9]+', '-', title.lower())}.log"
-        with log.open("wb") as sink:
+        with _told(log), log.open("wb") as sink:
             process = subprocess.Popen(
                 command,
                 cwd=self._root,
@@ -136,8 +148,34 @@ class Environment:
     def write_stamp(self, extras: Sequence[str], digest: str, **facts: object) -> None:
         """Says, last of all, what has been installed. The file is there whole or not at all."""
         partial = self.stamp.with_suffix(".new")
-        partial.write_text(json.dumps({"digest": digest, "extras": sorted(extras), **facts}))
-        partial.replace(self.stamp)
+        with _told(partial):
+            partial.write_text(json.dumps({"digest": digest, "extras": sorted(extras), **facts}))
+            partial.replace(self.stamp)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the system refuses becomes a ``SetupError`` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise SetupError(f"{error.filename or path}: {error.strerror}") from error
+
+
+def lacking_room(folder: Path) -> str:
+    """That the disk of a folder, which need not be there yet, is full; words to put behind others.
+
+    Empty if it is not.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    left = shutil.disk_usage(there).free
+    return f"; the disk of {there} has {left >> 20} MiB left" if left < ROOM_MIN_BYTES else ""
+
+
+def _unreached(lines: Sequence[str]) -> str:
+    """Why pip could not reach an index, as it said last; empty if it could."""
+    found = [match[1] for match in map(_UNREACHED.search, lines) if match]
+    return re.sub("<[^>]*>: ", "", found[-1])[:REASON_MAX] if found else ""
 
 
 def say(text: str) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -103,20 +104,20 @@ class Checkout:
             "PIP_NO_CACHE_DIR": "1",
         }
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*arguments),
             cwd=self.folder,
-            env=self.env(),
+            env=self.env() | env,
             check=False,
             capture_output=True,
             text=True,
             timeout=120,
         )
 
-    def fails(self, *arguments: str) -> str:
+    def fails(self, *arguments: str, **env: str) -> str:
         """The one line of an error."""
-        result = self.run(*arguments)
+        result = self.run(*arguments, **env)
         assert result.returncode == 1, result
         (line,) = result.stderr.splitlines()
         assert line.startswith("roundhouse: error: ")
@@ -219,6 +220,21 @@ def test_a_failure_is_one_line_with_the_log_and_the_next_call_goes_on(checkout: 
     make_wheel(checkout.wheels, "torch", "2.0")
     assert checkout.run("install", "torch").returncode == 0
     assert checkout.state("torch")["version"] == "2.0"
+
+
+def test_an_index_that_cannot_be_reached_is_said_to_be_so(checkout: Checkout) -> None:
+    """And not that there is no such version, which is all that pip says last."""
+    (checkout.wheels / "torch-2.0-py3-none-any.whl").unlink()
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and never listens
+        index = f"http://127.0.0.1:{nobody.getsockname()[1]}/simple"
+        line = checkout.fails(
+            "install", "torch", PIP_NO_INDEX="0", PIP_INDEX_URL=index, PIP_RETRIES="1"
+        )
+    assert line.startswith("installing torch failed: the package index cannot be reached: ")
+    assert "Connection refused" in line
+    assert " at 0x" not in line
+    assert "the log is " in line
 
 
 def test_an_engine_that_cannot_be_imported_is_not_called_installed(checkout: Checkout) -> None:

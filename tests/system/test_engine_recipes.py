@@ -3,13 +3,14 @@
 import ast
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from deploy.declared import WORKER_NEEDS, Declared, declared, name_of
 from deploy.engine_env import check_python, made_with, prepare, recipe
 from deploy.engines import ENGINES, python_range
-from deploy.environment import Environment, SetupError
+from deploy.environment import Environment, SetupError, StepFailed, run
 from deploy.hardware import Hardware
 from tests import tidy
 
@@ -56,6 +57,22 @@ def test_what_cannot_be_installed_is_one_line(engine: str, device: str, told: st
     assert told in str(caught.value)
 
 
+def test_without_a_device_for_it_here_an_engine_is_not_installed_unless_that_is_meant() -> None:
+    """Many gigabytes that nothing here can use; an image is built on such a machine on purpose."""
+    project = Declared("1", ROOT, (), {"sglang": ("sglang==1",)})
+    with pytest.raises(SetupError) as caught:
+        recipe(ENGINES["sglang"], project, CPU)
+    assert str(caught.value) == (
+        "sglang runs on an NVIDIA GPU or an AMD GPU or an Intel GPU, and there is none here:"
+        " --device cuda installs it all the same"
+    )
+    for found in (
+        recipe(ENGINES["sglang"], project, NVIDIA),
+        recipe(ENGINES["sglang"], project, CPU, "cuda"),
+    ):
+        assert found.packages == ("sglang==1",)
+
+
 def test_tests_may_take_a_stand_in() -> None:
     project = Declared("1", ROOT, (), {"neuron-test": ("torch-xla==2.9.0",)})
     assert recipe(ENGINES["neuron"], project, CPU, tests=True).packages == ("torch-xla==2.9.0",)
@@ -91,6 +108,39 @@ def test_what_another_python_has_begun_is_begun_anew(tmp_path: Path) -> None:
     assert not venv.stamp.exists()
     prepare(venv, "3.12.1")
     assert not (folder / "left").exists()
+
+
+@pytest.mark.parametrize("left", [3 << 20, 3 << 30], ids=["full", "room"])
+def test_a_full_disk_is_why_an_environment_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """What pip and venv say then may be anything; and pip's log is on that disk."""
+    monkeypatch.setattr(
+        "deploy.environment.shutil.disk_usage", lambda _place: SimpleNamespace(free=left)
+    )
+    python, folder = tmp_path / "python", tmp_path / "engines" / "jax"
+    python.write_text("#!/bin/sh\necho 'ensurepip failed'; echo 'sorry' >&2; exit 1\n")
+    python.chmod(0o755)
+    full = f"; the disk of {tmp_path} has 3 MiB left" if left < 1 << 30 else ""
+    venv = Environment(folder, tmp_path, str(python))
+    with pytest.raises(SetupError) as caught:
+        venv.create()
+    assert str(caught.value).endswith(f": ensurepip failed sorry{full}")
+    assert ("apt install python3-venv" in str(caught.value)) == (not full)
+    folder.mkdir(parents=True)
+    step = venv.start("installing jax", ["/bin/sh", "-c", "exit 1"], None)
+    with pytest.raises(StepFailed) as failed:
+        run([step])
+    where = full.replace(str(tmp_path), str(folder))
+    assert failed.value.one_line().startswith(f"installing jax failed: no output{where}; the log")
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    venv = Environment(tmp_path / "gone", tmp_path)
+    with pytest.raises(SetupError, match=r"gone/setup-a-b\.log: No such file or directory$"):
+        venv.start("a b", ["/bin/true"], None)
+    with pytest.raises(SetupError, match=r"gone/roundhouse-setup\.new: No such file"):
+        venv.write_stamp(["torch"], "digest")
 
 
 def test_a_worker_gets_what_its_own_modules_import() -> None:

@@ -3,9 +3,6 @@
 import json
 import sys
 import textwrap
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -16,9 +13,8 @@ from deploy.environment import SetupError
 from deploy.hardware import detect
 from deploy.interpreters import environment_of
 from deploy.options import UserError
+from deploy.patience import patience
 
-# A command that answers sooner says nothing in between.
-QUIET_S = 2.0
 WIDTH = 100
 # Who decides what is computed in a step, in words.
 KINDS = {"caller": "router", "stepped": "engine, when told", "self": "engine"}
@@ -43,7 +39,7 @@ def engines(context: click.Context, as_json: bool) -> None:
     if context.invoked_subcommand is not None:
         return
     hardware = detect()
-    with _patience("asking each engine in its own interpreter ..."):
+    with patience("asking each engine in its own interpreter ..."):
         reports = probe_all(hardware)
     if as_json:
         click.echo(json.dumps([as_dict(report) for report in reports], indent=2))
@@ -94,17 +90,6 @@ def remove(name: str) -> None:
     if not there:
         raise UserError(f"{name} has no environment of its own")
     click.echo(f"{name}: its environment has been removed")
-
-
-@contextmanager
-def _patience(text: str) -> Iterator[None]:
-    """Says a line on standard error if what follows takes long."""
-    timer = threading.Timer(QUIET_S, lambda: click.echo(text, err=True))
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def as_dict(report: Report) -> dict[str, Any]:

@@ -14,12 +14,11 @@ import grpc
 
 from deploy.control import FOLDER, find_socket
 from deploy.options import UserError
+from deploy.patience import QUIET_S
 from router.api.groups_socket import address_of, check_folder
 from router.v1 import groups_pb2 as pb
 from router.v1.groups_pb2_grpc import GroupsStub
 
-# A command that answers sooner says nothing in between.
-QUIET_S = 2.0
 TICK_S = 0.25
 # How often one hears how far it is, when that alone has changed.
 LOADING_LINE_S = 5.0

@@ -1,7 +1,8 @@
 """Models from the hub, with huggingface_hub's cache and progress bars."""
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -25,6 +26,7 @@ from deploy.models import (
     reads_gguf_only,
     remark,
 )
+from deploy.patience import patience
 
 LIST_DEADLINE_S = 10.0
 # Weights, configuration, and the tokenizer and chat template in whatever form they come.
@@ -100,8 +102,9 @@ def _told(name: str) -> Iterator[None]:
 def _files(name: str, revision: str | None) -> list[str]:
     """The files of a repository; those in the cache if the hub cannot be reached."""
     try:
-        # Not list_repo_files, which asks an unreachable hub for 20 seconds.
-        siblings = HfApi().model_info(name, revision=revision, timeout=LIST_DEADLINE_S).siblings
+        with patience(f"asking the model hub for {name} ...") if _seen() else nullcontext():
+            # Not list_repo_files, which asks an unreachable hub for 20 seconds.
+            siblings = HfApi().model_info(name, revision=revision, timeout=LIST_DEADLINE_S).siblings
         return [entry.rfilename for entry in siblings or ()]
     except (HfHubHTTPError, HFValidationError):
         raise
@@ -113,6 +116,11 @@ def _files(name: str, revision: str | None) -> list[str]:
             snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[])
         )
         return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def _seen() -> bool:
+    """Whether somebody looks on: the log of a server that downloads is no place for it."""
+    return sys.stderr.isatty()
 
 
 def _is_transport(error: Exception) -> bool:

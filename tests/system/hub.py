@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +18,7 @@ def fake_hub(repos: Repos) -> Iterator[str]:
     """Serves these repositories (name to file name to content); gives the address.
 
     A repository whose name starts with ``gated/`` refuses every download, and one with ``broken/``
-    hangs up before the first byte of every file.
+    hangs up before the first byte of every file. One with ``slow/`` takes 3 s to say what it has.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(repos))
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -53,6 +54,7 @@ def _handler(repos: Repos) -> type[BaseHTTPRequestHandler]:
                     ]
                     return self._send(200, json.dumps(rows).encode(), body=body)
                 if path.startswith(f"api/models/{name}"):
+                    time.sleep(3 if name.startswith("slow/") else 0)
                     info = {
                         "id": name,
                         "sha": COMMIT,

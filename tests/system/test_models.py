@@ -1,6 +1,7 @@
 """From what the user typed to a file: paths, folders, the embedded model, the hub."""
 
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -371,3 +372,16 @@ def test_a_folder_that_takes_no_download_is_one_line(tmp_path: Path) -> None:
     assert refused.stdout.startswith("downloading some/model failed: "), refused.stderr
     assert "(HF_HOME names the folder" in refused.stdout
     assert refused.stdout.count("\n") == 1
+
+
+def test_who_waits_for_the_hub_is_told_so(tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    with fake_hub({"slow/model": QUANTISED}) as address:
+        command = [sys.executable, "-c", RESOLVE, "slow/model", "", "llamacpp"]
+        env = hub_env(address, tmp_path)
+        found = subprocess.run(command, env=env, check=True, stderr=end, timeout=60)
+    assert found.returncode == 0
+    os.close(end)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert shown.startswith("asking the model hub for slow/model ...")

@@ -21,12 +21,12 @@ ARGS ?=
 TEST_JOBS ?= 2
 # Environments of engines for the tests lie in the checkout: they hold its code, not a release.
 ENGINES_HOME := $(CURDIR)/.roundhouse
-ENGINE_SETUP = ROUNDHOUSE_HOME=$(ENGINES_HOME) $(PY) -m deploy.engine_env $(1) test
-ENGINE_TEST_OF = ROUNDHOUSE_HOME=$(ENGINES_HOME) OMP_NUM_THREADS=1 \
-	$(ENGINES_HOME)/engines/$(1)/bin/python -m pytest tests/heavy/$(2) $(ARGS)
+ENGINE_SETUP = ROUNDHOUSE_HOME="$(ENGINES_HOME)" $(PY) -m deploy.engine_env $(1) test
+ENGINE_TEST_OF = ROUNDHOUSE_HOME="$(ENGINES_HOME)" OMP_NUM_THREADS=1 \
+	"$(ENGINES_HOME)/engines/$(1)/bin/python" -m pytest tests/heavy/$(2) $(ARGS)
 ENGINE_TEST = $(call ENGINE_TEST_OF,$(1),$(1))
 
-CLIENT_TEST = OMP_NUM_THREADS=1 $(ENGINES_HOME)/$(1)/bin/python -m pytest $(2) $(ARGS) $(if $(ARGS),|| test $$? = 5)
+CLIENT_TEST = OMP_NUM_THREADS=1 "$(ENGINES_HOME)/$(1)/bin/python" -m pytest $(2) $(ARGS) $(if $(ARGS),|| test $$? = 5)
 
 help: ## Lists the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -64,7 +64,7 @@ test-neuron: engines-neuron ## Tests Neuron's slots and buckets on XLA's CPU dev
 	@PJRT_DEVICE=CPU $(call ENGINE_TEST,neuron)
 
 test-serve: engines-torch ## Tests two engines at once, and ranks, as users start them
-	@ROUNDHOUSE_HOME=$(ENGINES_HOME) OMP_NUM_THREADS=1 $(PY) -m pytest tests/heavy/serve $(ARGS)
+	@ROUNDHOUSE_HOME="$(ENGINES_HOME)" OMP_NUM_THREADS=1 $(PY) -m pytest tests/heavy/serve $(ARGS)
 
 test-contracts: setup ## Compares what adapters use with the packages of engines that cannot run here
 	@$(PY) -m pytest tests/heavy/contracts $(ARGS)
@@ -76,7 +76,7 @@ dashboard: setup ## Writes the Grafana dashboard anew from deploy/operations/pan
 	@$(PY) -m deploy.operations.dashboard > deploy/operations/grafana/roundhouse.json
 
 clients: setup
-	@ROUNDHOUSE_HOME=$(ENGINES_HOME) $(PY) -m deploy.client_env clients clients-tgi
+	@ROUNDHOUSE_HOME="$(ENGINES_HOME)" $(PY) -m deploy.client_env clients clients-tgi
 
 # Two environments, as the clients' own needs exclude each other. A choice of tests may leave one
 # of them without any, which pytest calls 5.
@@ -117,6 +117,6 @@ bench: ## Runs all benchmarks (about 20 minutes on an idle machine); ARGS="--qui
 	@$(PY) -m benchmarks $(ARGS)
 
 clean: ## Removes what was built, the virtual environment too
-	rm -rf $(VENV) $(ENGINES_HOME) build dist *.egg-info \
+	rm -rf "$(VENV)" "$(ENGINES_HOME)" build dist *.egg-info \
 		.mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

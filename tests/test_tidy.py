@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import subprocess
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -172,6 +174,17 @@ def test_makefile_has_the_verbs_and_help_lists_them() -> None:
         ["make", "-C", tidy.ROOT], capture_output=True, text=True, check=True
     ).stdout
     assert all(f"make {verb} " in shown for verb in VERBS)
+
+
+def test_clean_removes_nothing_beside_a_checkout_whose_path_has_a_space(tmp_path: Path) -> None:
+    """``rm -rf /home/me/our server/.roundhouse`` would be two folders."""
+    checkout, beside = tmp_path / "our server", tmp_path / "our"
+    for folder in (checkout / ".roundhouse", checkout / ".venv", checkout / "kept", beside):
+        folder.mkdir(parents=True)
+    shutil.copy(tidy.ROOT / "Makefile", checkout)
+    subprocess.run(["make", "clean"], cwd=checkout, capture_output=True, check=True)
+    assert beside.exists()
+    assert {path.name for path in checkout.iterdir()} == {"Makefile", "kept"}
 
 
 def test_readme_gives_the_two_commands_and_ci_calls_its_test_command() -> None:

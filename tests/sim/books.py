@@ -88,6 +88,7 @@ class GroupBook:
     plan: RunPlan | None = None
     budget_left: int = 0
     idle_plans: dict[int, int] = field(default_factory=dict)
+    robbed: bool = False
     leaving: bool = False
     returns: bool = True
 
@@ -147,7 +148,7 @@ class Books:
         self.waits: dict[int, int] = {}
         self.stranded: dict[int, int] = {}
         self.aside: set[int] = set()
-        self.moved = 0
+        self.moved = self.admitted_tokens = self.shared_tokens = 0
         self.now = 0
 
     # --- requests

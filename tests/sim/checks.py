@@ -49,6 +49,7 @@ def _check_victims(books: Books, plan: RunPlan, running: list[int]) -> None:
     keys = [books.requests[number].key for number in running]
     for victim in victims:
         books.seen["preemption"] += 1
+        home.robbed = True
         ensure(not keys or max(keys) < victim.key, f"{victim.id} is preempted out of turn")
 
 
@@ -282,6 +283,10 @@ def check_end(books: Books, core: Core) -> None:
     ensure(not books.open, f"these wait for ever: {list(books.open)}")
     shot = core.snapshot()
     ensure(shot.waiting == shot.running == 0, "something is left after the end")
+    ensure(shot.admitted_tokens == books.admitted_tokens, "admitted tokens are miscounted")
+    ensure(shot.prefix_hit_tokens == books.shared_tokens, "shared tokens are miscounted")
+    again = books.seen["resume"] + books.seen["retry"]
+    ensure(shot.resumed == again, "those who are started again are miscounted")
     for group in shot.groups:
         ensure(group.kv_used == 0, f"{group.name} holds memory for nobody")
         ensure(group.plans_in_flight == 0, f"{group.name} has a plan in flight at the end")

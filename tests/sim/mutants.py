@@ -7,10 +7,11 @@ changes nothing anybody could see is no mutant: then the code that it touches is
 
 from tests.sim.mutants_adapters import ADAPTERS
 from tests.sim.mutants_away import AWAY
+from tests.sim.mutants_donors import DONORS
 from tests.sim.mutants_leaving import LEAVING
 from tests.sim.mutants_lives import LIVES
 from tests.sim.mutants_memory import MEMORY
 from tests.sim.mutants_scores import SCORES
 from tests.sim.mutants_stranded import STRANDED
 
-MUTANTS = [*MEMORY, *LIVES, *ADAPTERS, *SCORES, *LEAVING, *STRANDED, *AWAY]
+MUTANTS = [*MEMORY, *LIVES, *ADAPTERS, *SCORES, *LEAVING, *STRANDED, *AWAY, *DONORS]

@@ -24,6 +24,7 @@ from router.core.scheduler import Core
 from tests.sim.books import Books, GroupBook, group_book
 from tests.sim.checks import check_end, check_kept, check_plan, check_turn
 from tests.sim.clients import Clients
+from tests.sim.donors import Scarce, check_donors
 from tests.sim.leaving import Leaving, check_leaving, note_moves
 from tests.sim.sharing import count_shares
 from tests.sim.stranded import add_patience, note_stranded
@@ -103,12 +104,13 @@ class Simulation:
         before = Turn(core)
         books.expect()
         for group in books.groups.values():
-            group.plan = None
+            group.plan, group.robbed = None, False
         late = {
             name
             for name, group in books.groups.items()
             if (due := group.due_ms(books.config)) is not None and due <= now
         }
+        preemptions = self.seen["preemption"]
         effects = core.plan(now)
         ensure(core.plan(now) == [], "plan, called again at once, returns something")
         note_moves(books, core, effects, core.counters.preempted > before.preempted)
@@ -116,6 +118,7 @@ class Simulation:
         check_leaving(books, core, before, effects)
         note_stranded(books, core)
         check_turn(books, core, before)
+        check_donors(books, core, before, preemptions)
         wake = core.wake_at()
         if wake is not None and (self._timer is None or self._timer <= now or wake < self._timer):
             self._timer = wake
@@ -128,7 +131,9 @@ class Simulation:
         """Lets the core observe an event, which is all that happens in between two checks."""
         self.events += 1
         self.trace.append((self.books.now, event))
+        scarce = Scarce(self.core)
         effects = self.core.observe(self.books.now, event)
+        scarce.check(effects)
         for effect in effects:
             if isinstance(effect, Close):
                 check_kept(self.books, self.core, effect)
@@ -188,6 +193,8 @@ class Simulation:
             )
             request.home, request.admitted_by = group, plan.plan_id
             request.shared = admit.share_len
+            self.books.admitted_tokens += len(admit.tokens)
+            self.books.shared_tokens += admit.share_len
         for number in group.idle_plans:
             group.idle_plans[number] += 1
         for number in plan.work_sequences:

@@ -1,0 +1,55 @@
+"""Mutants of how donors stay and go; see ``mutants.py``."""
+
+from tests.sim.mutation import Mutant
+
+DONORS = [
+    Mutant("placing.py", "    _thin_out(group)\n", "", "donors stay beyond what is worth keeping"),
+    Mutant(
+        "placing.py",
+        "while len(donors := list(_evictable(group))) > 1 and most < sum(",
+        "while len(donors := list(_evictable(group))) > 1 and -1 < sum(",
+        "donors go though they are worth keeping",
+    ),
+    Mutant(
+        "placing.py",
+        "while len(donors := list(_evictable(group))) > 1 and most",
+        "while len(donors := list(_evictable(group))) > 0 and most",
+        "the latest donor goes, too, if it is long",
+    ),
+    Mutant(
+        "placing.py",
+        "        remove(group, donors[0])",
+        "        remove(group, donors[-1])",
+        "the latest donors go for older ones",
+    ),
+    Mutant(
+        "placing.py",
+        "            remove(group, donor)\n            continue\n",
+        "            remove(group, donor)\n",
+        "a donor goes, and one who runs beside it",
+    ),
+    Mutant(
+        "placing.py",
+        "if not (sequence.admitted and group.up.limits.shares_prefix and known and enough):",
+        "if not (sequence.admitted and known and enough):",
+        "donors are kept where nobody can share them",
+    ),
+    Mutant(
+        "scheduler.py",
+        "self.counters.prefix_hit_tokens += admit.share_len",
+        "self.counters.prefix_hit_tokens += 1",
+        "shared tokens are miscounted",
+    ),
+    Mutant(
+        "scheduler.py",
+        "self.counters.admitted_tokens += len(admit.tokens)",
+        "self.counters.admitted_tokens += len(admit.tokens) - admit.share_len",
+        "admitted tokens are miscounted",
+    ),
+    Mutant(
+        "scheduler.py",
+        "        self.counters.resumed += 1\n",
+        "        self.counters.resumed += sequence.produced > 0\n",
+        "those who had shown nothing do not count as started again",
+    ),
+]

@@ -315,5 +315,15 @@ def choose(model: str | None, *, file: str | None = None, world: int = 1) -> tup
         raise UserError(str(error)) from error
     choice = pick(model_format, detect(), installed_here(), world)
     if isinstance(choice, str):
-        raise UserError(choice)
+        raise UserError(_guessed(model, model_format) + choice)
     return choice.engine, f"{choice.engine}: {choice.why}"
+
+
+def _guessed(model: str | None, model_format: str) -> str:
+    """What else to say if no engine serves a model whose format was read off its name."""
+    if not model or model_format != SAFETENSORS or Path(model).expanduser().exists():
+        return ""
+    return (
+        f"{model} is not here, and as a hub id it is taken for safetensors (if it has GGUF files: "
+        "--engine llamacpp); "
+    )

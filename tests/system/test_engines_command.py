@@ -222,8 +222,12 @@ def test_serve_says_which_engine_it_took_or_what_to_install(
     (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr("deploy.engines.importable", lambda name: name == "llamacpp")
     monkeypatch.setenv("ROUNDHOUSE_HOME", str(tmp_path / "home"))
-    with pytest.raises(UserError, match="roundhouse engines install"):
+    with pytest.raises(UserError, match=r"^no engine for .*roundhouse engines install"):
         choose(str(tmp_path))
+    # Perhaps a path was meant; perhaps it holds GGUF files without saying so in its name.
+    told = r"^no/such is not here, and as a hub id it is taken for safetensors .* --engine llamacpp"
+    with pytest.raises(UserError, match=told):
+        choose("no/such")
 
 
 # --- what is said of an engine

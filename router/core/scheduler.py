@@ -137,6 +137,9 @@ class Core:
             self._line_of(sequence).set_aside(sequence.id)
         if facts.deadline_ms is not None:
             heapq.heappush(self._deadlines, (facts.deadline_ms, facts.request))
+            if len(self._deadlines) > 2 * len(self._live) + 16:  # most are of those that have ended
+                self._deadlines = [due for due in self._deadlines if due[1] in self._live]
+                heapq.heapify(self._deadlines)
         return []
 
     def _refusal(self, sequence: Sequence) -> Close | None:

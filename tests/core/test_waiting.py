@@ -3,6 +3,7 @@
 from router.core.events import Submitted
 from router.core.state import Sequence
 from router.core.waiting import WaitingLine
+from tests.core.bench import Bench
 
 
 def sequence(number: int, arrived_ms: int) -> Sequence:
@@ -54,3 +55,17 @@ def test_a_crowd_that_leaves_is_forgotten_and_the_others_keep_their_order() -> N
             line.remove(number)
     assert len(line._heap) <= 2 * len(line) + 17
     assert drain(line) == list(range(0, 1000, 50))
+
+
+def test_deadlines_of_a_crowd_that_leaves_are_forgotten_and_the_others_are_kept() -> None:
+    """Not only those that would be next: those of clients with much patience are the last."""
+    bench = Bench()
+    bench.submit(1, (1, 2), deadline_ms=10)
+    bench.submit(2, (1, 2), deadline_ms=500)
+    for number in range(3, 1000):
+        bench.submit(number, (1, 2), deadline_ms=1000 - number % 7)
+        bench.end(number)
+        assert len(bench.core._deadlines) < 24
+    assert bench.core.wake_at() == 10
+    bench.end(1)
+    assert bench.core.wake_at() == 500

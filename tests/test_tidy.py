@@ -144,7 +144,11 @@ def test_every_field_and_method_of_the_protocols_is_described_in_sentences() -> 
 
 @pytest.mark.parametrize("said", ["", "// 0 is off.\n", "// Of the tokens that there are\n"])
 @pytest.mark.parametrize(
-    "line", ["uint32 x = 1;", "repeated a.v1.B x = 2;", "map<uint32, float> x = 3;", "rpc X(A) {"]
+    "line",
+    [
+        *("uint32 x = 1;", "repeated a.v1.B x = 2;", "map<uint32, float> x = 3;", "rpc X(A) {"),
+        "message B { uint32 x = 1; }",
+    ],
 )
 def test_a_field_without_a_sentence_is_caught(said: str, line: str) -> None:
     assert list(tidy.uncommented(f"// Above the message.\nmessage A {{\n{said}{line}\n}}\n"))

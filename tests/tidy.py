@@ -27,7 +27,9 @@ QUEUES = {"Queue", "LifoQueue", "PriorityQueue"}
 # Methods of a set, or of a dictionary's keys, that give another set.
 SET_METHODS = {"union", "intersection", "difference", "symmetric_difference", "copy"}
 # A field or a method in a .proto file.
-DECLARED = re.compile(r"(?:(?:(?:optional|repeated) )?[\w.]+|map<.*>) (\w+) = \d+;|rpc (\w+)")
+DECLARED = re.compile(
+    r"(?:^|\{ )(?:(?:(?:(?:optional|repeated) )?[\w.]+|map<.*>) (\w+) = \d+;|rpc (\w+))"
+)
 # Protocols of others, which their own documents describe.
 FOREIGN_PROTOS = ("fmaas", "kserve")
 
@@ -285,7 +287,7 @@ def uncommented(text: str) -> Iterator[str]:
         if line.startswith("//"):
             comment.append(line.removeprefix("//").strip())
             continue
-        found = DECLARED.match(line)
+        found = DECLARED.search(line)
         said, comment = " ".join(comment), []
         if found and not (re.match(r'[A-Z"]', said) and said.endswith(".") and said.count(" ") > 2):
             yield f"{number}: {found[1] or found[2]} has no sentence that says what it is"

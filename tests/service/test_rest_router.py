@@ -242,6 +242,26 @@ async def test_a_client_that_leaves_frees_its_tokens(
         assert await house.text_of("next", 3)
 
 
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
+async def test_a_client_that_leaves_while_it_waits_for_its_turn_is_forgotten(
+    tmp_path: Path, through: str, path: str
+) -> None:
+    async with house_in(tmp_path, {"step_ms": "2"}, through=through, max_batch_size=1) as house:
+        first = asyncio.create_task(house.text_of("first", 200))
+        await until(lambda: house.snapshot.running == 1)
+        body = {"prompt": "x"} if "v1" in path else {"inputs": "x"}
+        waiting = [asyncio.create_task(house.post(path, body)) for _ in range(3)]
+        await until(lambda: house.snapshot.waiting == 3)
+        waiting[1].cancel()
+        await until(lambda: house.snapshot.waiting == 2)
+        for call in waiting:
+            call.cancel()
+        await asyncio.wait(waiting)
+        await until(lambda: house.router.driver.open_requests == 1)
+        assert (house.snapshot.running, house.snapshot.waiting) == (1, 0)
+        assert await first == await house.text_of("first", 200)
+
+
 async def test_a_grpc_client_that_leaves_or_is_late_frees_its_tokens(tmp_path: Path) -> None:
     async with (
         house_in(tmp_path, {"step_ms": "2"}) as house,

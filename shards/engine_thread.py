@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from queue import Full, Queue
+from queue import Full, SimpleQueue
 from typing import TypeVar
 
 from shards.embed_queue import BusyError, EmbedJob, EmbedQueue
@@ -68,8 +68,8 @@ class Answer:
 
     epoch: int
     plan_id: int
+    plan: Plan
     outcome: Outcome
-    digest: int
     step_us: int
 
 
@@ -94,13 +94,15 @@ class Session:
     """One Run stream. The loop owns it; the engine thread reads and sets ``over`` only.
 
     ``epoch`` is that of its plans, 0 before the first. ``begun`` says that its client knows the
-    engine to be empty, ``closed`` that nothing more will be written.
+    engine to be empty, ``closed`` that nothing more will be written. ``digest`` is of all that was
+    answered.
     """
 
     over: bool = False
     epoch: int = 0
     begun: bool = False
     closed: asyncio.Event = field(default_factory=asyncio.Event)
+    digest: Digest = field(default_factory=Digest)
     answers: deque[Said] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PLANS_MAX))
@@ -170,8 +172,7 @@ class EngineThread:
         self._make = make
         self._overrides = overrides
         self._loop = loop
-        self._jobs: Queue[_Job] = Queue(maxsize=JOBS_MAX)
-        self._digest = Digest()
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._session: Session | None = None
         self._steps: OpenSteps[_Step] = OpenSteps(self._answer, self._wake)
         self._job_began: float | None = None
@@ -191,19 +192,25 @@ class EngineThread:
 
     def begin(self, session: Session) -> None:
         """Empties the engine; what follows belongs to this session."""
-        self._jobs.put_nowait(_Begin(session))
+        self._put(_Begin(session))
 
     def step(self, session: Session, epoch: int, plan_id: int, plan: Plan) -> None:
         """Runs a plan once those before it are done."""
-        self._jobs.put_nowait(_Step(session, epoch, plan_id, plan))
+        self._put(_Step(session, epoch, plan_id, plan))
 
     def finish(self, session: Session, end: End) -> None:
         """Ends the session once all its plans are answered."""
-        self._jobs.put_nowait(_Finish(session, end))
+        self._put(_Finish(session, end))
+
+    def _put(self, job: _Job) -> None:
+        """Raises ``Full``. A ``SimpleQueue`` wakes its reader with far fewer calls than others."""
+        if self._jobs.qsize() >= JOBS_MAX:
+            raise Full
+        self._jobs.put(job)
 
     def _enter(self, job: EmbedJob) -> None:
         try:
-            self._jobs.put_nowait(job)
+            self._put(job)
         except Full:
             raise BusyError("the engine does not get on; try again later") from None
 
@@ -215,7 +222,7 @@ class EngineThread:
         if not self.loaded.done():
             return False
         with suppress(Full):  # the engine is wedged: it would not be read anyway
-            self._jobs.put_nowait(_Stop())
+            self._put(_Stop())
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -275,7 +282,6 @@ class EngineThread:
                 return False
             case _Begin(session):
                 engine.reset()
-                self._digest = Digest()
                 self._session = session
                 self._call(session.hear, Begun())
             case _Finish(session, end):
@@ -287,7 +293,7 @@ class EngineThread:
     def _wake(self) -> None:
         """Says that the device is done; on another thread. In a full queue others find that out."""
         with suppress(Full):
-            self._jobs.put_nowait(_Done())
+            self._put(_Done())
 
     def _step(self, engine: Engine, job: _Step) -> None:
         try:
@@ -296,8 +302,8 @@ class EngineThread:
             self._end(job.session, End(Ending.BAD_PLAN, f"plan {job.plan_id}: {error}"))
 
     def _answer(self, job: _Step, outcome: Outcome, step_us: int) -> None:
-        digest = self._digest.add(job.plan, outcome)
-        self._call(job.session.hear, Answer(job.epoch, job.plan_id, outcome, digest, step_us))
+        answer = Answer(job.epoch, job.plan_id, job.plan, outcome, step_us)
+        self._call(job.session.hear, answer)
 
     def _embed(self, engine: Engine, job: EmbedJob) -> None:
         """Embeds a turn of a batch, if its call still waits.
@@ -318,7 +324,7 @@ class EngineThread:
     def _again(self, job: EmbedJob) -> bool:
         """Lets a job stand in the line once more, if there is a place."""
         try:
-            self._jobs.put_nowait(job)
+            self._put(job)
         except Full:
             return False
         return True

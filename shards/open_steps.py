@@ -60,10 +60,13 @@ class OpenSteps(Generic[_T]):
         except PlanError:
             self.finish_all()
             raise
-        self._steps.append(_Open(job, started, began_s))
+        step = _Open(job, started, began_s)
         self.finish_done()
-        if self._steps:
-            self._watch(started)
+        if not self._steps and started.done:
+            self._tell(step)
+            return
+        self._steps.append(step)
+        self._watch(started)
 
     def finish_done(self) -> None:
         """Answers the steps that need not be waited for. Raises as ``Started.finish``."""
@@ -76,7 +79,9 @@ class OpenSteps(Generic[_T]):
             self._finish()
 
     def _finish(self) -> None:
-        step = self._steps.popleft()
+        self._tell(self._steps.popleft())
+
+    def _tell(self, step: _Open[_T]) -> None:
         outcome = step.started.finish()
         # Steps overlap on the host, not on the device.
         began_s, self._finished_s = max(step.began_s, self._finished_s), time.monotonic()

@@ -79,7 +79,11 @@ class Scores:
 
     def rows_of(self, work: Work) -> int:
         """How many rows of logits these passes need for scores."""
-        return sum(len(targets_of(resident, count)) for resident, count in work)
+        rows = 0
+        for resident, count in work:
+            if resident.sampling.prompt_logprobs:
+                rows += len(targets_of(resident, count))
+        return rows
 
     def part(self, work: Work, logits: Floats) -> Floats:
         """Scores what is due; returns the rows that draw.
@@ -90,8 +94,8 @@ class Scores:
         draws: list[int] = []
         at = 0
         for resident, count in work:
-            targets = targets_of(resident, count)
-            if targets:
+            scores = resident.sampling.prompt_logprobs
+            if scores and (targets := targets_of(resident, count)):
                 self.take(resident, targets, logits[at : at + len(targets)])
                 at += len(targets)
             if resident.computed + count == len(resident.tokens):
@@ -136,6 +140,8 @@ class Scores:
 
     def tell(self, outcome: Outcome) -> None:
         """Puts into the outcome what there is to tell, and forgets it."""
+        if not (self._scored or self._failed):
+            return
         for sequence in self._failed:
             outcome.failures[sequence] = _NOT_FINITE
             self._scored.pop(sequence, None)

@@ -90,8 +90,8 @@ class Residents:
 
     def check(self, plan: Plan) -> None:
         """Raises ``PlanError`` if any part of the plan breaks the contract; changes nothing."""
-        dropped = self._check_drops(plan.drops)
-        admitted = self._check_admits(plan.admits, dropped)
+        dropped = self._check_drops(plan.drops) if plan.drops else set()
+        admitted = self._check_admits(plan.admits, dropped) if plan.admits else {}
         cells = self._check_work(plan.work, dropped, admitted)
         count = len(self.by_sequence) - len(dropped) + len(admitted)
         if count > self.limits.sequences_max:
@@ -172,7 +172,7 @@ class Residents:
     ) -> int:
         total = cells = 0
         seen: set[int] = set()
-        by_sequence, pages = self.by_sequence, self.pages
+        by_sequence, page = self.by_sequence, self.limits.page_tokens
         for sequence, count in work:
             resident = by_sequence.get(sequence)
             if sequence in admitted:
@@ -196,7 +196,7 @@ class Residents:
                 )
             seen.add(sequence)
             total += count
-            cells += pages(computed + count) - pages(computed)
+            cells += page * (-(-(computed + count) // page) + -computed // page)
         if len(seen) != len(work) and len({sequence for sequence, _ in work}) != len(work):
             raise PlanError("a sequence appears twice in the work of one plan")
         if total > self.limits.step_tokens_max:
@@ -273,8 +273,8 @@ class Residents:
 
     def compute(self, resident: Resident, count: int) -> bool:
         """Marks the next ``count`` tokens as computed; says whether a token is to be drawn now."""
-        before = self.pages(resident.computed)
-        resident.computed += count
+        page, computed = self.limits.page_tokens, resident.computed + count
+        self.kv_used += page * (-(-computed // page) + -resident.computed // page)
+        resident.computed = computed
         resident.span.end += count
-        self.kv_used += self.pages(resident.computed) - before
         return resident.computed == len(resident.tokens)

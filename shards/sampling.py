@@ -133,7 +133,7 @@ class Sampler:
         A row whose logits are not finite gets token 0 and an entry in ``failures``.
         """
         self._tallies.turn()
-        if all(row.plain for row in rows):
+        if all([row.plain for row in rows]):  # noqa: C419 - a list is made in one call
             drawn = Drawn(logits.argmax(axis=1).tolist())
             for index, best in enumerate(drawn.tokens):
                 if not math.isfinite(logits.item(index, best)):

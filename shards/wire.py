@@ -187,7 +187,8 @@ class Digest:
     def add(self, plan: Plan, outcome: Outcome) -> int:
         """Takes one step in; returns the digest of everything so far."""
         update = self._hash.update
-        update(array("Q", plan.drops))
+        if plan.drops:
+            update(array("Q", plan.drops))
         for admit in plan.admits:
             update(array("Q", (admit.sequence, admit.share_from, admit.share_len)))
             update(array("I", admit.tokens))

@@ -258,7 +258,8 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):
                     case End() as end:
                         return end
                     case Answer() as answer:
-                        await context.write(_message(answer, rank))
+                        digest = session.digest.add(answer.plan, answer.outcome)
+                        await context.write(_message(answer, digest, rank))
                         session.room.release()
 
 
@@ -281,8 +282,8 @@ class _Probed(HealthServicer):  # type: ignore[misc]  # the package has no types
         return answer
 
 
-def _message(said: Answer, rank: int) -> shard_pb2.Outcome:
-    return outcome_to_wire(said.epoch, said.plan_id, said.outcome, said.digest, said.step_us, rank)
+def _message(said: Answer, digest: int, rank: int) -> shard_pb2.Outcome:
+    return outcome_to_wire(said.epoch, said.plan_id, said.outcome, digest, said.step_us, rank)
 
 
 class Worker:

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
-from shards.engines.base import Engine, Outcome, Plan, Started
+from shards.engines.base import Engine, Finished, Outcome, Plan, Started
 from shards.grammar import Grammar
 from shards.grammar_masks import Masks
 from shards.prompt_logprobs import Scores, parts_of
@@ -119,19 +119,20 @@ class CallerEngine(Engine):
 
     def _run(self, work: Work) -> Started:
         outcome = Outcome()
-        draws = Draws((), Drawn([]), outcome)
+        draws: Draws | None = None
         for part in parts_of(work):
-            draws.settle()  # there are several parts only if they score, and these wait anyway
-            going = [(one, count) for one, count in part if not one.failed]
+            if draws is not None:
+                draws.settle()  # there are several parts only if they score, and these wait anyway
+            going = [pair for pair in part if not pair[0].failed]
             rows = [one for one, count in going if one.computed + count == len(one.tokens)]
             self._masks.begin(rows)
             drawing = self._compute(going, rows) if going else Drawn([])
             for resident, count in going:
                 self._residents.compute(resident, count)
-            draws = Draws(rows, drawing, outcome)
+            draws = _draws(rows, drawing, outcome)
         self._scores.tell(outcome)
         self._draws = draws
-        return draws
+        return draws or Finished(outcome)
 
     def _settle_before(self) -> None:
         """Waits for the draws of the step before; for an engine that must know its tokens."""
@@ -155,6 +156,14 @@ class CallerEngine(Engine):
         An engine that returns draws before they are done takes the tokens ``late`` into its next
         computation, from the rows of these draws, or calls ``_settle_before`` first.
         """
+
+
+def _draws(rows: Sequence[Resident], drawing: Drawing, outcome: Outcome) -> Draws | None:
+    """What the rows draw; None if that is done, and told."""
+    if not drawing.done:
+        return Draws(rows, drawing, outcome)
+    settle(rows, drawing.take(), outcome)
+    return None
 
 
 def settle(

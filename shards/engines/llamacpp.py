@@ -112,6 +112,7 @@ class LlamaCppEngine(CallerEngine):
         trained = self._model.length_trained
         sizes = settings.sizes(options, self._metadata, trained, self._control.threads)
         self._context = Context(self._model, sizes, self._pool)
+        self._pads = settings.pads > 0
         self._limits = settings.limits(
             sizes, self._context.length_max, trained, self._model.vocab_size
         )
@@ -241,11 +242,15 @@ class LlamaCppEngine(CallerEngine):
 
     def _compute(self, work: Work, rows: Sequence[Resident]) -> Drawn:
         self._context.set_threads(self._control.threads)
-        work = self._layout.arrange(work)
-        parts = self._parts(work)
+        arranged = self._layout.arrange(work)
+        parts = self._parts(arranged)
         if len(parts) == 1:
-            logits = self._decode(work, len(rows))
-            return self._draw(logits, rows, _order(work, rows)) if rows else Drawn([])
+            logits = self._decode(arranged, len(rows))
+            if not rows:
+                return Drawn([])
+            if arranged is work:
+                return self._sampler.draw(logits, rows)
+            return self._draw(logits, rows, _order(arranged, rows))
         # Each decode overwrites the logits of the one before.
         logits = np.empty((len(rows), self._limits.vocab_size), np.float32)
         for part in parts:
@@ -312,7 +317,7 @@ class LlamaCppEngine(CallerEngine):
                 wanted += range(first, first + len(targets_of(resident, count)))
             if start + count == len(resident.tokens):
                 wanted.append(len(tokens) - 1)
-        padded = self._settings.pads > 0 and len(tokens) % self._settings.ubatch_tokens == 1
+        padded = self._pads and len(tokens) % self._settings.ubatch_tokens == 1
         if padded:
             tokens.append(0)
             positions.append(0)

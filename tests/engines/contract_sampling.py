@@ -90,6 +90,15 @@ class SamplingContract:
         after = SamplingParams(min_tokens=1, stop_tokens=tuple(free))
         assert generate(engine, 1, known, 1, after, len(prompts[0])) == free
 
+    def test_stop_tokens_are_drawn_and_told_like_others(
+        self, engine: Engine, prompts: list[list[int]]
+    ) -> None:
+        """The router says where an answer ends; what it has planned beyond that is computed."""
+        free = generate(engine, 1, prompts[0], 6)
+        engine.reset()
+        stopped = SamplingParams(stop_tokens=(free[1], free[3]))
+        assert generate(engine, 2, prompts[0], 6, stopped) == free
+
     def test_bias_decides(self, engine: Engine, prompts: list[list[int]]) -> None:
         wanted = engine.describe().eos_token_ids[0]
         sampling = SamplingParams(logit_bias=((wanted, 100.0),))

@@ -210,6 +210,19 @@ def test_programs_of_whole_steps_update_the_cache_in_place() -> None:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_is_given_the_cache_for_good(program: str) -> None:
+    """What it returns lies where the cache was: there is never a second one in memory."""
+    engine = make(sequences_max=4, extra=(("page_tokens", "8"), ("program", program)))
+    try:
+        (cache, *_), steps = engine._programs._arrays.caches, engine._programs._steps
+        programs = {**getattr(steps, "_layer", {}), **getattr(steps, "_step", {})}
+        kept = {one.memory_analysis().alias_size_in_bytes for one in programs.values()}
+        assert kept == {cache.nbytes}
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_no_step_copies_the_cache(program: str) -> None:
     """Not for a single row either, whose write is no scatter."""
     engine = make(

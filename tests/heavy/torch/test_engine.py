@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from shards.engines import load
 from shards.engines.base import Admit, EngineOptions, ModelError, Plan, SamplingParams
 from shards.engines.torch_devices import (
+    BACKENDS,
     Device,
     choose_device,
     choose_dtype,
@@ -183,6 +185,53 @@ def test_the_cpu_is_chosen_where_torch_reports_nothing_else() -> None:
     if not torch.accelerator.is_available():
         assert choose_device("", 1, 2) == CPU
     assert choose_device("cpu", 0, 1) == CPU
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "wanted", "rank_of_world", "chosen"),
+    [
+        ("cuda", 2, "", (0, 1), "cuda:0"),
+        ("cuda", 2, "", (3, 4), "cuda:1"),  # ROCm's builds call it so, too
+        ("cuda", 2, "cuda:1", (0, 1), "cuda:1"),
+        ("cuda", 2, "cpu", (0, 1), "cpu"),
+        ("xpu", 4, "", (2, 4), "xpu:2"),
+        ("xpu", 4, "xpu", (3, 4), "xpu:3"),
+        ("hpu", 8, "", (5, 8), "hpu:5"),
+    ],
+)
+def test_the_device_is_the_one_that_torch_reports(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    count: int,
+    wanted: str,
+    rank_of_world: tuple[int, int],
+    chosen: str,
+) -> None:
+    report(monkeypatch, kind, count)
+    device = choose_device(wanted, *rank_of_world)
+    assert str(device.torch) == chosen
+    assert device.name == (chosen if chosen == "cpu" else f"{chosen} a {kind}")
+    assert BACKENDS[device.kind] in ("gloo", "nccl", "xccl", "hccl")
+
+
+def report(monkeypatch: pytest.MonkeyPatch, kind: str, count: int) -> None:
+    """As if the installed torch had been built for such devices, and found some."""
+    here = {
+        "is_available": lambda: True,
+        "current_accelerator": lambda: torch.device(kind),
+        "device_count": lambda: count,
+    }
+    for name, value in here.items():
+        monkeypatch.setattr(torch.accelerator, name, value)
+    module = SimpleNamespace(get_device_name=lambda _index: f"a {kind}")
+    monkeypatch.setattr(torch, kind, module, raising=False)
+
+
+def test_a_device_that_torch_does_not_report_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    report(monkeypatch, "xpu", 2)
+    for wanted in ("cuda:0", "xpu:2"):
+        with pytest.raises(ModelError, match=f"no device {wanted}; .* reports 2 of kind xpu"):
+            choose_device(wanted, 0, 1)
 
 
 def test_the_type_follows_what_the_processor_multiplies() -> None:

@@ -2,14 +2,21 @@
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+import torch
 
 from shards.engines import load
 from shards.engines.base import Admit, EngineOptions, ModelError, Plan, SamplingParams
+from shards.engines.torch_devices import Device
+from shards.engines.torch_ranks import Ranks, load_slice
+from shards.engines.torch_weights import Checkpoint, count_bytes
 from shards.v1 import shard_pb2 as pb
 from tests.heavy.models import smollm2_folder, tiny_llama_folder
 from tests.heavy.torch.constrained import BROKEN, Interrupted, two_ranks_keep_to_constraints
@@ -151,6 +158,38 @@ def test_a_rank_that_hears_another_log_is_caught(tmp_path: Path) -> None:
         send_apart(made, first_plan(2, 9, 10, 11), first_plan(2, 9, 10, 12))
         zero, one = made.hear()
         assert zero.digest != one.digest
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_reads_its_own_part_of_the_weights_alone(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each tensor of a safetensors file: a model need not fit into the memory of one rank."""
+    ranks = object.__new__(Ranks)  # nobody is met
+    ranks.rank, ranks.world = rank, 2
+    read: list[int] = []
+
+    class Part:
+        def __init__(self, part: Any) -> None:
+            self.get_shape, self._part = part.get_shape, part
+
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            found = self._part[index]
+            read.append(found.numel() * found.element_size())
+            return found
+
+    opened = Checkpoint.opened
+
+    @contextmanager
+    def watched(self: Checkpoint, part: Path) -> Iterator[Any]:
+        with opened(self, part) as file:
+            yield SimpleNamespace(keys=file.keys, get_slice=lambda name: Part(file.get_slice(name)))
+
+    monkeypatch.setattr(Checkpoint, "opened", watched)
+    checkpoint, cpu = Checkpoint(tiny_llama_folder()), Device(torch.device("cpu"), "cpu")
+    model = load_slice(checkpoint, torch.float32, cpu, ranks, lambda _fraction: None)
+    assert sum(read) == count_bytes(model)
+    assert sum(read) < 0.6 * (tiny_llama_folder() / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize(

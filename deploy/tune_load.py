@@ -25,8 +25,9 @@ CONNECT_S = 10.0
 ANSWER_S = 60.0
 # How many times its length the warm-up may take for each client to have had an answer.
 WARM_MAX = 4.0
-# Longest line of an answer, in bytes.
+# Longest line of an answer, in bytes, and what is told of an error at most, in characters.
 LIMIT = 1 << 20
+MESSAGE_MAX = 200
 
 
 class LoadError(Exception):
@@ -227,14 +228,24 @@ async def post(address: Address, path: str, body: str) -> AsyncIterator[bytes]:
         pieces = _chunks(reader) if "transfer-encoding: chunked" in head else _whole(reader)
         status = head.split(" ", 2)[1]
         if status != "200":
-            told = b"".join([piece async for piece in pieces]).decode(errors="replace")
-            raise LoadError(f"the server answered {status}: {told[:200]}")
+            told = b"".join([piece async for piece in pieces])
+            raise LoadError(f"the server answered {status}: {_message(told)}")
         async for piece in pieces:
             yield piece
     except (OSError, ValueError, asyncio.IncompleteReadError) as error:
         raise LoadError(f"the server broke off an answer: {error}") from error
     finally:
         writer.close()
+
+
+def _message(body: bytes) -> str:
+    """What an answer says went wrong, of its beginning; in OpenAI's or TGI's shape, or in none."""
+    try:
+        error = json.loads(body)["error"]
+        told = str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, TypeError, KeyError):
+        told = body.decode(errors="replace")
+    return told[:MESSAGE_MAX]
 
 
 async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:

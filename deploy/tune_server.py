@@ -91,6 +91,12 @@ def last_trouble(log: Path) -> str:
     return next(iter((*deaths[-1:], *errors[-1:])), "")
 
 
+def last_words(log: Path) -> str:
+    """Why the server has ended: what it said last, which may be no object if it broke down."""
+    said = [one for one in _said(log) if one.get("message")]
+    return _error(said[-1]).removeprefix(ERROR) if said else "no output"
+
+
 def messages(log: Path) -> list[str]:
     """The latest lines that the server has said, without what is around them."""
     return [str(said.get("message", "")) for said in _said(log)]
@@ -128,8 +134,7 @@ async def _ready(process: asyncio.subprocess.Process, log: Path) -> tuple[Addres
                 host, _, port = said["rest"].removeprefix("http://").rpartition(":")
                 return Address(host, int(port)), said["grpc"]
     await process.wait()
-    reason = last_line(await asyncio.to_thread(log.read_text, errors="replace"))
-    raise ServerError(reason.removeprefix(ERROR))
+    raise ServerError(last_words(log))
 
 
 async def _dtype(address: str) -> str:

@@ -135,7 +135,16 @@ def test_if_nothing_can_be_measured_the_first_reason_is_the_error(tmp_path: Path
     last = result.stderr.splitlines()[-1]
     assert last.startswith("roundhouse: error: nothing could be measured: ")
     assert "unknown engine option no_such" in last
+    assert "{" not in last, "the server's line is for people here, not the object that it came as"
     assert not (tmp_path / "best.toml").exists()
+
+
+def test_what_the_server_refuses_is_told_in_its_words(tmp_path: Path) -> None:
+    result = tune(tmp_path, "--try", "scripted,engine-option=length_max=12", *AMPLE)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    told = "the server answered 400: `prompt` must have less than 12 tokens. Given: 16"
+    assert last == f"roundhouse: error: nothing could be measured: {told}"
 
 
 def test_what_has_no_time_left_is_said(tmp_path: Path) -> None:

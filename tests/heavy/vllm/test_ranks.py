@@ -1,5 +1,6 @@
 """Tensor parallelism in real processes: two ranks, two groups on one host, and the loss of one."""
 
+import re
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+import torch
 
 from shards.engines import load
 from shards.engines.base import EngineOptions, Plan, SamplingParams
@@ -113,6 +115,9 @@ def test_groups_side_by_side_and_what_becomes_of_them(
             assert [describe(rank).rank for rank in ranks.ranks] == [0, 1]
             assert {describe(rank).world for rank in ranks.ranks} == {2}
             check(ranks.run(plans()), alone)
+        dead = ports(one) | ports(other)
+        # Where vLLM has it, they reduce through shared memory, each group through its own.
+        assert len(dead) == (2 if hasattr(torch.ops._C, "init_shm_manager") else 0)
         lose(one, 0)
         # The other group has not noticed.
         check(other.run(plans()), alone)
@@ -120,7 +125,9 @@ def test_groups_side_by_side_and_what_becomes_of_them(
     with group(tmp_path, "c", tiny_llama_folder(), 2) as again:
         check(again.run(plans()), alone)
         # What the killed ranks left was removed; what is there belongs to those that live.
-        assert len({name.partition("-")[0] for name in segments()}) <= 1
+        assert not dead & ports(again)
+        assert not dead & {name.partition("-")[0] for name in segments()}
+        a_different_log_is_caught(again)
 
 
 def lose(ranks: Group, victim: int) -> None:
@@ -130,6 +137,21 @@ def lose(ranks: Group, victim: int) -> None:
     _send(survivor, plans()[0])
     assert survivor.process.wait(5.0) == 3
     assert any(f"rank {victim} is gone" in line for line in survivor.heard())
+
+
+def a_different_log_is_caught(ranks: Group) -> None:
+    log, other = plans(), plans()
+    other[0].admits[0].tokens[-1] ^= 1
+    first, second = ranks.run(log, other)
+    assert first[0].digest != second[0].digest
+
+
+def ports(ranks: Group) -> set[str]:
+    """After which ports the shared memory is named through which the ranks of a group reduce."""
+    maps = [Path(f"/proc/{rank.process.pid}/maps").read_text() for rank in ranks.ranks]
+    first, *others = [set(re.findall(rf"{SHARED_MEMORY}/(\d+)-tp\S*-cpushm", one)) for one in maps]
+    assert all(other == first for other in others)
+    return first
 
 
 def segments() -> list[str]:

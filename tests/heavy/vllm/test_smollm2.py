@@ -57,7 +57,23 @@ def test_greedy_tokens_are_those_of_transformers(engine: Engine) -> None:
     assert compared > 0.9 * len(entries) * reference.COUNT
 
 
+def test_first_log_probabilities_are_those_of_the_reference(engine: Engine) -> None:
+    asked = SamplingParams(logprobs=True)
+    entries = dict(enumerate(reference.read(), start=1))
+    engine.reset()
+    outcome = engine.step(
+        Plan(
+            admits=[admit(n, entry["prompt"], asked) for n, entry in entries.items()],
+            work=[(n, len(entry["prompt"])) for n, entry in entries.items()],
+        )
+    )
+    assert outcome.sequences == list(entries)
+    found = [outcome.logprobs[n].logprob for n in entries]
+    assert found == pytest.approx([entry["logprob"] for entry in entries.values()], abs=1e-3)
+
+
 def test_log_probabilities_are_those_of_transformers(engine: Engine) -> None:
+    """Of the likeliest tokens, too."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)

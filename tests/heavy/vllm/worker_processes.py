@@ -76,13 +76,14 @@ class Group:
     def __init__(self, ranks: Sequence[Rank]) -> None:
         self.ranks = ranks
 
-    def run(self, plans: Sequence[pb.Plan]) -> list[list[pb.Outcome]]:
-        """The outcomes of each rank."""
+    def run(self, *logs: Sequence[pb.Plan]) -> list[list[pb.Outcome]]:
+        """The outcomes of each rank; all hear the same plans, or each one its own."""
         with ExitStack() as stack:
             streams = []
-            for rank in self.ranks:
+            for number, rank in enumerate(self.ranks):
                 channel = stack.enter_context(grpc.insecure_channel(rank.address))
                 stub = shard_pb2_grpc.ShardStub(channel)
+                plans = logs[number % len(logs)]
                 streams.append(stub.Run(iter(plans), timeout=PATIENCE_S))
             found: list[list[pb.Outcome]] = [[] for _ in self.ranks]
             readers = [

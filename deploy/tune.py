@@ -99,21 +99,29 @@ class Tuner:
             self.search.tell(result)
             self.results.append(result)
         for candidate in self.search.finalists():
-            await self._decide(candidate)
+            if not await self._decide(candidate):
+                self.progress.say(
+                    "the fastest are close; --minutes gives the time to tell them apart"
+                )
+                break
         return self.results
 
-    async def _decide(self, candidate: Candidate) -> None:
-        """Measures one of the fastest again; what is known of it stays if that does not succeed."""
+    async def _decide(self, candidate: Candidate) -> bool:
+        """Measures one of the fastest again; what is known of it stays if that does not succeed.
+
+        Says whether there was time for it.
+        """
         place = next(n for n, one in enumerate(self.results) if one.candidate == candidate)
         known = self.results[place]
         assert known.numbers is not None, "finalists have been measured"
         again = await self._now(candidate, f"[once more, as it is close] {candidate}")
         if again.numbers is None:
-            return
+            return not again.late
         numbers = known.numbers.and_again(again.numbers)
         self.memory.put(self.subject.key(candidate), numbers)
         self.results[place] = replace(again, numbers=numbers)
         self.search.tell(self.results[place])
+        return True
 
     async def _try(self, candidate: Candidate) -> Result:
         """One candidate's result, remembered or measured."""

@@ -160,6 +160,24 @@ async def test_a_second_look_that_fails_leaves_what_is_known(
     assert out.getvalue().count("it failed") == 2
 
 
+async def test_if_there_is_no_time_for_a_second_look_one_hears_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def measured(_: Tuner, candidate: Candidate, place: str) -> Result:
+        assert "once more" not in place
+        return Result(candidate, numbers(100.0))
+
+    monkeypatch.setattr(Tuner, "_measure", measured)
+    out = io.StringIO()
+    search = Search([parse("a"), parse("b")], lambda _: ())
+    tuner = Tuner(SUBJECT, search, Memory(tmp_path / "known.json"), 1.0, Progress(out))
+    left_s = [60.0, 60.0, 1.0]
+    monkeypatch.setattr(Tuner, "_left_s", lambda _: left_s.pop(0))
+    await tuner.run()
+    told = "tune: the fastest are close; --minutes gives the time to tell them apart\n"
+    assert out.getvalue() == told
+
+
 def test_without_measurements_nobody_wins() -> None:
     assert winner([Result(Candidate("a"), problem="it failed")]) is None
 

@@ -24,6 +24,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from shards.engines import jax_native
 from shards.engines.jax_buckets import BLOCK, OWN_PIECE, PIECE, Bucket
 from shards.kv import TRASH
 
@@ -44,13 +45,29 @@ KERNEL_HEAD_DIM = 128
 class Attention:
     """How one layer attends. ``window`` as in ``LlamaConfig.windows``; ``kernel``: on a TPU.
 
-    ``compute`` is the element type in which the plain way multiplies.
+    ``compute`` is the element type in which the plain way multiplies. ``native``: by a kernel of
+    our own, with the plain way's cache (``jax_native``).
     """
 
     scale: float
     window: int
     kernel: bool
     compute: Any
+    native: bool = False
+
+    def attend(
+        self, heads: tuple[Array, Array, Array], cache: Array, step: Step, bucket: Bucket
+    ) -> tuple[Array, Array]:
+        """Writes keys and values to the cache, and attends for all tokens of a step.
+
+        ``heads`` are queries, keys and values [tokens, heads, head_dim]. Returns what the queries
+        found, and the cache.
+        """
+        if self.native:
+            return jax_native.attend(heads, cache, step, self)
+        queries, keys, values = heads
+        cache = self.write(cache, keys, values, step["cells"])
+        return self(queries, cache, step, bucket), cache
 
     def __call__(self, queries: Array, cache: Array, step: Step, bucket: Bucket) -> Array:
         """Attends queries [tokens, heads, head_dim] to their own sequences; same shape out."""

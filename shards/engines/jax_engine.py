@@ -9,6 +9,7 @@ Engine options (``--engine-option key=value``):
 
 - ``page_tokens``: tokens of a page of the KV cache; prefixes are shared in whole pages.
 - ``attention``: ``plain`` or ``kernel`` (the default on a TPU, and only there).
+- ``native``: ``on`` or ``off``: on CPUs, compute by kernels of our own, compiled at load.
 - ``program``: ``layer``, one for all layers, or ``step``, one for the whole step, whose decode has
   no loop that depends on data (the default but on a CPU).
 - ``triton``: ``on`` or ``off``. On a GPU, whether XLA also tries matrix products of its own, which
@@ -28,7 +29,7 @@ import numpy as np
 from jax import Array
 
 from shards import gguf_tokenizer, hf_folder
-from shards.engines import jax_buckets, jax_config
+from shards.engines import jax_buckets, jax_config, jax_native_trial
 from shards.engines.base import (
     Engine,
     EngineInfo,
@@ -42,7 +43,7 @@ from shards.engines.draw_trial import trouble
 from shards.engines.host_memory import memory_bytes
 from shards.engines.jax_attention import KERNEL_HEAD_DIM, Attention
 from shards.engines.jax_config import LlamaConfig
-from shards.engines.jax_mesh import AXIS, Group, join
+from shards.engines.jax_mesh import AXIS, join
 from shards.engines.jax_model import Loader, Model
 from shards.engines.jax_programs import Logits, Programs
 from shards.engines.jax_sampling import DeviceSampler, Pending, lost
@@ -100,11 +101,15 @@ class JaxEngine(PagedEngine):
         self._argmax = extras.choice("argmax", "host" if on_cpu else "device", ("host", "device"))
         sample = extras.choice("sample", "host" if on_cpu else "device", ("host", "device"))
         whole_steps = extras.choice("program", "layer" if on_cpu else "step", PROGRAMS) == "step"
+        wanted = extras.choice("native", "auto", ("auto", "on", "off"))
         triton = extras.choice("triton", "off", ("off", "on")) == "on"
         extras.finish()
         if way == "kernel" and not on_tpu:
             raise ModelError("jax: attention=kernel needs a TPU")
-        loader = Loader(weights, whole, group, self._dtype)
+        able = on_cpu and self._dtype == jnp.bfloat16
+        native, unused = jax_native_trial.choose(wanted, able=able)
+        self._native = bool(group.least("native", int(native)))
+        loader = Loader(weights, whole, group, self._dtype, native=self._native)
         outside = loader.outside()
         layers = []
         for number in range(config.layers):
@@ -116,7 +121,7 @@ class JaxEngine(PagedEngine):
         self._files = _tokenizer_files(options)
         together = config.layers if whole_steps else 1
         caches = [self._cache(whole, limits, together) for _ in range(config.layers // together)]
-        buckets = self._buckets(limits, wide=whole_steps and not self._kernel)
+        buckets = self._buckets(limits, wide=whole_steps and not (self._kernel or self._native))
         compiler = Compiler(
             group, {} if on_cpu or on_tpu else {"xla_gpu_enable_triton_gemm": triton}
         )
@@ -125,7 +130,7 @@ class JaxEngine(PagedEngine):
             counts = buckets.draw_counts
             drawer = DeviceSampler(whole.vocab_size, self._sampler, compiler, counts)
         self._programs = Programs(
-            Model(config, whole.vocab_size, self._dtype, self._attention(config)),
+            Model(config, whole.vocab_size, self._dtype, self._attention(config, limits)),
             compiler,
             Arrays(outside, layers, caches),
             buckets,
@@ -135,6 +140,7 @@ class JaxEngine(PagedEngine):
             drawer=drawer,
         )
         self._drawer, warnings = self._try(drawer)
+        warnings += (unused,) if unused else ()
         self._info = self._describe(options, _bytes([outside, *layers]), warnings)
         group.meet("loaded")
 
@@ -186,15 +192,21 @@ class JaxEngine(PagedEngine):
         bits = self._group.platform == "cpu" and self._dtype == jnp.bfloat16
         return jnp.zeros(shape, jnp.uint16 if bits else self._dtype, device=sharding)
 
-    def _attention(self, config: LlamaConfig) -> Any:
+    def _attention(self, config: LlamaConfig, limits: Limits) -> Any:
         """By the window of the layer. CPUs multiply float32 faster, in small pieces above all."""
+        sizes = (config.heads, config.kv_heads, config.head_dim, limits.page_tokens)
         compute = jnp.float32 if self._group.platform == "cpu" else self._dtype
         scale = float(config.head_dim) ** -0.5
-        return lambda window: Attention(scale, window, self._kernel, compute)
+        native = self._native and all(
+            jax_native_trial.attends(Attention(scale, window, False, compute), *sizes)
+            for window in set(config.windows)
+        )
+        return lambda window: Attention(scale, window, self._kernel, compute, native)
 
     def _buckets(self, limits: Limits, *, wide: bool) -> jax_buckets.Buckets:
         pages = -(-limits.length_max // limits.page_tokens)
-        slow = self._group.platform != "tpu" and self._dtype == jnp.bfloat16
+        platform = self._group.platform
+        slow = platform != "tpu" and self._dtype == jnp.bfloat16 and not self._native
         least = BFLOAT16_LEAST if slow else 1
         most = (limits.sequences_max, limits.step_tokens_max)
         return jax_buckets.choose(*most, pages, least, wide=wide)
@@ -208,7 +220,7 @@ class JaxEngine(PagedEngine):
         if self._group.least("sample", int(not fault)):
             return drawer, ()
         fault = fault or "another rank's device does not draw what the host does"
-        what = f"not on {_device_name(self._group)}"
+        what = f"not on {self._group.device_name}"
         return None, (f"tokens are drawn on the host, {what}: {fault}",)
 
     def _describe(
@@ -219,7 +231,7 @@ class JaxEngine(PagedEngine):
         return EngineInfo(
             engine="jax",
             engine_version=jax.__version__,
-            device=_device_name(group),
+            device=group.device_name,
             model_id=options.model_id,
             dtype=self._dtype.name,
             scheduling=Scheduling.CALLER,
@@ -333,12 +345,6 @@ def _joined(pieces: Iterator[tuple[Array, int]]) -> Floats:
 def _host(value: Any) -> Any:
     """An array that is the same on all ranks, in host memory."""
     return np.asarray(value.addressable_data(0))
-
-
-def _device_name(group: Group) -> str:
-    """The kind of device, and which one it is."""
-    kind = f" {group.device.device_kind}" if group.platform != "cpu" else ""
-    return f"{group.platform}{kind}"
 
 
 def _dtype(options: EngineOptions, config: LlamaConfig) -> str:

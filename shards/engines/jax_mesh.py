@@ -24,6 +24,7 @@ from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shards.engines.base import EngineOptions, ModelError
+from shards.engines.jax_native import processor_flags
 from shards.engines.peers import Peers, PeersError
 from shards.engines.threads import usable_cores
 
@@ -55,6 +56,12 @@ class Group:
     def platform(self) -> str:
         """``cpu``, ``gpu`` or ``tpu``."""
         return str(self.device.platform)
+
+    @property
+    def device_name(self) -> str:
+        """The kind of device, and which one it is."""
+        kind = f" {self.device.device_kind}" if self.platform != "cpu" else ""
+        return f"{self.platform}{kind}"
 
     def sharding(self, *axes: str | None) -> Any:
         """How an array lies over the ranks; ``AXIS`` cuts that dimension, None does not."""
@@ -149,12 +156,7 @@ def _configure(kind: str, options: EngineOptions) -> None:
 def _cache_folder() -> Path:
     """Where compiled programs are kept; those for a CPU run on CPUs with its features only."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    features = platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        features += next((line for line in lines if line.startswith("flags")), "")
-    except OSError:
-        features += platform.processor()
+    features = platform.machine() + processor_flags()
     key = hashlib.sha256(features.encode()).hexdigest()[:12]
     return Path(base) / "roundhouse" / "jax" / f"{jax.__version__}-{key}"
 

@@ -48,8 +48,8 @@ def choose_native(
         )
     if wanted == "off" or not able:
         return None, ()
+    from shards.engines.native_build import BuildError
     from shards.engines.torch_native import Native
-    from shards.engines.torch_native_build import BuildError
 
     try:
         return Native(), ()

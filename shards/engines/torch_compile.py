@@ -25,10 +25,10 @@ import transformers
 from numpy.typing import NDArray
 
 from shards.engines.base import Progress
+from shards.engines.native_build import cache_folder
 from shards.engines.torch_attention import NAME, attend
 from shards.engines.torch_graphs import Capture, Packing, Replay, row_buckets
 from shards.engines.torch_model import AGREEMENT_MIN, PagedModel
-from shards.engines.torch_native_build import cache_folder
 from shards.kv import StepLayout
 from shards.residents import Limits
 
@@ -167,7 +167,7 @@ def _keep() -> None:
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    folder = cache_folder()
+    folder = cache_folder("torch")
     # Unless somebody has chosen one, torch has set this to its own when it was imported.
     unasked = os.environ.get(_CACHE) in {None, default_cache_dir()}
     if unasked and folder is not None:

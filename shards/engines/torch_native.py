@@ -14,11 +14,13 @@ import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
 from ctypes import byref, c_float, c_int64, c_void_p
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shards.engines.torch_native_build import library
+from shards.engines.native_build import HERE, BuildError, Kernels
+from shards.engines.omp_cores import openmp_path
 from shards.kv import Ints, StepLayout
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ _KEY_DIM, _VALUE_DIM, _DIM_MAX = 32, 64, 256
 _GROUP_MAX = 64
 
 
+SOURCE = HERE / "torch_native.cpp"
+
+
 class _Step(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("cells", "starts", "lengths", "tables")),
@@ -37,9 +42,16 @@ class _Step(ctypes.Structure):
     )
 
 
+class _Cache(ctypes.Structure):
+    _fields_ = (
+        ("at", c_void_p),
+        *((name, c_int64) for name in ("page_step", "token_step", "head_step")),
+    )
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, _Cache) for name in ("keys", "values")),
         *((name, c_int64) for name in ("heads", "kv_heads", "key_dim", "value_dim")),
         *((name, c_int64) for name in ("page_tokens", "window")),
         *((name, c_float) for name in ("scale", "softcap")),
@@ -59,7 +71,20 @@ class Cache:
         kind = shape.kind
         sizes = (shape.heads, shape.kv_heads, shape.key_dim, shape.value_dim)
         more = (keys.shape[1], kind.window, shape.scale, kind.softcap)
-        self.seen = _Layer(keys.data_ptr(), values.data_ptr(), *sizes, *more)
+        caches = (_Cache(cache.data_ptr(), *cache.stride()[:3]) for cache in (keys, values))
+        self.seen = _Layer(*caches, *sizes, *more)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The kernels. Raises ``BuildError``.
+
+    They are linked to torch's own OpenMP, as a second one would have threads of its own.
+    """
+    openmp = openmp_path()
+    if openmp is None:
+        raise BuildError("torch's OpenMP library is not found")
+    return Kernels("torch", SOURCE, flags=("-fopenmp",), linked=(str(openmp),)).library()
 
 
 class Native:

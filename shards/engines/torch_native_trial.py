@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
+from shards.engines.native_trial import TRIED, trial_step
 from shards.engines.torch_attention import Shape, attend_dense
 from shards.engines.torch_native import Cache, Native
 from shards.engines.torch_views import causal_mask
 from shards.kv import StepLayout
 
-# Sequences of the trial: tokens in the step, and all of them. More than a block of 64 keys, and
-# both a chunk and a single token.
-_TRIED = ((5, 75), (1, 33))
 # Weights and results are rounded to 8 bits.
 _TOLERANCE = 0.03
 
@@ -31,7 +28,7 @@ def _same(native: Native, shape: Shape, page_tokens: int) -> bool:
     def numbers(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator).bfloat16()
 
-    layout = _layout(page_tokens)
+    layout = trial_step(page_tokens)
     tokens = len(layout.cells)
     caches = [
         numbers(int(layout.tables.max()) + 1, page_tokens, shape.kv_heads, dim)
@@ -50,29 +47,6 @@ def _same(native: Native, shape: Shape, page_tokens: int) -> bool:
     return True
 
 
-def _layout(page_tokens: int) -> StepLayout:
-    """The trial's step; pages are numbered from 1, and those of a sequence backwards."""
-    counts, lengths = (np.array(numbers, np.int32) for numbers in zip(*_TRIED, strict=True))
-    pages = -(-lengths // page_tokens)
-    tables = np.zeros((len(_TRIED), pages.max()), np.int32)
-    for row, behind in enumerate(np.cumsum(pages)):
-        tables[row, : pages[row]] = np.arange(behind, behind - pages[row], -1)
-    places = [np.arange(length - count, length) for count, length in _TRIED]
-    cells = [
-        table[place // page_tokens] * page_tokens + place % page_tokens
-        for table, place in zip(tables, places, strict=True)
-    ]
-    return StepLayout(
-        tokens=np.zeros(counts.sum(), np.int32),
-        positions=np.concatenate(places).astype(np.int32),
-        cells=np.concatenate(cells).astype(np.int32),
-        starts=np.array([0, *np.cumsum(counts)], np.int32),
-        lengths=lengths,
-        tables=tables,
-        draws=np.zeros(0, np.int32),
-    )
-
-
 def _expected(
     layout: StepLayout,
     caches: Sequence[torch.Tensor],
@@ -82,7 +56,7 @@ def _expected(
 ) -> torch.Tensor:
     """In single precision, once the kernel has written the step's keys and values."""
     out = []
-    for row, (count, length) in enumerate(_TRIED):
+    for row, (count, length) in enumerate(TRIED):
         pages = torch.from_numpy(layout.tables[row])
         key, value = (
             cache[pages].flatten(0, 1)[:length].transpose(0, 1).float() for cache in caches

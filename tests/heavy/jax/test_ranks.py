@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shards.engines.jax_native import processor_multiplies
 from shards.v1 import shard_pb2 as pb
 from tests.heavy import reference
 from tests.heavy.models import TINY_VOCAB, smollm2_folder, tiny_llama_folder
@@ -91,6 +92,20 @@ class TestTwoRanks:
 
     def test_they_keep_to_constraints(self, model: Path, pair: tuple[Group, Group]) -> None:
         two_ranks_keep_to_constraints(model, *pair)
+
+
+@pytest.mark.skipif(not processor_multiplies(), reason="there are no kernels for this processor")
+def test_two_ranks_compute_by_kernels(tmp_path: Path) -> None:
+    """Each by its own part of the packed weights; sums of bfloat16 may exchange near ties."""
+    model = tiny_llama_folder(head_dim=64)
+    sizes = (*SMALL, "--dtype", "bfloat16", "--engine-option", "native=on")
+    found = []
+    for world in (1, 2):
+        with ranks(tmp_path / str(world), model, world, sizes) as made:
+            found.append(made.generate(prompts(), 8))
+            assert not any(rank.info.warnings for rank in made.ranks)
+    same = [alone == together for alone, together in zip(*found, strict=True)]
+    assert sum(same) >= 4
 
 
 def test_three_ranks_answer_for_smollm2(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import rms_norm, silu
 from transformers.models.llama import modeling_llama
 
-from shards.engines import torch_native_build, torch_native_trial
+from shards.engines import native_build, torch_native, torch_native_trial
 from shards.engines.base import Admit, ModelError, Plan, SamplingParams
 from shards.engines.torch_attention import Shape
 from shards.engines.torch_devices import cpu_has_bfloat16
@@ -238,9 +238,9 @@ class TestContract(PromptContract, EngineContract):
 def built_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Kernels are compiled anew, and kept in a folder of the test's own, which this is."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    torch_native_build.library.cache_clear()
+    torch_native.library.cache_clear()
     yield tmp_path / "cache" / "roundhouse" / "torch"
-    torch_native_build.library.cache_clear()
+    torch_native.library.cache_clear()
 
 
 @pytest.mark.usefixtures("built_anew")
@@ -259,8 +259,8 @@ def test_a_compiler_that_fails_is_named_in_one_line(
     built_anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "wrong.cpp").write_text("this is no program;\n")
-    monkeypatch.setattr(torch_native_build, "SOURCE", tmp_path / "wrong.cpp")
-    with pytest.raises(torch_native_build.BuildError, match=r"failed: .*error") as caught:
+    monkeypatch.setattr(torch_native, "SOURCE", tmp_path / "wrong.cpp")
+    with pytest.raises(native_build.BuildError, match=r"failed: .*error") as caught:
         Native()
     assert "\n" not in str(caught.value)
     assert not list(built_anew.iterdir())
@@ -269,8 +269,8 @@ def test_a_compiler_that_fails_is_named_in_one_line(
 def test_kernels_are_compiled_once(built_anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Native()
     (kept,) = built_anew.iterdir()
-    torch_native_build.library.cache_clear()
-    monkeypatch.setattr(torch_native_build, "_compile", lambda *_: pytest.fail("compiled again"))
+    torch_native.library.cache_clear()
+    monkeypatch.setattr(native_build, "_compile", lambda *_: pytest.fail("compiled again"))
     Native()
     assert list(built_anew.iterdir()) == [kept]
 
@@ -285,17 +285,17 @@ def test_a_folder_in_which_others_write_is_not_trusted(built_anew: Path) -> None
 @pytest.mark.usefixtures("built_anew")
 def test_what_cannot_be_loaded_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as what a full disk has left of it."""
-    compile_ = torch_native_build._compile
+    compile_ = native_build._compile
 
     def half(*given: Any) -> Path:
         path: Path = compile_(*given)
         whole = path.read_bytes()
         path.write_bytes(whole[:100])
-        monkeypatch.setattr(torch_native_build, "_compile", compile_)
+        monkeypatch.setattr(native_build, "_compile", compile_)
         return path
 
-    monkeypatch.setattr(torch_native_build, "_compile", half)
-    with pytest.raises(torch_native_build.BuildError):
+    monkeypatch.setattr(native_build, "_compile", half)
+    with pytest.raises(native_build.BuildError):
         Native()
     assert Native().gated(numbers(1, 64)).shape == (1, 32)
 

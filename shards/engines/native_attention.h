@@ -1,8 +1,8 @@
-// Attention over pages for ``torch_native.cpp``, and the rotation of heads that goes before it.
+// Attention over pages, and the rotation of heads that goes before it.
 
 #pragma once
 
-#include "torch_native_numbers.h"
+#include "native_numbers.h"
 
 namespace {
 
@@ -46,10 +46,19 @@ struct Step {
     int64_t table_width;
 };
 
-// Sizes of a layer, and its cache [pages, page_tokens, kv_heads, dim].
+// Keys or values [pages, page_tokens, kv_heads, dim], in whichever order they lie in memory; the
+// numbers of one head lie side by side. Steps are in numbers.
+struct Cache {
+    bf16* at;
+    int64_t page_step;
+    int64_t token_step;
+    int64_t head_step;
+};
+
+// Sizes of a layer, and its cache.
 struct Layer {
-    bf16* keys;
-    bf16* values;
+    Cache keys;
+    Cache values;
     int64_t heads;
     int64_t kv_heads;
     int64_t key_dim;
@@ -60,19 +69,52 @@ struct Layer {
     float softcap;
 };
 
-// Some tokens of one sequence that read its keys together.
+// Some tokens that read keys together: of one sequence, or the only ones of several that have their
+// first keys in common.
 struct Tile {
-    long sequence;
-    long first;  // among the sequence's tokens in the step
+    long sequence;  // the first one
+    long first;     // of a sequence's tokens in the step
     long count;
+    long common;  // keys that several sequences have in common, whole blocks; 0: it is one sequence
 };
 
-void write_cells(const Heads& from, bf16* cache, const Step& step, long heads, long dim) {
-    for (long token = 0; token < step.tokens; ++token)
-        for (long head = 0; head < heads; ++head)
+void write_cells(
+    const Heads& from, const Cache& cache, const Step& step, const Layer& layer, long dim) {
+    for (long token = 0; token < step.tokens; ++token) {
+        const long cell = step.cells[token];
+        bf16* to = cache.at + cell / layer.page_tokens * cache.page_step +
+                   cell % layer.page_tokens * cache.token_step;
+        for (long head = 0; head < layer.kv_heads; ++head)
             std::memcpy(
-                cache + (step.cells[token] * heads + head) * dim,
+                to + head * cache.head_step,
                 from.at + token * from.token_step + head * from.head_step, dim * sizeof(bf16));
+    }
+}
+
+// How the tokens of a step read keys together. The first ``rows`` sequences have one token each, and
+// the keys of their first ``common`` places, if any, are the same. There are at least ``wanted``
+// tiles of those that have.
+inline std::vector<Tile> tiles_of(
+    const Step& step, const Layer& layer, long rows = 0, long common = 0, long wanted = 1) {
+    const long size = std::max(1L, queries_wanted / (layer.heads / layer.kv_heads));
+    // Blocks begin at the same places for all, so that what is in common changes no bit.
+    const long shared = common / block * block;
+    std::vector<Tile> tiles;
+    long sequence = 0;
+    if (shared > 0 && rows > 1) {
+        const long count = std::max((rows + size - 1) / size, std::min(rows, wanted));
+        for (long tile = 0; tile < count; ++tile) {
+            const long first = rows * tile / count, end = rows * (tile + 1) / count;
+            tiles.push_back({first, 0, end - first, shared});
+        }
+        sequence = rows;
+    }
+    for (; sequence < step.sequences; ++sequence) {
+        const long count = step.starts[sequence + 1] - step.starts[sequence];
+        for (long first = 0; first < count; first += size)
+            tiles.push_back({sequence, first, std::min(size, count - first), 0});
+    }
+    return tiles;
 }
 
 // 16 rows of 16 pairs of numbers to 16 rows of one pair each.
@@ -117,14 +159,13 @@ inline void pair_up(const bf16* first, const bf16* second, bf16* to, long dim) {
 }
 
 // The queries of one tile that share a KV head, and what they have seen so far: a running softmax
-// over blocks of 64 keys (arXiv:2205.14135).
+// over blocks of 64 keys (arXiv:2205.14135). A query's sums do not depend on what else is in the tile.
 struct Attention {
     const Layer& layer;
     const Step& step;
     const Tile tile;
     const long kv_head;
     const long group;
-    long before;  // tokens of the sequence before the tile
 
     alignas(64) bf16 keys[dim_max * block];    // pairs of numbers, by key
     alignas(64) bf16 values[block * dim_max];  // pairs of keys, by number
@@ -135,34 +176,68 @@ struct Attention {
 
     Attention(const Layer& layer, const Step& step, Tile tile, long kv_head)
         : layer(layer), step(step), tile(tile), kv_head(kv_head),
-          group(layer.heads / layer.kv_heads) {
-        const long mine = step.starts[tile.sequence + 1] - step.starts[tile.sequence];
-        before = step.lengths[tile.sequence] - mine + tile.first;
+          group(layer.heads / layer.kv_heads) {}
+
+    // The sequence of the tile's i-th token, the token's place in the step, and how many keys of
+    // its sequence there are up to it.
+    long sequence_of(long i) const { return tile.common ? tile.sequence + i : tile.sequence; }
+
+    long token_of(long i) const {
+        const long within = tile.common ? 0 : tile.first + i;
+        return step.starts[sequence_of(i)] + within;
+    }
+
+    long end_of(long i) const {
+        const long sequence = sequence_of(i);
+        return step.lengths[sequence] - step.starts[sequence + 1] + token_of(i) + 1;
     }
 
     void compute(const Heads& from, const float* sinks, bf16* out) {
-        const long token = step.starts[tile.sequence] + tile.first, rows = tile.count * group;
-        for (long row = 0; row < rows; ++row) {
-            const long head = kv_head * group + row % group;
-            std::memcpy(
-                query[row], from.at + (token + row / group) * from.token_step + head * from.head_step,
-                layer.key_dim * sizeof(bf16));
-            std::fill(sum[row], sum[row] + layer.value_dim, 0.0f);
-            peak[row] = sinks ? sinks[head] : -1e30f;  // finite, so that differences are defined
-            total[row] = sinks ? 1.0f : 0.0f;
+        const long rows = tile.count * group;
+        for (long row = 0; row < rows; ++row) begin(row, from, sinks);
+        if (tile.common == 0) {
+            see(tile.sequence, {0, rows}, first_seen(end_of(0)), end_of(tile.count - 1));
+        } else {
+            long lowest = end_of(0);
+            for (long i = 1; i < tile.count; ++i) lowest = std::min(lowest, end_of(i));
+            see(tile.sequence, {0, rows}, first_seen(lowest), tile.common);
+            for (long i = 0; i < tile.count; ++i) {
+                const long from_place = std::max(tile.common, first_seen(end_of(i)));
+                see(sequence_of(i), {i * group, (i + 1) * group}, from_place, end_of(i));
+            }
         }
-        const long end = before + tile.count;
-        const long begin = layer.window ? std::max(0L, before + 1 - layer.window) : 0;
-        for (long at = begin / block * block; at < end; at += block) {
-            const long cells = gather(at, end);
-            in_tiles(rows, [&](long row, auto size) { look<size>(row, at, cells); });
-        }
-        for (long row = 0; row < rows; ++row) {
-            const long head = kv_head * group + row % group;
-            const __m512 share = _mm512_set1_ps(1.0f / total[row]);
-            bf16* to = out + ((token + row / group) * layer.heads + head) * layer.value_dim;
-            for (long at = 0; at < layer.value_dim; at += lanes)
-                write(to + at, _mm512_mul_ps(_mm512_loadu_ps(sum[row] + at), share));
+        for (long row = 0; row < rows; ++row) finish(row, out);
+    }
+
+    void begin(long row, const Heads& from, const float* sinks) {
+        const long head = kv_head * group + row % group, token = token_of(row / group);
+        std::memcpy(
+            query[row], from.at + token * from.token_step + head * from.head_step,
+            layer.key_dim * sizeof(bf16));
+        std::fill(sum[row], sum[row] + layer.value_dim, 0.0f);
+        peak[row] = sinks ? sinks[head] : -1e30f;  // finite, so that differences are defined
+        total[row] = sinks ? 1.0f : 0.0f;
+    }
+
+    void finish(long row, bf16* out) const {
+        const long head = kv_head * group + row % group, token = token_of(row / group);
+        const __m512 share = _mm512_set1_ps(1.0f / total[row]);
+        bf16* to = out + (token * layer.heads + head) * layer.value_dim;
+        for (long at = 0; at < layer.value_dim; at += lanes)
+            write(to + at, _mm512_mul_ps(_mm512_loadu_ps(sum[row] + at), share));
+    }
+
+    long first_seen(long end) const {
+        return layer.window ? std::max(0L, end - layer.window) / block * block : 0;
+    }
+
+    // Has some rows look at the keys of a sequence from one place, where a block begins, to another.
+    void see(long sequence, std::pair<long, long> rows, long begin, long end) {
+        for (long at = begin; at < end; at += block) {
+            const long cells = gather(sequence, at, end);
+            in_tiles(rows.second - rows.first, [&](long row, auto size) {
+                look<size>(rows.first + row, at, cells);
+            });
         }
     }
 
@@ -174,25 +249,29 @@ struct Attention {
     }
 
     // Brings keys and values from their pages, in whole registers of keys; says how many keys.
-    long gather(long at, long end) {
-        const int32_t* table = step.tables + tile.sequence * step.table_width;
-        const long key_step = layer.kv_heads * layer.key_dim;
-        const long value_step = layer.kv_heads * layer.value_dim;
+    // Behind the end values are zeros: what lies there may be no number, whatever it is weighed by.
+    long gather(long sequence, long at, long end) {
+        static const bf16 zeros[dim_max] = {};
+        const int32_t* table = step.tables + sequence * step.table_width;
+        const Cache &all_keys = layer.keys, &all_values = layer.values;
         long done = 0;
         for (; done < block && at + done < end; done += lanes) {
-            const long cell = at + done;
-            const long place = table[cell / layer.page_tokens] * layer.page_tokens +
-                               cell % layer.page_tokens;
-            const bf16* key = layer.keys + place * key_step + kv_head * layer.key_dim;
-            fetch(key + layer.key_dim, key_step, layer.key_dim);
+            const long page = table[(at + done) / layer.page_tokens];
+            const long within = (at + done) % layer.page_tokens, left = end - at - done;
+            const bf16* key = all_keys.at + page * all_keys.page_step +
+                              within * all_keys.token_step + kv_head * all_keys.head_step;
+            fetch(key + all_keys.head_step, all_keys.token_step, layer.key_dim);
             for (long dim = 0; dim < layer.key_dim; dim += 2 * lanes)
-                transpose(key + dim, key_step, keys + dim * block + 2 * done, 2 * block);
-            const bf16* value = layer.values + place * value_step + kv_head * layer.value_dim;
-            fetch(value + layer.value_dim, value_step, layer.value_dim);
-            for (long each = 0; each < lanes; each += 2)
-                pair_up(
-                    value + each * value_step, value + (each + 1) * value_step,
-                    values + (done + each) * layer.value_dim, layer.value_dim);
+                transpose(key + dim, all_keys.token_step, keys + dim * block + 2 * done, 2 * block);
+            const bf16* value = all_values.at + page * all_values.page_step +
+                                within * all_values.token_step + kv_head * all_values.head_step;
+            fetch(value + all_values.head_step, all_values.token_step, layer.value_dim);
+            for (long each = 0; each < lanes; each += 2) {
+                const bf16* first = each < left ? value + each * all_values.token_step : zeros;
+                const bf16* second =
+                    each + 1 < left ? value + (each + 1) * all_values.token_step : zeros;
+                pair_up(first, second, values + (done + each) * layer.value_dim, layer.value_dim);
+            }
         }
         return done;
     }
@@ -223,7 +302,7 @@ struct Attention {
     // Scores of one query to weights, relative to the largest score so far. Returns by what the
     // weights before have to be multiplied.
     float weigh(long row, long at, __m512 (&scores)[4], bf16* weights) {
-        const uint64_t seen = visible(before + row / group + 1, at);
+        const uint64_t seen = visible(end_of(row / group), at);
         const __m512 none = _mm512_set1_ps(-1e30f);
         __m512 largest = none;
         for (int part = 0; part < 4; ++part) {

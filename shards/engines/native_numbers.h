@@ -1,13 +1,15 @@
 // Numbers of 16 bits in registers, and the products that both layers and attention are made of.
+//
+// Nothing here knows of threads, nor of the engine that computes: who includes it shares work out.
 
 #pragma once
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 namespace {

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from math import gcd
 from typing import Any
 
 import accelerate
@@ -188,9 +189,11 @@ def check_split(config: Any, world: int, where: str) -> None:
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     if heads % world or kv_heads % world:
+        fit = gcd(heads, kv_heads)
+        good = ", ".join(str(ranks) for ranks in range(1, fit + 1) if fit % ranks == 0)
         raise ModelError(
             f"model {where}: {heads} attention heads and {kv_heads} KV heads cannot be split"
-            f" evenly over {world} ranks"
+            f" evenly over {world} ranks; --num-shard can be {good}"
         )
 
 

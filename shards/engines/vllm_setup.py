@@ -155,7 +155,21 @@ def check(options: EngineOptions) -> Path:
         )
     if options.world > 1 and not options.rendezvous:
         raise ModelError("vllm: several ranks need --rendezvous HOST:PORT")
+    _check_split(options.model, options.world)
     return options.model
+
+
+def _check_split(folder: Path, world: int) -> None:
+    """As vLLM itself does, but before ranks meet, and in our words."""
+    config = read_config(folder)
+    inner = config.get("text_config")
+    heads = (inner if isinstance(inner, dict) else config).get("num_attention_heads")
+    if isinstance(heads, int) and heads % world:
+        good = ", ".join(str(ranks) for ranks in range(1, heads + 1) if heads % ranks == 0)
+        raise ModelError(
+            f"model folder {folder}: {heads} attention heads cannot be split evenly over {world}"
+            f" ranks; --num-shard can be {good}"
+        )
 
 
 def make(folder: Path, options: EngineOptions, progress: Progress) -> "LLMEngine":

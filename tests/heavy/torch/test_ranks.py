@@ -196,7 +196,10 @@ def test_a_rank_reads_its_own_part_of_the_weights_alone(
     ("options", "reason"),
     [
         ({"rendezvous": ""}, "needs --rendezvous"),
-        ({"rendezvous": "127.0.0.1:1", "world": 3}, "cannot be split evenly over 3 ranks"),
+        (
+            {"rendezvous": "127.0.0.1:1", "world": 3},
+            "cannot be split evenly over 3 ranks; --num-shard can be 1, 2$",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused(options: dict[str, object], reason: str) -> None:

@@ -74,6 +74,7 @@ def test_loading_reports_progress() -> None:
         ({"extra": (("speed", "1"),)}, "unknown engine option speed"),
         ({"extra": (("memory_fraction", "1.5"),)}, "at most 1"),
         ({"world": 2, "rank": 1}, "--rendezvous"),
+        ({"world": 3, "rendezvous": "127.0.0.1:1"}, "over 3 ranks; --num-shard can be 1, 2, 4$"),
         ({"model": None}, "--model FOLDER is missing"),
         ({"adapters": (("red", Path("/nowhere")),)}, "adapter red: model file /nowhere"),
     ],

@@ -40,8 +40,8 @@ def move(sequence: Sequence, able: list[Group], config: CoreConfig) -> list[Sequ
 
 
 def tell_left(group: Group) -> list[Left]:
-    """Says once that the group may go: while anything runs there, a plan is in flight."""
-    if not group.leaving or group.left or group.in_flight:
+    """Says once that a group that leaves may go: while anything runs, a plan is in flight."""
+    if group.left or group.in_flight:
         return []
     group.left = True
     return [Left(group.up.group, group.up.epoch)]

@@ -16,4 +16,5 @@ def untrue(group: Group, event: StepDone) -> str | None:
         due.pop(request, None)
     if len(event.sequences) != len(due) or due.keys() != set(event.sequences):
         return f"plan {event.plan_id} did not draw one token for each sequence that was due"
-    return doubt(group, event)
+    scores = event.prompts or group.in_flight[0].scored
+    return doubt(group, event) if scores else None

@@ -12,16 +12,15 @@ from router.core.state import CoreConfig, Group, InFlight, Sequence
 def next_plan(
     group: Group, now_ms: int, config: CoreConfig
 ) -> tuple[RunPlan | None, list[Sequence]]:
-    """The next plan of the group, if it has any work or drops and a place in flight.
+    """The next plan of a group that has a place in flight, if there is any work, or drops.
 
     Returns also the sequences that had to give up their memory and want to wait in line again.
     """
-    if len(group.in_flight) >= config.plans_in_flight_max:
-        return None, []
     preempted = _reserve_ahead(group, config)
     step = _Step(group, group.plans + 1)
     step.decode()
-    step.fill()
+    if group.filling:
+        step.fill()
     if not step.work and not group.drops:
         return None, preempted
     return step.seal(now_ms), preempted
@@ -51,17 +50,14 @@ class _Step:
 
     def decode(self) -> None:
         """One token for each sequence that has not been promised its last one."""
-        chosen = [
-            sequence
-            for sequence in self.group.decoding.values()
-            if sequence.scheduled < sequence.end - 1
-        ]
-        assert len(chosen) <= self.budget, "a group decodes more sequences than a step has tokens"
-        for sequence in chosen:
-            sequence.scheduled += 1
-            self.work[sequence.facts.request] = 1
-        self.samples = dict.fromkeys(self.work)
-        self.budget -= len(chosen)
+        work = self.work
+        for sequence in self.group.decoding.values():
+            if sequence.scheduled < sequence.end - 1:
+                sequence.scheduled += 1
+                work[sequence.facts.request] = 1
+        assert len(work) <= self.budget, "a group decodes more sequences than a step has tokens"
+        self.samples = dict.fromkeys(work)
+        self.budget -= len(work)
 
     def fill(self) -> None:
         """Chunks of the prompts, in order of placement, until the budget is used up."""

@@ -80,27 +80,36 @@ class Core:
 
     def plan(self, now_ms: int) -> list[Effect]:
         """Decides all that can be decided now. Called again at once, it returns nothing."""
-        effects = self._expire(now_ms) + self._reconsider()
-        while True:
+        effects = self._expire(now_ms)
+        if self._regrouped:
+            effects += self._reconsider()
+        before = -1
+        while before < len(effects):
             for group in self._groups.values():
-                self._move_on(group)
+                if group.leaving:
+                    self._move_on(group)
             for line in self._lines.values():
-                effects += self._place_from(line)
-            plans = [plan for group in self._groups.values() for plan in self._step(group, now_ms)]
-            if not plans:
-                effects += self._give_up(now_ms)
-                return effects + [
-                    left for group in self._groups.values() for left in tell_left(group)
-                ]
-            effects += plans
+                if line.members:
+                    effects += self._place_from(line)
+            before = len(effects)
+            for group in self._groups.values():
+                if len(group.in_flight) < self.config.plans_in_flight_max:
+                    effects += self._step(group, now_ms)
+        effects += self._give_up(now_ms)
+        for group in self._groups.values():
+            if group.leaving:
+                effects += tell_left(group)
+        return effects
 
     def wake_at(self) -> int | None:
         """The instant at which ``plan`` has to be called even if nothing happens, or None."""
-        answers = [group.answer_due_ms(self.config) for group in self._groups.values()]
+        groups, config = self._groups.values(), self.config
+        due = [group.answer_due_ms(config) for group in groups if group.in_flight]
+        if self._stranded.since:
+            due.append(self._stranded.due_ms())
         # A group that is away is given up for those who wait for it, if there are any.
-        aside = any(line.hopes() for line in self._lines.values())
-        lone = (self._stranded.due_ms(), self._away.due_ms() if aside else None)
-        due = [at for at in (*answers, *lone) if at is not None]
+        if self._away.groups and any(line.hopes() for line in self._lines.values()):
+            due.append(self._away.due_ms())
         while self._deadlines and self._deadlines[0][1] not in self._live:
             heapq.heappop(self._deadlines)
         if self._deadlines:
@@ -154,7 +163,7 @@ class Core:
 
     def _crowded_aside(self) -> bool:
         """Whether those that are set aside leave only half of the places to all others."""
-        aside = sum(len(line.aside()) for line in self._lines.values())
+        aside = sum(len(line.aside) for line in self._lines.values())
         return 2 * aside >= self.config.requests_max
 
     def _ended(self, event: Ended) -> list[Effect]:
@@ -163,11 +172,7 @@ class Core:
         return [self._close(self._live[event.request], event.reason)]
 
     def _close(
-        self,
-        sequence: Sequence,
-        reason: Reason,
-        detail: str = "",
-        useful: bool = True,
+        self, sequence: Sequence, reason: Reason, detail: str = "", useful: bool = True
     ) -> Close:
         """Ends a live request, wherever it is; the only way out of ``_live``.
 
@@ -193,18 +198,22 @@ class Core:
                 detail = "the deadline passed before the answer was complete"
                 effects.append(self._close(self._live[request], Reason.DEADLINE, detail))
         for group in list(self._groups.values()):
-            due_ms = group.answer_due_ms(self.config)
-            if due_ms is not None and due_ms <= now_ms:
+            if group.in_flight and group.answer_due_ms(self.config) <= now_ms:
                 detail = f"no answer to a plan within {self.config.step_deadline_ms} ms"
                 effects += self._abandon(now_ms, group, detail)
-        self._regrouped |= self._away.give_up(now_ms)
+        if self._away.groups:
+            self._regrouped |= self._away.give_up(now_ms)
         return effects
 
     def _give_up(self, now_ms: int) -> list[Close]:
         """Ends answers that have begun and had no group to go on in for too long."""
-        served = {group.up.model for group in self._groups.values() if not group.leaving}
-        waits = [line.begun(aside=model in served) for model, line in self._lines.items()]
-        over = self._stranded.give_up(now_ms, [one for line in waits for one in line])
+        begun: list[Sequence] = []
+        for model, line in self._lines.items():
+            if line.members or line.aside:
+                begun += line.begun(aside=bool(self._serving(model)))
+        if not begun and not self._stranded.since:
+            return []
+        over = self._stranded.give_up(now_ms, begun)
         return [self._close(one, Reason.WORKER_LOST, self._stranded.detail) for one in over]
 
     # --- groups
@@ -265,8 +274,8 @@ class Core:
         return effects
 
     def _move_on(self, group: Group) -> None:
-        """Moves what runs in a group that is leaving to others, as far as they have room."""
-        for sequence in running(group) if group.leaving else ():
+        """Moves what runs in a group that leaves to others, as far as they have room."""
+        for sequence in running(group):
             if sequence.group is group and not bound(sequence, self.config):
                 admitted = sequence.admitted
                 displaced = move(sequence, self._able(sequence), self.config)
@@ -281,11 +290,7 @@ class Core:
 
     def _serving(self, model: str) -> list[Group]:
         """The groups in which a sequence of the model may be placed."""
-        return [
-            group
-            for group in self._groups.values()
-            if group.up.model == model and not group.leaving
-        ]
+        return [one for one in self._groups.values() if one.up.model == model and not one.leaving]
 
     def _expected(self, model: str) -> list[Group]:
         """Those that serve the model no more, and are likely to do so again."""
@@ -306,11 +311,13 @@ class Core:
             return self._abandon(now_ms, group, fault)
         group.in_flight.popleft()
         group.answered_ms = now_ms
-        return self._deliver(group, event) + self._failed(group, event)
+        effects = self._deliver(group, event)
+        return effects + self._failed(group, event) if event.failures else effects
 
     def _deliver(self, group: Group, event: StepDone) -> list[Effect]:
         """Passes on the tokens of those who are still there, and ends those who are complete."""
-        delivery, closings = Deliver([], [], [], news(group, event)), list[Effect]()
+        scores = news(group, event) if event.prompts else []
+        delivery, closings = Deliver([], [], [], scores), list[Effect]()
         for index, request in enumerate(event.sequences):
             sequence = group.decoding.get(request)
             if sequence is None or sequence.admitted_by > event.plan_id:
@@ -343,8 +350,9 @@ class Core:
 
     def _step(self, group: Group, now_ms: int) -> list[RunPlan]:
         plan, preempted = next_plan(group, now_ms, self.config)
-        self.counters.preempted += len(preempted)
-        self._wait_again(preempted)
+        if preempted:
+            self.counters.preempted += len(preempted)
+            self._wait_again(preempted)
         if plan is None:
             return []
         for admit in plan.admits:
@@ -363,11 +371,9 @@ class Core:
 
     def _reconsider(self) -> list[Effect]:
         """Puts those back into line for whom a group is of use by now, and ends who has no hope."""
-        if not self._regrouped:
-            return []
         self._regrouped = False
         effects: list[Effect] = []
-        for sequence in [one for line in self._lines.values() for one in line.aside()]:
+        for sequence in [one for line in self._lines.values() for one in line.aside.values()]:
             if not self._waits_aside(sequence):
                 self._line_of(sequence).recall(sequence.id)
             elif not sequence.produced and (refusal := self._refusal(sequence)) is not None:

@@ -155,10 +155,8 @@ class Group:
         """Sequences that occupy a place on the workers, or are about to."""
         return self.running + len(self.donors)
 
-    def answer_due_ms(self, config: CoreConfig) -> int | None:
-        """When the answer to the oldest plan in flight is due, if there is one."""
-        if not self.in_flight:
-            return None
+    def answer_due_ms(self, config: CoreConfig) -> int:
+        """When the answer to the oldest plan in flight is due. There is one."""
         return max(self.in_flight[0].sent_ms, self.answered_ms) + config.step_deadline_ms
 
     def members(self) -> list["Sequence"]:

@@ -10,11 +10,11 @@ from router.core.state import Sequence
 
 
 class Stranded:
-    """Since when each of them has had no group. ``timeout_ms`` is how long that may last."""
+    """``since`` when each of them has had no group; ``timeout_ms`` is how long that may last."""
 
     def __init__(self, timeout_ms: int) -> None:
         self._timeout_ms = timeout_ms
-        self._since: dict[int, int] = {}
+        self.since: dict[int, int] = {}
 
     @property
     def detail(self) -> str:
@@ -26,13 +26,13 @@ class Stranded:
 
         The clock of whoever is not there this time starts anew.
         """
-        since = {sequence.id: self._since.get(sequence.id, now_ms) for sequence in waiting}
+        since = {sequence.id: self.since.get(sequence.id, now_ms) for sequence in waiting}
         over = [one for one in waiting if since[one.id] + self._timeout_ms <= now_ms]
         for sequence in over:
             del since[sequence.id]
-        self._since = since
+        self.since = since
         return over
 
-    def due_ms(self) -> int | None:
-        """When the time of the first of them is over."""
-        return min(self._since.values()) + self._timeout_ms if self._since else None
+    def due_ms(self) -> int:
+        """When the time of the first of them is over. There is one."""
+        return min(self.since.values()) + self._timeout_ms

@@ -14,45 +14,48 @@ from router.core.state import Sequence
 
 
 class WaitingLine:
-    """A line in the order of ``Sequence.key``. Removal is lazy, so all operations are O(log n)."""
+    """A line in the order of ``Sequence.key``. Removal is lazy, so all operations are O(log n).
+
+    ``members`` stand in it, and those in ``aside`` beside it; both are for others to read only.
+    """
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[int, int], int]] = []
-        self._members: dict[int, Sequence] = {}
-        self._aside: dict[int, Sequence] = {}
+        self.members: dict[int, Sequence] = {}
+        self.aside: dict[int, Sequence] = {}
 
     def __len__(self) -> int:
-        return len(self._members) + len(self._aside)
+        return len(self.members) + len(self.aside)
 
     def __contains__(self, request: int) -> bool:
-        return request in self._members or request in self._aside
+        return request in self.members or request in self.aside
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence in its place."""
-        assert sequence.id not in self._members
-        self._members[sequence.id] = sequence
+        assert sequence.id not in self.members
+        self.members[sequence.id] = sequence
         heapq.heappush(self._heap, (sequence.key, sequence.id))
 
     def remove(self, request: int) -> None:
         """Takes a sequence out, wherever it stands."""
-        if self._aside.pop(request, None) is None:
-            del self._members[request]
+        if self.aside.pop(request, None) is None:
+            del self.members[request]
             self._tidy()
 
     def set_aside(self, request: int) -> None:
         """Lets the others pass a sequence."""
-        sequence = self._members[request]
+        sequence = self.members[request]
         self.remove(request)
-        self._aside[request] = sequence
+        self.aside[request] = sequence
 
     def recall(self, request: int) -> None:
         """Puts one who was set aside back into its place."""
-        self.add(self._aside.pop(request))
+        self.add(self.aside.pop(request))
 
     def head(self) -> Sequence | None:
         """The first of the line, who stays in it."""
         while self._heap:
-            member = self._members.get(self._heap[0][1])
+            member = self.members.get(self._heap[0][1])
             if member is not None:
                 return member
             heapq.heappop(self._heap)
@@ -60,19 +63,15 @@ class WaitingLine:
 
     def begun(self, *, aside: bool) -> list[Sequence]:
         """Those who came back with a part of their answer: all, or of those set ``aside`` alone."""
-        members = () if aside else self._members.values()
-        return [one for one in (*self._aside.values(), *members) if one.produced]
-
-    def aside(self) -> list[Sequence]:
-        """Those who were set aside."""
-        return list(self._aside.values())
+        members = () if aside else self.members.values()
+        return [one for one in (*self.aside.values(), *members) if one.produced]
 
     def hopes(self) -> bool:
         """Whether one of them has shown nothing, and waits only for a group that may come again."""
-        return any(not sequence.produced for sequence in self._aside.values())
+        return any(not sequence.produced for sequence in self.aside.values())
 
     def _tidy(self) -> None:
         """Drops the traces of removed members once they outnumber the members."""
-        if len(self._heap) > 2 * len(self._members) + 16:
-            self._heap = [entry for entry in self._heap if entry[1] in self._members]
+        if len(self._heap) > 2 * len(self.members) + 16:
+            self._heap = [entry for entry in self._heap if entry[1] in self.members]
             heapq.heapify(self._heap)

@@ -27,13 +27,13 @@ AWAY = [
     ),
     Mutant(
         "away.py",
-        "        self._groups.pop(name, None)\n",
+        "        self.groups.pop(name, None)\n",
         "        pass\n",
         "a group that is up again, or gone for good, still counts as away",
     ),
     Mutant(
         "away.py",
-        "            del self._groups[name]\n",
+        "            del self.groups[name]\n",
         "            pass\n",
         "a group that is away for too long is waited for ever after",
     ),
@@ -45,14 +45,14 @@ AWAY = [
     ),
     Mutant(
         "away.py",
-        "return min((until_ms",
-        "return max((until_ms",
+        "return min(until_ms",
+        "return max(until_ms",
         "the timer is set for the last of the groups that are away",
     ),
     Mutant(
         "away.py",
-        "for _, group in self._groups.values() if group.up.model == model]",
-        "for _, group in self._groups.values()]",
+        "for _, group in self.groups.values() if group.up.model == model]",
+        "for _, group in self.groups.values()]",
         "a request waits for a group that serves another model",
     ),
     Mutant(
@@ -129,14 +129,14 @@ AWAY = [
     ),
     Mutant(
         "scheduler.py",
-        "self._away.due_ms() if aside else None)",
-        "None)",
+        "            due.append(self._away.due_ms())\n",
+        "            pass\n",
         "the timer forgets the groups that are away",
     ),
     Mutant(
         "waiting.py",
-        "return any(not sequence.produced for sequence in self._aside.values())",
-        "return bool(self._aside)",
+        "return any(not sequence.produced for sequence in self.aside.values())",
+        "return bool(self.aside)",
         "the timer is set for groups for which nobody waits",
     ),
 ]

@@ -51,14 +51,14 @@ LEAVING = [
     ),
     Mutant(
         "scheduler.py",
-        "for sequence in running(group) if group.leaving else ():",
-        "for sequence in running(group):",
+        "                if group.leaving:\n                    self._move_on",
+        "                if True:\n                    self._move_on",
         "whoever fits elsewhere moves there, all the time",
     ),
     Mutant(
         "scheduler.py",
-        "for sequence in running(group) if group.leaving else ():",
-        "for sequence in ():",
+        "                    self._move_on(group)\n",
+        "                    pass\n",
         "nobody moves out of a group that leaves",
     ),
     Mutant(
@@ -81,8 +81,8 @@ LEAVING = [
     ),
     Mutant(
         "scheduler.py",
-        "            if group.up.model == model and not group.leaving\n",
-        "            if group.up.model == model\n",
+        "if one.up.model == model and not one.leaving]",
+        "if one.up.model == model]",
         "requests are placed in a group that leaves",
     ),
     Mutant(
@@ -117,20 +117,20 @@ LEAVING = [
     ),
     Mutant(
         "leaving.py",
-        "or group.left or group.in_flight:",
-        "or group.left:",
+        "if group.left or group.in_flight:",
+        "if group.left:",
         "a group may go before it has answered",
     ),
     Mutant(
-        "leaving.py",
-        "if not group.leaving or group.left",
-        "if group.left",
+        "scheduler.py",
+        "            if group.leaving:\n                effects += tell_left(group)\n",
+        "            if True:\n                effects += tell_left(group)\n",
         "every idle group may go",
     ),
     Mutant(
         "leaving.py",
-        "if not group.leaving or group.left or",
-        "if not group.leaving or",
+        "if group.left or group.in_flight:",
+        "if group.in_flight:",
         "it is said again and again that a group may go",
     ),
     Mutant(

@@ -66,20 +66,20 @@ SCHEDULER = [
     ),
     Mutant(
         "scheduler.py",
-        "if due_ms is not None and due_ms <= now_ms:",
-        "if due_ms is not None and due_ms < now_ms:",
+        "group.answer_due_ms(self.config) <= now_ms:",
+        "group.answer_due_ms(self.config) < now_ms:",
         "a stuck group is given up too late",
     ),
     Mutant(
         "scheduler.py",
-        "if due_ms is not None and due_ms <= now_ms:",
+        "if group.in_flight and group.answer_due_ms(self.config) <= now_ms:",
         "if False:",
         "a stuck group is never given up",
     ),
     Mutant(
         "scheduler.py",
-        "for at in (*answers, *lone)",
-        "for at in lone",
+        "due = [group.answer_due_ms(config) for group in groups if group.in_flight]",
+        "due = list[int]()",
         "the timer forgets the step deadline",
     ),
     Mutant(
@@ -246,7 +246,7 @@ SCHEDULER = [
     ),
     Mutant(
         "scheduler.py",
-        "        self._wait_again(preempted)\n",
+        "            self._wait_again(preempted)\n",
         "",
         "preempted sequences are forgotten",
     ),
@@ -264,8 +264,8 @@ SCHEDULER = [
     ),
     Mutant(
         "scheduler.py",
-        "if group.up.model == model and not group.leaving",
-        "if not group.leaving",
+        "if one.up.model == model and not one.leaving]",
+        "if not one.leaving]",
         "a request is placed with another model",
     ),
     Mutant(
@@ -303,8 +303,8 @@ ROUNDS = [
     ),
     Mutant(
         "scheduler.py",
-        "            effects += plans\n",
-        "            return effects + plans\n",
+        "        while before < len(effects):\n",
+        "        while before < 0:\n",
         "what one round of plans makes possible is left for later",
     ),
 ]
@@ -339,8 +339,8 @@ WAITING = [
     ),
     Mutant(
         "waiting.py",
-        "if entry[1] in self._members]",
-        "if entry[1] not in self._members]",
+        "if entry[1] in self.members]",
+        "if entry[1] not in self.members]",
         "tidying the line throws away those who wait",
     ),
 ]

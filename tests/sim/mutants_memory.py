@@ -295,9 +295,9 @@ EXTENDING = [
 
 PLANNING = [
     Mutant(
-        "planning.py",
-        "len(group.in_flight) >= config.plans_in_flight_max",
-        "len(group.in_flight) > config.plans_in_flight_max",
+        "scheduler.py",
+        "len(group.in_flight) < self.config.plans_in_flight_max",
+        "len(group.in_flight) <= self.config.plans_in_flight_max",
         "too many plans are in flight",
     ),
     Mutant(
@@ -314,13 +314,13 @@ PLANNING = [
     ),
     Mutant(
         "planning.py",
-        "            if sequence.scheduled < sequence.end - 1\n",
-        "            if sequence.scheduled < sequence.end\n",
+        "            if sequence.scheduled < sequence.end - 1:\n",
+        "            if sequence.scheduled < sequence.end:\n",
         "a token is drawn beyond the last",
     ),
     Mutant(
         "planning.py",
-        "        self.budget -= len(chosen)\n",
+        "        self.budget -= len(work)\n",
         "",
         "decodes do not count in the step budget",
     ),

@@ -77,7 +77,7 @@ SCORES = [
     ),
     Mutant(
         "scheduler.py",
-        "Deliver([], [], [], news(group, event))",
+        "Deliver([], [], [], scores)",
         "Deliver([], [], [])",
         "log probabilities of prompts are not delivered",
     ),

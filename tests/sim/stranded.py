@@ -62,5 +62,4 @@ def note_stranded(books: Books, core: Core) -> None:
 
 def set_aside(core: Core, request: Request) -> bool:
     """Whether it waits where it holds up nobody."""
-    line = core._lines[request.facts.model]
-    return any(sequence.id == request.id for sequence in line.aside())
+    return request.id in core._lines[request.facts.model].aside

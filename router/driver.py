@@ -209,10 +209,13 @@ class Driver:
             self._alarm.set(self._core.wake_at())
             while not self._stopping:
                 await self._wait()
-                if self._alarm.late_ms(self._clock()) > STANDSTILL_MS:
+                now_ms = self._clock()
+                late_ms = self._alarm.late_ms(now_ms)
+                if late_ms > STANDSTILL_MS:
                     log.warning("this process stood still; hearing what came meanwhile")
                     await asyncio.sleep(HEAR_S)
-                self._turn()
+                    now_ms = self._clock()
+                self._turn(now_ms, timed=late_ms >= 0)
         except Exception:
             detail = "the server has failed and is restarting"
             log.critical("the driver failed", exc_info=True)
@@ -258,39 +261,41 @@ class Driver:
         finally:
             self._bell = None
 
-    def _turn(self) -> None:
+    def _turn(self, now_ms: int, *, timed: bool) -> None:
         """Lets the core see everything that has arrived, plan once, and performs the lot.
 
         Plans go out first, for the devices wait for them; tokens and endings keep their order.
+        ``timed``: the core's timer is due.
         """
-        now_ms = self._clock()
         events, self._inbox, self._submissions = self._inbox, [], 0
         effects: list[Effect] = []
         for event in events:
             effects += self._core.observe(now_ms, event)
-        if self._alarm.late_ms(now_ms) >= 0:
+        if timed:
             effects += self._core.observe(now_ms, Ticked())
         effects += self._core.plan(now_ms)
         for effect in effects:
             if effect.__class__ is RunPlan:
                 self._run_plan(effect, now_ms)
         for effect in effects:
-            self._perform(effect, now_ms)
+            if effect.__class__ is not RunPlan:
+                self._perform(effect, now_ms)
         if not self._waking:
             self._wake_some()
-        self._notice_empty()
+        if self._emptied is not None:
+            self._notice_empty()
         self._alarm.set(self._core.wake_at())
 
     def _perform(self, effect: Effect, now_ms: int) -> None:
         match effect:
             case Deliver():
                 began_s = time.perf_counter()
-                self._deliver(effect, now_ms)
-                self.metrics.batches.delivered(time.perf_counter() - began_s)
+                gaps = self._deliver(effect, now_ms)
+                self.metrics.delivered(time.perf_counter() - began_s, gaps)
             case Close():
                 self._closed(effect, now_ms)
             case RunPlan():
-                pass
+                pass  # went out before all others
             case Abandon():
                 if (workers := self._groups.get(effect.group)) is not None:
                     workers.abandon(effect)
@@ -315,7 +320,8 @@ class Driver:
                 self.metrics.continued(life.group, plan.group)
             life.group = plan.group
 
-    def _deliver(self, effect: Deliver, now_ms: int) -> None:
+    def _deliver(self, effect: Deliver, now_ms: int) -> dict[int, int]:
+        """Hands out tokens; says for each time since the one before how many had it."""
         channels = self._channels
         for request, values in effect.prompts:
             channel = channels.get(request)
@@ -339,7 +345,7 @@ class Driver:
             channel.life.tokens += 1
             channel.push(token, logprob)
             self._wake_later(channel)
-        self.metrics.token_gaps(gaps)
+        return gaps
 
     def _closed(self, close: Close, now_ms: int) -> None:
         channel = self._channels.pop(close.request, None)

@@ -2,8 +2,9 @@
 
 A request is one answer that is asked for: n answers to m prompts are n times m of them, and so are
 the candidates of best_of. It is counted once, when it ends or is refused. Nothing here is called
-once per token; a step is counted when it is delivered, gauges are read from the core at the moment
-of a scrape. All of it runs on the event loop, so the histograms need no lock.
+once per token; a step is noted when it is delivered, and counted with others later; gauges are read
+from the core at the moment of a scrape. All of it runs on the event loop, so the histograms need no
+lock.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +23,7 @@ from prometheus_client.registry import Collector
 from router.core.events import Reason
 from router.core.snapshot import Snapshot
 from router.errors import FAULT_OF_REASON, Fault, RequestError
-from router.metrics_batches import Batches
+from router.metrics_batches import UNCOUNTED_MAX, Batches
 from router.metrics_histogram import SECONDS, TOKENS, Histogram
 from router.metrics_models import Models
 from router.tracing import NO_ANSWER, Answer
@@ -118,6 +119,7 @@ class Metrics(Collector):
         )
         self.models = Models()
         self.batches = Batches(self.models)
+        self._uncounted: list[tuple[str, float, Mapping[int, int]]] = []
         self._continued: dict[tuple[str, str], int] = {}
         self._engines: Callable[[], Mapping[str, str]] = dict
         self._snapshot: Callable[[], Snapshot] | None = None
@@ -164,10 +166,22 @@ class Metrics(Collector):
         """A request has its first token."""
         self._first.observe(waited_ms / 1000)
 
-    def token_gaps(self, gaps_ms: Mapping[int, int]) -> None:
-        """A step was delivered: for each time since the token before, how many tokens had it."""
-        for gap_ms, times in gaps_ms.items():
-            self._gap.observe(gap_ms / 1000, times)
+    def delivered(self, seconds: float, gaps_ms: Mapping[int, int]) -> None:
+        """The tokens of the latest call were handed to their requests, which took so long.
+
+        ``gaps_ms`` tells for each time since the token before how many tokens had it.
+        """
+        self._uncounted.append((self.batches.latest, seconds, gaps_ms))
+        if len(self._uncounted) >= UNCOUNTED_MAX:
+            self._count()
+
+    def _count(self) -> None:
+        """Counts the deliveries that were only noted so far."""
+        uncounted, self._uncounted = self._uncounted, []
+        for method, seconds, gaps_ms in uncounted:
+            self.batches.delivered(method, seconds)
+            for gap_ms, times in gaps_ms.items():
+                self._gap.observe(gap_ms / 1000, times)
 
     def continued(self, before: str, after: str) -> None:
         """A sequence whose tokens were delivered in part goes on in another group."""
@@ -202,6 +216,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yields every metric family."""
+        self._count()
         # TGI's counters lack the suffix _total that this library gives to every counter.
         yield UnknownMetricFamily("tgi_request_count", "Counts requests", self._requests)
         yield UnknownMetricFamily(

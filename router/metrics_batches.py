@@ -3,7 +3,8 @@
 To TGI a call of the model that begins new requests is a ``prefill``, whatever else it computes, and
 any other a ``decode``; later chunks of a prompt go on in decodes (backends/v3/src/backend.rs). Here
 a call is a plan with work, and one that admits sequences is a prefill. Everything happens once per
-step at most.
+step at most, and what a step tells is counted when there is more of it, or somebody looks: code
+that runs once per step finds the caches full of the model's weights.
 """
 
 from collections import deque
@@ -23,6 +24,9 @@ from router.metrics_models import Models
 
 METHODS = ("prefill", "decode")
 
+UNCOUNTED_MAX = 64
+"""Records that are kept before they are counted."""
+
 
 class Calls:
     """The plans that one group has not answered yet, in order; None for one without work."""
@@ -30,6 +34,7 @@ class Calls:
     def __init__(self, batches: "Batches", group: str) -> None:
         self._batches = batches
         self._group = group
+        self._sums = batches.models.sums(group)
         self._open: deque[tuple[str, float, int] | None] = deque()
         self._free_s = 0.0
 
@@ -39,7 +44,9 @@ class Calls:
             self._open.append(None)
             return
         method = "prefill" if plan.admits else "decode"
-        self._batches.began(method, len(plan.admits), len(plan.work_sequences))
+        self._batches.counts[method] += 1
+        if plan.admits:
+            self._batches.joined(len(plan.admits), len(plan.work_sequences))
         self._open.append((method, perf_counter(), len(plan.work_sequences)))
 
     def answered(self, engine_s: float) -> None:
@@ -50,11 +57,13 @@ class Calls:
         """
         now_s = perf_counter()
         call = self._open.popleft()
-        if call is not None:
+        if call is None:
+            self._batches.stepped(self._group, engine_s)
+        else:
             method, sent_s, sequences = call
-            self._batches.ended(method, now_s - max(sent_s, self._free_s), engine_s)
-            self._batches.models.stepped(self._group, sequences, engine_s)
-        self._batches.stepped(self._group, engine_s)
+            call_s = now_s - max(sent_s, self._free_s)
+            self._batches.stepped(self._group, engine_s, method, call_s)
+            self._sums[sequences].add(engine_s)
         self._free_s = now_s
 
     def died(self) -> None:
@@ -70,11 +79,15 @@ class Calls:
 
 
 class Batches:
-    """Counts calls over all groups, and steps by group. ``models`` hears of the latter, too."""
+    """Counts calls over all groups, and steps by group. ``models`` hears of the latter, too.
+
+    ``counts`` are the calls that began, by method; ``latest`` is the method of the latest answered.
+    """
 
     def __init__(self, models: Models) -> None:
         self.models = models
-        self._counts = dict.fromkeys(METHODS, 0)
+        self.counts = dict.fromkeys(METHODS, 0)
+        self.latest = METHODS[0]
         self._successes = dict.fromkeys(METHODS, 0)
         self._failures = dict.fromkeys(METHODS, 0)
         self._joined = 0
@@ -82,8 +95,8 @@ class Batches:
         self._calls = {method: Histogram("", "", SECONDS) for method in METHODS}
         self._engines = {method: Histogram("", "", SECONDS) for method in METHODS}
         self._deliveries = {method: Histogram("", "", SECONDS) for method in METHODS}
-        self._latest = METHODS[0]
         self._steps: dict[str, Histogram] = {}
+        self._uncounted: list[tuple[str, float, str | None, float]] = []
         self._losses: dict[str, int] = {}
 
     def group(self, name: str) -> Calls:
@@ -95,45 +108,53 @@ class Batches:
         """A group that was up has been lost."""
         self._losses[group] = self._losses.get(group, 0) + 1
 
-    def began(self, method: str, admitted: int, sequences: int) -> None:
+    def joined(self, admitted: int, sequences: int) -> None:
         """A call began: ``admitted`` sequences are new, of ``sequences`` that it computes."""
-        self._counts[method] += 1
-        if admitted:
-            self._sizes.observe(admitted)
-            self._joined += sequences > admitted
-
-    def ended(self, method: str, call_s: float, engine_s: float) -> None:
-        """A call was answered."""
-        self._latest = method
-        self._successes[method] += 1
-        self._calls[method].observe(call_s)
-        self._engines[method].observe(engine_s)
+        self._sizes.observe(admitted)
+        self._joined += sequences > admitted
 
     def failed(self, method: str) -> None:
         """A call will not be answered."""
         self._failures[method] += 1
 
-    def delivered(self, seconds: float) -> None:
-        """The tokens of the latest call were handed to their requests."""
-        self._deliveries[self._latest].observe(seconds)
+    def delivered(self, method: str, seconds: float) -> None:
+        """The tokens of a call were handed to their requests."""
+        self._deliveries[method].observe(seconds)
 
-    def stepped(self, group: str, engine_s: float) -> None:
-        """An engine took this long for a step."""
-        histogram = self._steps.get(group)
-        if histogram is None:
-            histogram = self._steps[group] = Histogram("", "", SECONDS)
-        histogram.observe(engine_s)
+    def stepped(
+        self, group: str, engine_s: float, method: str | None = None, call_s: float = 0.0
+    ) -> None:
+        """An engine took so long for a step, and its call so long if it was one."""
+        if method is not None:
+            self.latest = method
+        self._uncounted.append((group, engine_s, method, call_s))
+        if len(self._uncounted) >= UNCOUNTED_MAX:
+            self._count()
+
+    def _count(self) -> None:
+        """Counts the steps that were only noted so far."""
+        uncounted, self._uncounted = self._uncounted, []
+        for group, engine_s, method, call_s in uncounted:
+            if group not in self._steps:
+                self._steps[group] = Histogram("", "", SECONDS)
+            self._steps[group].observe(engine_s)
+            if method is not None:
+                self._successes[method] += 1
+                self._calls[method].observe(call_s)
+                self._engines[method].observe(engine_s)
 
     def forget(self, group: str) -> None:
         """A group is gone for good, and so are its series, as those of a server that has ended."""
+        self._count()
         self._steps.pop(group, None)
         self._losses.pop(group, None)
         self.models.forget(group)
 
     def collect(self) -> Iterator[Metric]:
         """Yields every metric family of this module."""
+        self._count()
         for name, text, counts in (
-            ("tgi_batch_inference_count", "Calls of the model", self._counts),
+            ("tgi_batch_inference_count", "Calls of the model", self.counts),
             ("tgi_batch_inference_success", "Calls that were answered", self._successes),
             ("tgi_batch_inference_failure", "Calls lost with their workers", self._failures),
         ):

@@ -4,6 +4,7 @@ Other than the metrics, this knows of the requests of gateways, too: they ran he
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -54,7 +55,7 @@ class Models:
 
     def __init__(self) -> None:
         self._models: dict[str, ModelCounts] = {}
-        self._steps: dict[str, dict[int, Sum]] = {}
+        self._steps: dict[str, defaultdict[int, Sum]] = {}
 
     def of(self, model: str) -> ModelCounts:
         """The counts of a model; all are 0 for one that nobody has asked."""
@@ -63,6 +64,10 @@ class Models:
     def steps(self, group: str) -> Mapping[int, Sum]:
         """The steps of a group that computed so many sequences, with the engine's time for them."""
         return self._steps.get(group, {})
+
+    def sums(self, group: str) -> defaultdict[int, Sum]:
+        """The same, for whoever counts the steps of the group."""
+        return self._steps.setdefault(group, defaultdict(Sum))
 
     def submitted(self, model: str) -> None:
         """A request was handed to the core."""
@@ -81,10 +86,6 @@ class Models:
         counts.succeeded.add(whole_s)
         counts.queued.add(waited_s)
         counts.inferred.add(whole_s - waited_s)
-
-    def stepped(self, group: str, sequences: int, engine_s: float) -> None:
-        """A group computed a step of so many sequences."""
-        self._steps.setdefault(group, {}).setdefault(sequences, Sum()).add(engine_s)
 
     def forget(self, group: str) -> None:
         """A group is gone for good."""

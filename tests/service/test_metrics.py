@@ -9,6 +9,8 @@ from router.core.events import Reason
 from router.core.snapshot import GroupSnapshot, Snapshot
 from router.errors import Fault, RequestError
 from router.metrics import ERR_OF_FAULT, Histogram, Lifetime, Metrics
+from router.metrics_batches import UNCOUNTED_MAX
+from router.metrics_models import Sum
 
 TGI_NAMES = {
     "tgi_request_count",
@@ -107,7 +109,7 @@ def test_every_fault_has_a_label() -> None:
 
 def test_a_step_counts_its_tokens_at_once() -> None:
     metrics = Metrics()
-    metrics.token_gaps({20: 63, 40: 1})
+    metrics.delivered(0.5, {20: 63, 40: 1})
     seen = samples(metrics)
     assert seen["roundhouse_inter_token_latency_seconds_count", ()] == 64
     assert round(seen["roundhouse_inter_token_latency_seconds_sum", ()], 6) == 1.3
@@ -161,7 +163,7 @@ def test_handing_out_tokens_is_timed_by_the_latest_call() -> None:
     calls = metrics.batches.group("g")
     calls.sent(plan(1, 0, 2))
     calls.answered(0.25)
-    metrics.batches.delivered(0.5)
+    metrics.delivered(0.5, {})
     seen = samples(metrics)
     assert seen["tgi_batch_filter_duration_sum", (("method", "decode"),)] == 0.5
     assert seen["tgi_batch_filter_duration_count", (("method", "prefill"),)] == 0
@@ -179,6 +181,36 @@ def test_calls_that_overlap_are_not_counted_twice(monkeypatch: pytest.MonkeyPatc
     calls.answered(1.0)
     seen = samples(metrics)
     assert seen["tgi_batch_inference_duration_sum", (("method", "decode"),)] == 3.0
+
+
+def test_a_step_is_counted_once_whenever_somebody_looks() -> None:
+    metrics = Metrics()
+    calls = metrics.batches.group("g")
+    for number in range(1, 3 * UNCOUNTED_MAX):
+        calls.sent(plan(number, 0, 2))
+        calls.answered(0.25)
+        metrics.delivered(0.5, {20: 2})
+        assert len(metrics._uncounted) < UNCOUNTED_MAX > len(metrics.batches._uncounted)
+        for _ in range(2 * (number in (1, 100, 3 * UNCOUNTED_MAX - 1))):
+            seen = samples(metrics)
+            decode, group = (("method", "decode"),), (("group", "g"),)
+            assert seen["tgi_batch_inference_success", decode] == number
+            assert seen["tgi_batch_inference_duration_count", decode] == number
+            assert seen["tgi_batch_forward_duration_sum", decode] == number / 4
+            assert seen["tgi_batch_filter_duration_sum", decode] == number / 2
+            assert seen["roundhouse_step_seconds_sum", group] == number / 4
+            assert seen["roundhouse_inter_token_latency_seconds_count", ()] == 2 * number
+    assert metrics.models.steps("g") == {2: Sum(number, number / 4)}
+
+
+def test_a_group_that_is_gone_leaves_no_series() -> None:
+    metrics = Metrics()
+    calls = metrics.batches.group("g")
+    calls.sent(plan(1, 0, 2))
+    calls.answered(0.25)
+    metrics.batches.forget("g")
+    assert not [labels for _, labels in samples(metrics) if ("group", "g") in labels]
+    assert not metrics.models.steps("g")
 
 
 def test_continuations_are_told_by_engine() -> None:

@@ -103,12 +103,13 @@ class Life:
         answers[rank].append(outcome)
         if not all(answers):
             return
-        step = [answer.popleft() for answer in answers]
-        self.steps = due = outcome.plan_id
-        if any(one.digest != step[0].digest for one in step):
-            digests = ", ".join(f"{one.digest:016x}" for one in step)
-            raise LinkDownError(f"the ranks differ after plan {due}: {digests}")
-        self._stepped(step_done(self.name, step[0]), step[0].step_us / 1e6)
+        first, *others = map(deque.popleft, answers)
+        self.steps = due
+        for other in others:
+            if other.digest != first.digest:
+                digests = ", ".join(f"{one.digest:016x}" for one in (first, *others))
+                raise LinkDownError(f"the ranks differ after plan {due}: {digests}")
+        self._stepped(step_done(self.name, first), first.step_us / 1e6)
 
 
 def step_done(group: str, outcome: Outcome) -> StepDone:
@@ -121,6 +122,7 @@ def step_done(group: str, outcome: Outcome) -> StepDone:
     if outcome.logprobs:
         sparse = {one.sequence: one for one in outcome.logprobs}
         logprobs = [sparse.get(sequence) for sequence in sequences]
+    failures, prompts = outcome.failures, outcome.prompt_logprobs
     return StepDone(
         group,
         outcome.epoch,
@@ -128,8 +130,8 @@ def step_done(group: str, outcome: Outcome) -> StepDone:
         sequences,
         list(outcome.tokens),
         logprobs,
-        tuple((one.sequence, one.message) for one in outcome.failures),
-        tuple((one.sequence, one.start, _scores(one)) for one in outcome.prompt_logprobs),
+        tuple((one.sequence, one.message) for one in failures) if failures else (),
+        tuple((one.sequence, one.start, _scores(one)) for one in prompts) if prompts else (),
     )
 
 

@@ -9,6 +9,7 @@ with one line that says why.
 
 import asyncio
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import TypeVar, cast
@@ -155,7 +156,9 @@ class Link:
         self._encrypted = cluster is not None
         options = _OPTIONS if address.startswith("unix:") else _OPTIONS + _KEEPALIVE
         self._channel = channel_to(address, cluster, options)
-        self._slots: asyncio.Queue[bytes] = asyncio.Queue(slots)
+        self._slots = slots
+        self._plans: deque[bytes] = deque()
+        self._more: asyncio.Future[None] | None = None
         self._call: grpc.aio.StreamStreamCall[bytes, Outcome] | None = None
 
     async def describe(self) -> DescribeResponse:
@@ -251,14 +254,21 @@ class Link:
 
         The core keeps no more plans in flight than there are slots, so there is always one.
         """
-        self._slots.put_nowait(plan)
+        assert len(self._plans) < self._slots, "more plans than there are slots"
+        self._plans.append(plan)
+        if self._more is not None and not self._more.done():
+            self._more.set_result(None)
 
     async def write_plans(self) -> None:
         """Owner task of the sending half. Ends when the stream does; the reader knows why."""
         assert self._call is not None
+        loop = asyncio.get_running_loop()
         try:
             while True:
-                await self._call.write(await self._slots.get())
+                while self._plans:
+                    await self._call.write(self._plans.popleft())
+                self._more = loop.create_future()
+                await self._more
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return
 

@@ -198,6 +198,16 @@ async def test_vertex_answers_in_order_and_honours_every_parameter() -> None:
     assert [params.temperature for params in (one, two, three)] == [1.0, 0.0, 1.0]
 
 
+async def test_vertex_names_what_it_ignores() -> None:
+    instances = [
+        {"inputs": "x", "parameters": {"zeta": 1, "top_k": 4}},
+        {"messages": USER, "max_tokens": 4, "eta": 2},
+    ]
+    answer = await post(FakeService(), "/vertex", {"instances": instances, "theta": 3})
+    named = "instances.0.parameters.zeta,instances.1.eta,theta"
+    assert answer.headers["x-ignored-parameters"] == named
+
+
 async def test_vertex_takes_conversations_and_the_best_of_several() -> None:
     service = FakeService(words(("bad",), mean=-2.0), words(("good",), mean=-1.0))
     instances = [{"inputs": "x", "parameters": {"best_of": 2}}]

@@ -5,6 +5,7 @@ router/src/sagemaker.rs and vertex.rs).
 """
 
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from starlette.types import Message
 
 from router.api.rest import models_tgi as m
 from router.api.rest.asks import invalid, model_name, unsupported
-from router.api.rest.body import check, ignored_header, read_json
+from router.api.rest.body import check, ignored_header, read_json, unknown_fields
 from router.api.rest.chat import chat_ask
 from router.api.rest.collect import collect_all, collect_chats, together
 from router.api.rest.context import Context, json_response
@@ -71,27 +72,28 @@ class HostedRoutes:
         raise invalid(f"body: must be an object with one of {', '.join(self._faces)}")
 
     async def vertex(self, request: Request) -> Response:
-        """Answers several prompts or conversations at once."""
+        """Answers several prompts or conversations at once, in order.
+
+        All are understood before any runs; one failure cancels the rest.
+        """
 
         async def work(body: m.VertexRequest, _: float) -> Response:
             limit = self._context.settings.max_concurrent_requests
             if not 0 < len(body.instances) <= limit:
                 text = f"`instances` must have 1 to {limit} entries. Given: {len(body.instances)}"
                 raise invalid(text, "instances")
-            texts = await self._texts(body.instances)
-            return json_response({"predictions": texts}, ignored_header(body))
+            jobs = [self._job(one, number) for number, one in enumerate(body.instances)]
+            ignored = [
+                f"instances.{number}.{name}"
+                for number, job in enumerate(jobs)
+                for name in job.ignored
+            ]
+            texts = await together([job.run() for job in jobs])
+            return json_response({"predictions": texts}, ignored_header(body, *ignored))
 
         return await self._context.answer(request, m.VertexRequest, Dialect.TGI, work)
 
-    async def _texts(self, instances: list[dict[str, Any]]) -> list[str]:
-        """All answers, in order. All are understood before any runs; one failure cancels the rest.
-
-        Raises RequestError, within an ExceptionGroup if an answer fails.
-        """
-        works = [self._work(instance, number) for number, instance in enumerate(instances)]
-        return await together([work() for work in works])
-
-    def _work(self, instance: dict[str, Any], number: int) -> "Work":
+    def _job(self, instance: dict[str, Any], number: int) -> "Job":
         """Understands one instance. Raises RequestError with its number."""
         try:
             return self._prompt(instance) if "inputs" in instance else self._chat(instance)
@@ -100,7 +102,7 @@ class HostedRoutes:
             field = f"{where}.{error.field}" if error.field else where
             raise RequestError(error.fault, f"{where}: {error.message}", field) from error
 
-    def _prompt(self, instance: dict[str, Any]) -> "Work":
+    def _prompt(self, instance: dict[str, Any]) -> "Job":
         """A prompt. TGI samples on this route whether it is asked to or not; here unless told."""
         context = self._context
         body = check(instance, m.GenerateRequest)
@@ -114,9 +116,9 @@ class HostedRoutes:
             answers = await collect_all(context.service, asks)
             return (body.inputs if full else "") + likeliest(answers)[0].finish.text
 
-        return work
+        return Job(work, tuple(unknown_fields(body)))
 
-    def _chat(self, instance: dict[str, Any]) -> "Work":
+    def _chat(self, instance: dict[str, Any]) -> "Job":
         """A conversation, of whose answer there is one, and all of it at once."""
         context = self._context
         body = check(instance, ChatRequest)
@@ -130,11 +132,15 @@ class HostedRoutes:
             answer = (await collect_chats([partial(context.chat.chat, ask)]))[0].chat
             return answer.text or _calls_text(answer.calls)
 
-        return work
+        return Job(work, tuple(unknown_fields(body)))
 
 
-Work = Callable[[], Coroutine[Any, Any, str]]
-"""Runs one instance and returns the text of its answer."""
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One instance: ``run`` returns the text of its answer. ``ignored`` are fields of no effect."""
+
+    run: Callable[[], Coroutine[Any, Any, str]]
+    ignored: tuple[str, ...]
 
 
 def _calls_text(calls: Sequence[Call]) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,12 @@ def test_a_unit_waits_for_what_a_server_may_take(name: str) -> None:
     assert unit["TimeoutStartSec"] == ["infinity"]  # a model is loaded
     assert float(unit["TimeoutStopSec"][0]) >= GRACEFUL_TERMINATION_TIMEOUT_S + CLOSING_S
     assert unit["RestartPreventExitStatus"] == ["2"]  # nobody but a person can mend the options
+
+
+def test_a_server_that_is_stopped_while_it_loads_has_not_failed() -> None:
+    """It ends with this status then, which ``test_a_signal_while_loading`` shows."""
+    stopped = settings("roundhouse.service").get("SuccessExitStatus", [])
+    assert stopped == [str(128 + signal.SIGTERM)]
 
 
 @pytest.mark.parametrize("name", ["roundhouse.service", "roundhouse-worker@.service"])

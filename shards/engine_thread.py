@@ -172,7 +172,7 @@ class EngineThread:
         self._make = make
         self._overrides = overrides
         self._loop = loop
-        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()  # bounded by _put
         self._session: Session | None = None
         self._steps: OpenSteps[_Step] = OpenSteps(self._answer, self._wake)
         self._job_began: float | None = None

@@ -43,6 +43,7 @@ GOOD = {
         "    return sum(sorted(held)) // 2 + len(held) + sum(x for x in order if x in held)\n"
     ),
     "shards/worker.py": '"""W."""\nimport asyncio\nqueue = asyncio.Queue(maxsize=3)\n',
+    "shards/thread.py": '"""T."""\nqueue = SimpleQueue()  # bounded by put()\n',
 }
 BAD = [
     (tidy.importing, "router/driver.py", "import shards.worker"),

@@ -24,6 +24,7 @@ CORE_NAMES = {"open", "print", "input", "float", "id", "hash", "globals", "vars"
 ORDERED = {"list", "tuple", "iter", "enumerate", "zip", "map", "filter", "dict", "deque", "next"}
 UNSAFE_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 QUEUES = {"Queue", "LifoQueue", "PriorityQueue"}
+BOUNDED = "# bounded by "
 # Methods of a set, or of a dictionary's keys, that give another set.
 SET_METHODS = {"union", "intersection", "difference", "symmetric_difference", "copy"}
 # A field or a method in a .proto file.
@@ -248,6 +249,7 @@ def undocumented(scope: ast.Module | ast.ClassDef) -> Iterator[str]:
 def calls(src: Source) -> Iterator[str]:
     """No prints in servers, no code from data, no queue without an end."""
     servers = src.folder in SERVERS and src.path.name not in ("__main__.py", "cli.py")
+    lines = src.text.splitlines()
     for node in ast.walk(src.tree):
         if not isinstance(node, ast.Call):
             continue
@@ -258,8 +260,8 @@ def calls(src: Source) -> Iterator[str]:
             yield f"{node.lineno}: {name} runs code that it reads"
         if name in QUEUES and not (node.args or any(key.arg == "maxsize" for key in node.keywords)):
             yield f"{node.lineno}: {name} without maxsize"
-        if src.product and name == "SimpleQueue":
-            yield f"{node.lineno}: SimpleQueue has no maxsize"
+        if src.product and name == "SimpleQueue" and BOUNDED not in lines[node.lineno - 1]:
+            yield f"{node.lineno}: SimpleQueue has no maxsize; say behind it what bounds it"
         if any(key.arg == "trust_remote_code" for key in node.keywords):
             yield f"{node.lineno}: remote code is never trusted"
 

@@ -179,6 +179,20 @@ class PlanError(Exception):
     """The plan breaks the contract (unknown sequence, over budget). Nothing of it was applied."""
 
 
+def check_scoring(plan: Plan, info: EngineInfo) -> None:
+    """Raises ``PlanError`` if a prompt is to be scored by an engine that does not.
+
+    It would be computed like any other, and nobody would be told anything of it.
+    """
+    if "prompt_logprobs" in info.features:
+        return
+    for admit in plan.admits:
+        if admit.sampling.prompt_logprobs:
+            raise PlanError(
+                f"sequence {admit.sequence}: {info.engine} does not support prompt_logprobs"
+            )
+
+
 class FeatureError(Exception):
     """The engine does not have the feature that a call needs; the text names both, in one line."""
 

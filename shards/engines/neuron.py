@@ -30,9 +30,12 @@ from shards.engines.base import (
     EngineInfo,
     EngineOptions,
     ModelError,
+    Plan,
     Progress,
     SamplingParams,
     Scheduling,
+    Started,
+    check_scoring,
 )
 from shards.engines.caller import CallerEngine, Work
 from shards.engines.neuron_graphs import Found, Graphs, Shapes, load_nxdi, load_optimum
@@ -100,6 +103,11 @@ class NeuronEngine(CallerEngine):
         """See ``Engine``. The cache need not be cleared: a prompt overwrites its slot."""
         super().reset()
         self._cached[:] = 0
+
+    def start(self, plan: Plan) -> Started:
+        """See ``Engine``."""
+        check_scoring(plan, self._info)
+        return super().start(plan)
 
     def _let_go(self, resident: Resident) -> None:
         self._cached[resident.slot] = 0

@@ -368,6 +368,7 @@ def _lacking(sampling: SamplingParams, adapter: str, info: EngineInfo) -> str:
     needs = {
         "penalties": penalties,
         "logprobs": sampling.logprobs,
+        "prompt_logprobs": sampling.prompt_logprobs,
         "logit_bias": bool(sampling.logit_bias),
         "min_tokens": sampling.min_tokens > 0,
         "typical_p": sampling.typical_p < 1.0 and sampling.temperature > 0.0,

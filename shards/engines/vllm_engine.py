@@ -40,8 +40,11 @@ from shards.engines.base import (
     EngineInfo,
     EngineOptions,
     ModelError,
+    Plan,
     Progress,
     Scheduling,
+    Started,
+    check_scoring,
 )
 from shards.engines.caller import CallerEngine, Work
 from shards.engines.omp_cores import Cores
@@ -173,6 +176,11 @@ class VllmEngine(CallerEngine):
         super().reset()
         self._tables.clear()
         self._steps.clear()
+
+    def start(self, plan: Plan) -> Started:
+        """See ``Engine``."""
+        check_scoring(plan, self._info)
+        return super().start(plan)
 
     def close(self) -> None:
         """Frees the device, and leaves the other ranks in order."""

@@ -119,6 +119,16 @@ class SamplingContract:
         assert drawn[0] == likeliest
         assert len(set(drawn)) == len(drawn)
 
+    def test_prompts_are_scored_or_it_is_refused_by_name(
+        self, engine: Engine, prompts: list[list[int]]
+    ) -> None:
+        prompt, scored = prompts[0], SamplingParams(prompt_logprobs=True)
+        if refuses(engine, prompt, scored, "prompt_logprobs"):
+            assert len(generate(engine, 1, prompt, 1)) == 1
+            return
+        outcome = engine.step(Plan(admits=[admit(1, prompt, scored)], work=[(1, len(prompt))]))
+        assert len(outcome.prompt_logprobs[1].logprobs) == len(prompt) - 1
+
     def test_ranks_count_likelier_tokens(self, engine: Engine, prompts: list[list[int]]) -> None:
         prompt, vocabulary = prompts[0], engine.describe().vocab_size
         everything = SamplingParams(logprobs=True, top_logprobs=vocabulary, ranks=True)

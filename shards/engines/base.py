@@ -179,6 +179,30 @@ class PlanError(Exception):
     """The plan breaks the contract (unknown sequence, over budget). Nothing of it was applied."""
 
 
+def undeclared(sampling: SamplingParams, features: Sequence[str]) -> str:
+    """The first feature that a sequence needs and that is not among these; "" if there is none.
+
+    A seed is no need: every sequence has one.
+    """
+    penalties = (
+        sampling.repetition_penalty != 1.0
+        or sampling.frequency_penalty != 0.0
+        or sampling.presence_penalty != 0.0
+    )
+    needs = {
+        "penalties": penalties,
+        "logprobs": sampling.logprobs,
+        "prompt_logprobs": sampling.prompt_logprobs,
+        "logit_bias": bool(sampling.logit_bias),
+        "min_tokens": sampling.min_tokens > 0,
+        "typical_p": sampling.typical_p < 1.0 and sampling.temperature > 0.0,
+        "grammar": sampling.constraint is not None,
+        "ranks": sampling.ranks,
+        "watermark": sampling.watermark is not None,
+    }
+    return next((need for need, needed in needs.items() if needed and need not in features), "")
+
+
 def check_scoring(plan: Plan, info: EngineInfo) -> None:
     """Raises ``PlanError`` if a prompt is to be scored by an engine that does not.
 

@@ -36,6 +36,7 @@ from shards.engines.base import (
     Scheduling,
     Started,
     check_scoring,
+    undeclared,
 )
 from shards.engines.caller import CallerEngine, Work
 from shards.engines.neuron_graphs import Found, Graphs, Shapes, load_nxdi, load_optimum
@@ -51,6 +52,7 @@ _NARROW = (
     "this model draws on the device, among the {} likeliest tokens, without seeds, penalties, bias"
     " or log probabilities; compile it without on_device_sampling to have them"
 )
+_WORDS = {"grammar": "constraints", "watermark": "watermarks"}
 Words = tuple[float, float, float]
 # The likeliest token, whatever the temperature.
 _GREEDY: Words = (1.0, 1.0, 1.0)
@@ -176,10 +178,9 @@ def _on_device(sampling: SamplingParams, among: int) -> Words:
 
 def _unable(sampling: SamplingParams, among: int) -> str:
     """What the device would ignore, in one line; or nothing."""
-    if sampling.constraint is not None:
-        return "neuron does not support constraints in a model that draws on the device"
-    if sampling.watermark is not None:
-        return "neuron does not support watermarks in a model that draws on the device"
+    if lacking := undeclared(sampling, ()):
+        what = _WORDS.get(lacking, lacking)
+        return f"neuron does not support {what} in a model that draws on the device"
     if sampling.temperature == 0.0:
         return ""
     if sampling.min_p > 0.0:

@@ -37,6 +37,7 @@ from shards.engines.base import (
     Plan,
     PlanError,
     SamplingParams,
+    undeclared,
 )
 from shards.engines.self_loop import LoopThread
 from shards.residents import Limits, Resident, Residents
@@ -360,23 +361,6 @@ def _limits(info: EngineInfo) -> Limits:
 
 def _lacking(sampling: SamplingParams, adapter: str, info: EngineInfo) -> str:
     """The first thing that a sequence needs and that the engine has not declared; or nothing."""
-    penalties = (
-        sampling.repetition_penalty != 1.0
-        or sampling.frequency_penalty != 0.0
-        or sampling.presence_penalty != 0.0
-    )
-    needs = {
-        "penalties": penalties,
-        "logprobs": sampling.logprobs,
-        "prompt_logprobs": sampling.prompt_logprobs,
-        "logit_bias": bool(sampling.logit_bias),
-        "min_tokens": sampling.min_tokens > 0,
-        "typical_p": sampling.typical_p < 1.0 and sampling.temperature > 0.0,
-        "grammar": sampling.constraint is not None,
-        "ranks": sampling.ranks,
-        "watermark": sampling.watermark is not None,
-    }
-    lacking = [need for need, needed in needs.items() if needed and need not in info.features]
     if adapter and adapter not in info.adapters:
-        lacking.append(f"the adapter {adapter}")
-    return lacking[0] if lacking else ""
+        return f"the adapter {adapter}"
+    return undeclared(sampling, info.features)

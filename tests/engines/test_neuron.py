@@ -248,6 +248,25 @@ def test_what_the_device_would_ignore_fails_that_sequence_alone() -> None:
     assert engine.step(Plan(work=[(1, 1), (2, 1), (3, 1)])).sequences == [3]
 
 
+@pytest.mark.parametrize(
+    ("asked", "feature"),
+    [
+        ({"logprobs": True}, "logprobs"),
+        ({"repetition_penalty": 1.1}, "penalties"),
+        ({"logit_bias": ((1, 1.0),)}, "logit_bias"),
+        ({"min_tokens": 2}, "min_tokens"),
+        ({"typical_p": 0.5, "temperature": 1.0}, "typical_p"),
+    ],
+)
+def test_what_needs_logits_fails_by_name_where_the_device_draws(
+    asked: dict[str, Any], feature: str
+) -> None:
+    engine, _ = make("optimum", on_device_sampling=True)
+    plan = Plan(admits=[admit(1, [1, 5], SamplingParams(**asked))], work=[(1, 2)])
+    told = f"neuron does not support {feature} in a model that draws on the device"
+    assert engine.step(plan).failures == {1: told}
+
+
 # Loading ------------------------------------------------------------------------------------------
 
 

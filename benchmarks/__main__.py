@@ -104,8 +104,8 @@ def main() -> int:
         well = well and went_well
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     print(report.table(rows))
-    report.plot(rows, report.PLOT)
-    say(f"plot: {report.PLOT}")
+    if report.plot(rows, report.PLOT):
+        say(f"plot: {report.PLOT}")
     if given.record:
         report.record(rows, command)
     print(report.closing_line(rows, command), flush=True)

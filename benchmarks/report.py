@@ -72,14 +72,19 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(texts)
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """One panel for each row: ours, the baseline if there is one, and the bar as a line."""
+def plot(rows: Sequence[Row], path: Path) -> bool:
+    """One panel for each row: ours, the baseline if there is one, and the bar as a line.
+
+    Says whether there was anything to draw.
+    """
+    shown = [row for row in rows if row.ours or row.baseline]
+    if not shown:
+        return False
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [row for row in rows if row.ours or row.baseline]
     columns = min(COLUMNS, len(shown))
     lines = math.ceil(len(shown) / columns)
     figure, grid = plt.subplots(
@@ -105,6 +110,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return True
 
 
 def record(rows: Sequence[Row], command: str) -> None:

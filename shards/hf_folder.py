@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except OSError as error:
         raise ModelError(f"model file {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"model file {path}: is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ModelError(f"model file {path}: holds no JSON object")

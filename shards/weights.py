@@ -137,7 +137,7 @@ def _safetensors(path: Path) -> dict[str, Array | str]:
         header.pop("__metadata__", None)
         body = data[8 + length :]
         return {name: _tensor(path, name, about, body) for name, about in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ModelError(f"model file {path}: has a damaged safetensors header") from None
 
 

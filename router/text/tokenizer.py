@@ -165,7 +165,7 @@ class Tokenizer:
 def _config(data: bytes) -> dict[str, Any]:
     try:
         config = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer_config.json is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError("tokenizer_config.json is not a JSON object")  # noqa: TRY004

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from shards.engines.base import ModelError
+from shards.hf_folder import read_config
 from shards.weights import open_weights
 from tests.heavy.models import save_tensors
 
@@ -91,12 +92,15 @@ def _header(change: Callable[[dict[str, dict[str, object]]], object]) -> Callabl
     return changed
 
 
+_NESTED = b'{"a":' * 100_000
+_DEEP = len(_NESTED).to_bytes(8, "little") + _NESTED
 FAULTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda _data: b"", "is empty"),
     "text": (lambda _data: b"This is no model, but a text.", "is no safetensors file"),
     "cut in the head": (lambda data: data[:20], "is cut short"),
     "cut in the data": (lambda data: data[:-4], "ends behind its end"),
     "no JSON": (lambda data: data[:8] + b"#" + data[9:], "damaged safetensors header"),
+    "too deep": (lambda _data: _DEEP, "damaged safetensors header"),
     "a list": (lambda _data: b"\x02" + bytes(7) + b"[]", "damaged safetensors header"),
     "no shape": (_header(lambda head: head["a"].pop("shape")), "damaged safetensors header"),
     "wrong shape": (_header(lambda head: head["a"].update(shape=[6, 9])), "damaged safetensors"),
@@ -111,6 +115,14 @@ def test_a_faulty_file_is_named_in_one_line(whole: Path, case: str) -> None:
     with pytest.raises(ModelError, match=reason) as caught:
         open_weights(whole)
     assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", _NESTED, b"\xff"])
+def test_a_faulty_config_is_named_in_one_line(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ModelError, match=r"config.json: (is not JSON|holds no JSON)") as caught:
+        read_config(tmp_path)
     assert "\n" not in str(caught.value)
 
 

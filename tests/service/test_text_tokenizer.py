@@ -49,6 +49,7 @@ def test_a_list_of_templates_gives_the_default_one() -> None:
         (files() | {"tokenizer_config.json": b"{"}, "tokenizer_config.json is not JSON"),
         (files() | {"tokenizer_config.json": b"[]"}, "tokenizer_config.json is not a JSON object"),
         (files() | {"tokenizer_config.json": b"\xff"}, "tokenizer_config.json is not JSON"),
+        (files() | {"tokenizer_config.json": b"[" * 10**5}, "tokenizer_config.json is not JSON"),
         (files() | {"chat_template.jinja": b"\xff"}, "chat_template.jinja"),
     ],
 )

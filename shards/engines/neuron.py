@@ -221,6 +221,9 @@ def load(options: EngineOptions, progress: Progress) -> Engine:
     extras.finish()
     if options.adapters:
         raise ModelError("neuron: LoRA adapters are not served; merge them before compiling")
+    if options.dtype or options.device not in ("", "neuron"):
+        given = f"--dtype {options.dtype}" if options.dtype else f"--device {options.device}"
+        raise ModelError(f"neuron: {given}: a compiled model has it in itself; leave it out")
     if not (folder.path / NEURON_CONFIG).is_file():
         raise ModelError(
             f"neuron: {folder.path} was not compiled for Neuron: it has no {NEURON_CONFIG}; see"

@@ -70,6 +70,11 @@ class TrtllmBackend(Backend):
                 "trtllm: --kv-tokens N is needed: TensorRT-LLM does not say how many tokens of KV"
                 " cache it has made room for"
             )
+        if options.device not in ("", "cuda"):
+            raise ModelError(
+                f"trtllm: --device {options.device}: it takes the GPUs that CUDA_VISIBLE_DEVICES"
+                " names; leave --device out"
+            )
         self._options = options
         self._folder = folder
         self._sequences_max = options.sequences_max or SEQUENCES_MAX

@@ -6,6 +6,7 @@ variables once.
 
 import logging
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,11 @@ def check(options: EngineOptions) -> Path:
         )
     if options.world > 1 and not options.rendezvous:
         raise ModelError("vllm: several ranks need --rendezvous HOST:PORT")
+    if not re.fullmatch(r"(\w+(:\d+)?)?", options.device):
+        raise ModelError(
+            f"vllm: --device {options.device} is no device; it is a word, perhaps with a number,"
+            " such as cuda:1"
+        )
     _check_split(options.model, options.world)
     return options.model
 
@@ -184,6 +190,9 @@ def make(folder: Path, options: EngineOptions, progress: Progress) -> "LLMEngine
 
     from shards.engines.vllm_loader import report_to
 
+    wanted, here = options.device.partition(":")[0], current_platform.device_type
+    if wanted not in ("", here):
+        raise ModelError(f"vllm: --device {options.device}, but this vLLM computes on {here}")
     if not chosen(options).eager:
         whole_files_only()
     set_threads(threads(options) or usable_cores())

@@ -365,6 +365,10 @@ def test_what_it_does_not_do_is_refused(compiled: Path) -> None:
         load(compiled, adapters=(("poet", compiled),))
     with pytest.raises(ModelError, match=r"starts its own ranks: .*compile the model for them"):
         load(compiled, world=2)
+    with pytest.raises(ModelError, match="--dtype float32: a compiled model has it in itself"):
+        load(compiled, dtype="float32")
+    with pytest.raises(ModelError, match="--device cpu: a compiled model has it in itself"):
+        load(compiled, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,7 @@ def test_a_start_that_fails_late_gives_the_memory_back(
     [
         ({"kv_tokens": 0}, "--kv-tokens N is needed"),
         ({"kv_tokens": 31}, "at least 32"),
+        ({"device": "cuda:1"}, "--device cuda:1: .* CUDA_VISIBLE_DEVICES names; leave"),
         ({"world": 2}, "--engine-option tp=N"),
         ({"model": None}, "--model PATH is missing"),
     ],

@@ -76,10 +76,15 @@ def test_loading_reports_progress() -> None:
         ({"world": 2, "rank": 1}, "--rendezvous"),
         ({"world": 3, "rendezvous": "127.0.0.1:1"}, "over 3 ranks; --num-shard can be 1, 2, 4$"),
         ({"model": None}, "--model FOLDER is missing"),
+        ({"device": "cuda:x"}, "--device cuda:x is no device; .* such as cuda:1$"),
+        ({"device": "cuda:0"}, "--device cuda:0, but this vLLM computes on cpu$"),
         ({"adapters": (("red", Path("/nowhere")),)}, "adapter red: model file /nowhere"),
     ],
 )
-def test_a_mistake_is_one_line(options: dict[str, object], reason: str) -> None:
+def test_a_mistake_is_one_line(
+    options: dict[str, object], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # which a device changes
     given = {"model": tiny_llama_folder(), "model_id": "x", **options}
     with pytest.raises(ModelError, match=reason) as caught:
         load("vllm", EngineOptions(**given), lambda _fraction: None)

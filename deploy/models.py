@@ -4,7 +4,7 @@ import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shards.interrupts import quietly
@@ -55,13 +55,13 @@ def reads_gguf_only(engine: str) -> bool:
 def resolve(name: str | None, *, engine: str, file: str | None, revision: str | None) -> Model:
     """Finds the model, downloading it if ``name`` is a hub id. Raises ``ModelNotFound``."""
     if not name:
-        return Model(None, "scripted") if engine == "scripted" else embedded()
+        return Model(None, "scripted") if engine == "scripted" else _the_only(embedded(), file)
     path = Path(name).expanduser()
     with looking_at(path):
         if path.is_dir():
             return in_folder(path, engine, file)
         if path.exists():
-            return _single(path, engine)
+            return _the_only(_single(path, engine), file)
     if engine == "scripted":
         return Model(None, name)
     if path.suffix in WEIGHT_FILES or not HUB_ID.fullmatch(name) or name.startswith("."):
@@ -86,6 +86,14 @@ def _single(path: Path, engine: str) -> Model:
     if engine != "scripted":
         check_single(path, engine)
     return Model(path, path.stem)
+
+
+def _the_only(model: Model, file: str | None) -> Model:
+    """A model that is one file, with a remark if ``--file`` asks for another one."""
+    if file is None or model.path is None or file.lower() in model.path.name.lower():
+        return model
+    told = f"--file {file} has no effect: it picks a file of a folder or a hub id"
+    return replace(model, remark="; ".join(filter(None, (model.remark, told))))
 
 
 def check_single(path: Path, engine: str = "") -> None:

@@ -55,6 +55,15 @@ def test_a_local_file_is_named_after_its_stem(tmp_path: Path) -> None:
     assert (found.path, found.model_id) == (path, "tiny")
 
 
+@pytest.mark.parametrize("name", ["SmolLM2-Q4_1.gguf", None])
+def test_choosing_among_files_where_there_is_one(tmp_path: Path, name: str | None) -> None:
+    (tmp_path / "SmolLM2-Q4_1.gguf").write_bytes(b"GGUF")
+    model = str(tmp_path / name) if name else None
+    for file, told in (("q4_1", False), ("Q2_K", True)):
+        found = resolve(model, engine="llamacpp", file=file, revision=None)
+        assert (f"--file {file} has no effect" in found.remark) == told
+
+
 def test_a_folder_gives_its_gguf_file(tmp_path: Path) -> None:
     for name in QUANTISED:
         (tmp_path / name).touch()

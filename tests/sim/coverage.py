@@ -22,7 +22,7 @@ REQUIRED = (
     *("leaving again", "old leaving"),
     *("stranded", "given up", "set aside", "set aside without a token"),
     *("waits for who is away", "crowded aside", "gone for good", "hope is over"),
-    *("token thrown away", "priority", "two models", "needs", "resized", "follow-up"),
+    *("token thrown away", "priority", "two models", "needs", "resized", "follow-up", "choice"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Mutants of how donors stay and go; see ``mutants.py``."""
+"""Mutants of how donors stay and go, and of which group is chosen; see ``mutants.py``."""
 
 from tests.sim.mutation import Mutant
 
@@ -51,5 +51,29 @@ DONORS = [
         "        self.counters.resumed += 1\n",
         "        self.counters.resumed += sequence.produced > 0\n",
         "those who had shown nothing do not count as started again",
+    ),
+    Mutant(
+        "placing.py",
+        "        reverse=True,\n",
+        "",
+        "a request goes where there is least of it and least room",
+    ),
+    Mutant(
+        "placing.py",
+        "(shareable(group, sequence, config)[0], group.ledger.free)",
+        "(0, group.ledger.free)",
+        "a request goes where there is most room, whoever has its start",
+    ),
+    Mutant(
+        "placing.py",
+        "(shareable(group, sequence, config)[0], group.ledger.free)",
+        "(shareable(group, sequence, config)[0], 0)",
+        "a request goes to the first group, however full that is",
+    ),
+    Mutant(
+        "placing.py",
+        "    if len(ready) < 2:\n",
+        "    if ready:\n",
+        "a request always goes to the first group with a place",
     ),
 ]

@@ -23,6 +23,7 @@ from router.core.events import (
 from router.core.scheduler import Core
 from tests.sim.books import Books, GroupBook, group_book
 from tests.sim.checks import check_end, check_kept, check_plan, check_turn
+from tests.sim.choosing import check_choice
 from tests.sim.clients import Clients
 from tests.sim.donors import Scarce, check_donors
 from tests.sim.leaving import Leaving, check_leaving, note_moves
@@ -118,6 +119,7 @@ class Simulation:
         check_leaving(books, core, before, effects)
         note_stranded(books, core)
         check_turn(books, core, before)
+        check_choice(books, core, before)
         check_donors(books, core, before, preemptions)
         wake = core.wake_at()
         if wake is not None and (self._timer is None or self._timer <= now or wake < self._timer):

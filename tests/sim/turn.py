@@ -16,6 +16,7 @@ class Turn:
         self.pinned = {name: pinned(group) for name, group in core._groups.items()}
         self.ran = {name for name, group in core._groups.items() if group.running}
         self.lives = dict(core._groups)
+        self.charged = {name: group.ledger.charged for name, group in core._groups.items()}
         self.reserved = {
             number: sequence.account.reserved
             for number, sequence in core._live.items()

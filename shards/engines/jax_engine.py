@@ -108,7 +108,7 @@ class JaxEngine(PagedEngine):
             raise ModelError("jax: attention=kernel needs a TPU")
         able = on_cpu and self._dtype == jnp.bfloat16
         native, unused = jax_native_trial.choose(wanted, able=able)
-        self._native = bool(group.least("native", int(native)))
+        self._native = native = bool(group.least("native", int(native)))
         loader = Loader(weights, whole, group, self._dtype, native=self._native)
         outside = loader.outside()
         layers = []
@@ -130,7 +130,7 @@ class JaxEngine(PagedEngine):
             counts = buckets.draw_counts
             drawer = DeviceSampler(whole.vocab_size, self._sampler, compiler, counts)
         self._programs = Programs(
-            Model(config, whole.vocab_size, self._dtype, self._attention(config, limits)),
+            Model(config, whole.vocab_size, self._dtype, self._attention(config, limits), native),
             compiler,
             Arrays(outside, layers, caches),
             buckets,

@@ -178,13 +178,15 @@ class Loader:
 class Model:
     """The functions of one rank. ``config`` has this rank's share, ``dtype`` is the activations'.
 
-    ``vocab_size`` is the whole model's. They run inside ``shard_map``.
+    ``vocab_size`` is the whole model's. ``native``: norms are computed by kernels of our own, too.
+    They run inside ``shard_map``.
     """
 
     config: LlamaConfig
     vocab_size: int
     dtype: Any
     attention: Callable[[int], Attention]
+    native: bool = False
 
     def embed(
         self, table: Array, vector: Array, late: Array, bucket: Bucket
@@ -211,12 +213,13 @@ class Model:
         self, x: Array, cache: Array, layer: Layer, step: Step, bucket: Bucket, window: int
     ) -> tuple[Array, Array]:
         """One layer on [tokens, width]; the cache comes back with the step's keys and values."""
-        y = self._norm(x, layer["norm_in"])
+        real = _real(step)
+        y = self._norm(x, layer["norm_in"], real)
         heads = self._qkv(y, layer, step)
         y, cache = self.attention(window).attend(heads, cache, step, bucket)
         y = y.astype(self.dtype).reshape(len(x), -1)
         x = self._add(x, y, layer, "out", step)
-        y = self._gated(self._norm(x, layer["norm_mlp"]), layer, step)
+        y = self._gated(self._norm(x, layer["norm_mlp"], real), layer, step)
         return self._add(x, y, layer, "down", step), cache
 
     def pick(self, x: Array, draws: Array) -> Array:
@@ -226,7 +229,7 @@ class Model:
     def head(self, picked: Array, norm: Array, table: Array) -> Array:
         """Float32 logits [rows, vocabulary]."""
         every = jnp.full(1, len(picked), jnp.int32)
-        logits = _dot(self._norm(picked, norm), table, self._vocabulary, every)
+        logits = _dot(self._norm(picked, norm, every), table, self._vocabulary, every)
         # A rank alone would copy what it has: XLA's CPU client takes no collective out.
         if lax.axis_size(AXIS) > 1:
             logits = lax.all_gather(logits, AXIS, axis=1, tiled=True)
@@ -267,14 +270,20 @@ class Model:
         gate, up = jnp.split(joined, 2, axis=-1)
         return (jax.nn.silu(gate) * up).astype(self.dtype)
 
-    def _norm(self, x: Array, weight: Array) -> Array:
+    def _norm(self, x: Array, weight: Array, real: Array | None = None) -> Array:
+        """Over the last dimension; ``real``: how many rows are no padding, if x has such [1]."""
+        if self.native and real is not None and jax_native.norms(x.shape[-1]):
+            return jax_native.norm(x, weight, real, self.config.epsilon)
         wide = x.astype(jnp.float32)
         scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.config.epsilon)
         return (wide * scale).astype(self.dtype) * weight
 
     def _add(self, x: Array, y: Array, layer: Layer, kind: str, step: Step) -> Array:
         """The input plus a linear of which each rank has some columns; the bias is added once."""
-        summed = self._sum(_dot(y, layer[kind], self.config.width, _real(step)))
+        real, weight = _real(step), layer[kind]
+        if weight.ndim > 2 and lax.axis_size(AXIS) == 1 and f"{kind}_bias" not in layer:
+            return jax_native.added(y, weight, real, x)
+        summed = self._sum(_dot(y, weight, self.config.width, real))
         if f"{kind}_bias" in layer:
             summed = summed + layer[f"{kind}_bias"].astype(jnp.float32)
         return x + summed.astype(self.dtype)

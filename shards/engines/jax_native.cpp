@@ -110,6 +110,39 @@ ffi::Error product(
     return ffi::Error::Success();
 }
 
+ffi::Error added(
+    ffi::ThreadPool pool, Numbers x, Numbers weight, Integers real, Numbers rest,
+    ffi::Result<Numbers> out) {
+    const long rows = x.dimensions()[0], in = x.dimensions()[1], outs = out->dimensions()[1];
+    const long count = std::min<long>(rows, real.typed_data()[0]);
+    const Product<bf16> all{
+        x.typed_data(), weight.typed_data(), nullptr, out->typed_data(), in, outs,
+        rest.typed_data()};
+    share_blocks(pool, all.blocks(), count, [&](long place, long first, long end) {
+        all.compute(place, first, end);
+    });
+    clear(out->typed_data(), count, rows, outs);
+    return ffi::Error::Success();
+}
+
+ffi::Error norm(
+    ffi::ThreadPool pool, Numbers x, Numbers weight, Integers real, float epsilon,
+    ffi::Result<Numbers> out) {
+    const long rows = x.dimensions()[0], width = x.dimensions()[1];
+    const long count = std::min<long>(rows, real.typed_data()[0]);
+    const auto one = [&](long row) {
+        norm_row(
+            x.typed_data() + row * width, weight.typed_data(), out->typed_data() + row * width,
+            width, epsilon);
+    };
+    if (count * width > serial_max)
+        share_out(pool, count, one);
+    else
+        for (long row = 0; row < count; ++row) one(row);
+    clear(out->typed_data(), count, rows, width);
+    return ffi::Error::Success();
+}
+
 ffi::Error gated(
     ffi::ThreadPool pool, Numbers x, Numbers weight, Integers real, ffi::Result<Numbers> out) {
     const long rows = x.dimensions()[0], in = x.dimensions()[1], width = out->dimensions()[1];
@@ -165,6 +198,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     product_bf16, product<ffi::DataType::BF16>,
     in_pool().Arg<Numbers>().Arg<Numbers>().Arg<Integers>().Ret<Numbers>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    added_bf16, added,
+    in_pool().Arg<Numbers>().Arg<Numbers>().Arg<Integers>().Arg<Numbers>().Ret<Numbers>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    norm_bf16, norm,
+    in_pool()
+        .Arg<Numbers>()
+        .Arg<Numbers>()
+        .Arg<Integers>()
+        .Attr<float>("epsilon")
+        .Ret<Numbers>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     gated_bf16, gated, in_pool().Arg<Numbers>().Arg<Numbers>().Arg<Integers>().Ret<Numbers>());

@@ -34,7 +34,12 @@ _PADDED_MAX = 1.15
 # What attention takes: heads of so many elements, and how many of them share keys at most.
 _HEAD_DIM, _HEAD_DIM_MAX, _GROUP_MAX = 64, 256, 64
 _PAGE_TOKENS = 16
-_KERNELS = ("product_f32", "product_bf16", "gated_bf16", "attend_bf16")
+# Norms are over a multiple of so many numbers.
+_LANES = 16
+_KERNELS = (
+    *("product_f32", "product_bf16", "added_bf16"),
+    *("norm_bf16", "gated_bf16", "attend_bf16"),
+)
 
 
 @cache
@@ -107,6 +112,24 @@ def product(x: Array, weight: Array, real: Array, outs: int, dtype: Any) -> Arra
     """Rows [count, in] by a packed weight, as ``dtype``; those from ``real`` [1] on are 0."""
     name = "product_f32" if dtype == jnp.float32 else "product_bf16"
     return _called(name, jax.ShapeDtypeStruct((len(x), outs), dtype))(x, weight, real)
+
+
+def added(x: Array, weight: Array, real: Array, rest: Array) -> Array:
+    """``rest`` [rows, outs] plus a ``product``, which is rounded first, as bfloat16."""
+    return _called("added_bf16", jax.ShapeDtypeStruct(rest.shape, rest.dtype))(
+        x, weight, real, rest
+    )
+
+
+def norms(width: int) -> bool:
+    """Whether there is ``norm`` for rows of so many numbers."""
+    return width % _LANES == 0
+
+
+def norm(x: Array, weight: Array, real: Array, epsilon: float) -> Array:
+    """RMS norm of x [rows, width] as bfloat16; see ``product``."""
+    call = _called("norm_bf16", jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return call(x, weight, real, epsilon=np.float32(epsilon))
 
 
 def gated(x: Array, weight: Array, real: Array) -> Array:

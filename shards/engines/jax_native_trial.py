@@ -20,6 +20,7 @@ _BFLOAT16 = np.dtype(jnp.bfloat16)
 # Rows, of which the last one is padding; inputs; outputs, a part of which is in no whole block; and
 # those of a gated layer.
 _ROWS, _WIDTH, _OUTS, _INNER = 5, 80, 188, 128
+_EPSILON = 1e-5
 # Results are rounded to 8 bits, and so are the weights of attention.
 _TOLERANCE = 0.03
 _UNUSED = "kernels of our own, about twice as fast, are not used"
@@ -65,14 +66,21 @@ def multiplies() -> bool:
         return (
             single,
             jax_native.product(x, weight, real, _OUTS, jnp.bfloat16),
+            jax_native.added(x, weight, real, single.astype(jnp.bfloat16)) / 2,
             jax_native.gated(x, order, real),
+            jax_native.norm(x, x[0], real, _EPSILON),
         )
 
     packed = jax_native.pack(weight), jax_native.pack(jax_native.interleave(halves))
-    *products, gated = jax.jit(computed)(x, *packed, real)
+    *products, gated, norm = jax.jit(computed)(x, *packed, real)
     expected = _wide(x) @ _wide(weight).T
     gate, up = np.split(_wide(x) @ _wide(halves).T, 2, axis=1)
-    pairs = [*((seen, expected) for seen in products), (gated, gate / (1 + np.exp(-gate)) * up)]
+    size = np.sqrt(np.square(_wide(x)).mean(axis=1, keepdims=True) + _EPSILON)
+    pairs = [
+        *((seen, expected) for seen in products),
+        (gated, gate / (1 + np.exp(-gate)) * up),
+        (norm, _wide(x) / size * _wide(x)[0]),
+    ]
     return all(
         np.allclose(_wide(seen)[:-1], right[:-1], rtol=_TOLERANCE, atol=_TOLERANCE)
         and not _wide(seen)[-1].any()

@@ -14,7 +14,8 @@ namespace {
 
 inline void write(float* to, __m512 numbers) { _mm512_storeu_ps(to, numbers); }
 
-// x [rows, in] times a weight, plus a bias if there is one, to numbers of the type ``Out``.
+// x [rows, in] times a weight, plus a bias if there is one, to numbers of the type ``Out``. If there
+// is a ``rest`` [rows, outs], that is added to what was rounded, and their sum is rounded.
 template <typename Out>
 struct Product {
     const bf16* x;
@@ -23,6 +24,7 @@ struct Product {
     Out* out;
     long in;
     long outs;
+    const bf16* rest = nullptr;
 
     long blocks() const { return (outs + block - 1) / block; }
 
@@ -45,8 +47,11 @@ struct Product {
             multiply<size>(
                 sums, x + (first + row) * in, in, columns, 2 * block, in / 2, soon, soon_lines);
             fetched += share;
-            for (int each = 0; each < size; ++each)
-                store(out + (first + row + each) * outs + place * block, sums[each], kept);
+            for (int each = 0; each < size; ++each) {
+                const long at = (first + row + each) * outs + place * block;
+                if (rest != nullptr) add(rest + at, sums[each], kept);
+                store(out + at, sums[each], kept);
+            }
         });
     }
 
@@ -56,6 +61,13 @@ struct Product {
         bf16 some[lanes] = {};
         std::copy(bias + output, bias + outs, some);
         return read(some);
+    }
+
+    static void add(const bf16* from, __m512 (&sums)[4], long kept) {
+        bf16 some[block] = {};
+        if (kept < block) from = std::copy(from, from + kept, some) - kept;
+        for (int part = 0; part < 4; ++part)
+            sums[part] = _mm512_add_ps(rounded(sums[part]), read(from + part * lanes));
     }
 
     static void store(Out* to, const __m512 (&sums)[4], long kept) {

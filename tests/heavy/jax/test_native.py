@@ -64,6 +64,28 @@ def test_products_are_those_of_numpy(width: int, outs: int, dtype: Any) -> None:
         assert np.array_equal(seen[0], alone[0])
 
 
+@pytest.mark.parametrize("outs", [576, 130])
+def test_a_product_is_rounded_before_it_is_added(outs: int) -> None:
+    weight = numbers(outs, 96)
+    packed = jax_native.pack(weight)
+    added = jax.jit(lambda x, real, rest: jax_native.added(x, packed, real, rest))
+    for rows in (1, 7, 33):
+        x, rest, real = numbers(rows, 96), numbers(rows, outs), np.array([rows], np.int32)
+        product = jax_native.product(x, packed, real, outs, jnp.bfloat16)
+        assert np.array_equal(wide(added(x, real, rest)), wide(rest + product))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_norms_are_those_of_numpy(rows: int) -> None:
+    x, weight = numbers(rows, 576), numbers(576)
+    size = np.sqrt(np.square(wide(x)).mean(axis=1, keepdims=True) + 1e-5)
+    real = max(1, rows - 1)
+    seen = wide(jax_native.norm(x, weight, np.array([real], np.int32), 1e-5))
+    expected = (wide(x) / size * wide(weight))[:real]
+    np.testing.assert_allclose(seen[:real], expected, rtol=0.02, atol=0.02)
+    assert not seen[real:].any()
+
+
 def test_gated_layers_are_those_of_numpy() -> None:
     halves = (wide(numbers(2 * 1536, 576)) / 24).astype(BFLOAT16)
     packed = jax_native.pack(jax_native.interleave(halves))
@@ -205,7 +227,7 @@ def test_kernels_are_used_unasked_wherever_they_can_be() -> None:
         assert not engine.describe().warnings
         for program in programs_of(engine):
             text = program.as_text()
-            for name in ("product_f32", "gated_bf16", "attend_bf16"):
+            for name in ("norm_bf16", "product_f32", "attend_bf16", "added_bf16", "gated_bf16"):
                 assert f'custom_call_target="roundhouse_{name}"' in text
             assert " dot(" not in text
         for head in engine._programs._head.values():

@@ -69,13 +69,21 @@ class Settings:
         self, options: EngineOptions, metadata: dict[str, Any], length_trained: int, threads: int
     ) -> ContextSizes:
         """Room for what is asked for or suits the machine, and for what is spare."""
-        most = SEQUENCES_LIMIT - self.spare
-        if options.sequences_max > most:
-            raise ModelError(f"llamacpp: --sequences-max is at most {most}")
-        sequences = options.sequences_max or (PARTS_MAX if self.split else SEQUENCES_MAX)
         step_tokens = options.step_tokens_max or (
             ACCELERATOR_STEP_TOKENS_MAX if self.devices else STEP_TOKENS_MAX
         )
+        # llama.cpp aborts if not every sequence could have a token in one batch, and in the cache.
+        tokens = min(step_tokens, options.kv_tokens or step_tokens) + self.pads
+        most = min(SEQUENCES_LIMIT, tokens) - self.spare
+        if options.sequences_max > most or most < 1:
+            given = (
+                ""
+                if most >= SEQUENCES_LIMIT - self.spare
+                else (" with so few --step-tokens-max or --kv-tokens")
+            )
+            raise ModelError(f"llamacpp: --sequences-max is at most {most}{given}")
+        usual = PARTS_MAX if self.split else SEQUENCES_MAX
+        sequences = options.sequences_max or min(usual, most)
         memory = kv_memory_bytes(self.devices)
         if self.split:
             room = kv_tokens_room(metadata, memory, self.cache)

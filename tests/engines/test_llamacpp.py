@@ -342,6 +342,16 @@ def test_several_ranks_are_refused_with_advice() -> None:
         load("llamacpp", options, lambda _fraction: None)
 
 
+@pytest.mark.parametrize("few", [{"step_tokens_max": 2}, {"kv_tokens": 2}])
+def test_so_few_tokens_hold_so_few_sequences(few: dict[str, int]) -> None:
+    """llama.cpp itself aborts the process if a batch has no room for every sequence."""
+    engine = load("llamacpp", EngineOptions(model_file(), "x", **few), lambda _fraction: None)
+    assert engine.describe().sequences_max == 2
+    engine.close()
+    with pytest.raises(ModelError, match="--sequences-max is at most 2 with so few --step-tokens"):
+        load("llamacpp", EngineOptions(model_file(), "x", sequences_max=3, **few), lambda _: None)
+
+
 def test_types_are_the_files_own_which_a_line_says() -> None:
     options = EngineOptions(model_file(), "x", dtype="float16")
     with pytest.raises(ModelError, match=r"--dtype float16: the GGUF file says .* --file Q8_0"):

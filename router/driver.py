@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count, repeat
 from typing import Protocol, assert_never
@@ -205,10 +205,11 @@ class Driver:
         An exception here is a fault of this program and should end the process.
         """
         detail = "the server is shutting down"
+        loop = asyncio.get_running_loop()
         try:
             self._alarm.set(self._core.wake_at())
             while not self._stopping:
-                await self._wait()
+                await self._news(loop)
                 now_ms = self._clock()
                 late_ms = self._alarm.late_ms(now_ms)
                 if late_ms > STANDSTILL_MS:
@@ -250,16 +251,12 @@ class Driver:
         if self._bell is not None and not self._bell.done():
             self._bell.set_result(None)
 
-    async def _wait(self) -> None:
-        """Until the inbox holds something, the core's timer is due, or ``stop`` is called."""
+    def _news(self, loop: asyncio.AbstractEventLoop) -> Awaitable[None]:
+        """Comes when the inbox holds something, the core's timer is due, or ``stop`` is called."""
         if self._inbox or self._stopping:
-            await asyncio.sleep(0)
-            return
-        self._bell = asyncio.get_running_loop().create_future()
-        try:
-            await self._bell
-        finally:
-            self._bell = None
+            return asyncio.sleep(0)
+        self._bell = loop.create_future()
+        return self._bell
 
     def _turn(self, now_ms: int, *, timed: bool) -> None:
         """Lets the core see everything that has arrived, plan once, and performs the lot.

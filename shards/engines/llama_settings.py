@@ -76,10 +76,9 @@ class Settings:
         tokens = min(step_tokens, options.kv_tokens or step_tokens) + self.pads
         most = min(SEQUENCES_LIMIT, tokens) - self.spare
         if options.sequences_max > most or most < 1:
-            few = (
-                " with so few --step-tokens-max or --kv-tokens" if tokens < SEQUENCES_LIMIT else ""
-            )
-            raise ModelError(f"llamacpp: --sequences-max is at most {most}{few}")
+            few = tokens < SEQUENCES_LIMIT
+            why = " with so few --step-tokens-max or --kv-tokens" if few else ""
+            raise ModelError(f"llamacpp: --sequences-max is at most {most}{why}")
         usual = PARTS_MAX if self.split else SEQUENCES_MAX
         sequences = options.sequences_max or min(usual, most)
         memory = kv_memory_bytes(self.devices)

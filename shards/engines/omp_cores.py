@@ -38,7 +38,7 @@ class Cores:
         self._bound = False
 
     def follow(self, threads: int) -> None:
-        """Binds the threads of the next operations, or lets go of them."""
+        """Binds the threads of the next operations, or lets go of them; 0: there will be none."""
         wanted = threads == len(self._all)
         if self._library is None or wanted is self._bound:
             return

@@ -272,9 +272,10 @@ class TorchEngine(PagedEngine):
         return self._checkpoint.tokenizer_files()
 
     def close(self) -> None:
-        """Stops following the load, and leaves the group."""
+        """Stops following the load, leaves the group, and takes back what it set for all."""
         self._sampler.close()
         self._control.close()
+        self._cores.follow(0)
         self._ranks.close()
         if self._native is not None:
             self._native.close()

@@ -187,8 +187,9 @@ class VllmEngine(CallerEngine):
         self._processor.close()
         if self._peers is not None:
             self._peers.close()
-        if self._info.device == "cpu":
+        if self._cores is not None:
             self._control.close()
+            self._cores.follow(0)
         self._engine.engine_core.shutdown()
 
     def _let_go(self, resident: Resident) -> None:

@@ -78,6 +78,14 @@ def test_an_engine_computes_bound_while_it_has_every_core(monkeypatch: pytest.Mo
 
 
 @several
+def test_an_engine_that_ends_lets_go_of_the_threads() -> None:
+    engine = make(tiny_llama_folder(), threads=len(CORES))
+    steps(engine, 2)
+    engine.close()
+    assert where() == [ALL] * len(CORES)
+
+
+@several
 def test_threads_that_loading_starts_are_not_bound() -> None:
     engine = make(tiny_llama_folder(), threads=len(CORES))
     assert where() == [ALL] * len(CORES)

@@ -170,6 +170,7 @@ class Residents:
     def _check_work(
         self, work: Sequence[tuple[int, int]], dropped: set[int], admitted: dict[int, Admit]
     ) -> int:
+        # Once per sequence and step: the difference of two ``pages`` without their calls.
         total = cells = 0
         seen: set[int] = set()
         by_sequence, page = self.by_sequence, self.limits.page_tokens
@@ -274,6 +275,7 @@ class Residents:
     def compute(self, resident: Resident, count: int) -> bool:
         """Marks the next ``count`` tokens as computed; says whether a token is to be drawn now."""
         page, computed = self.limits.page_tokens, resident.computed + count
+        # As in ``_check_work``.
         self.kv_used += page * (-(-computed // page) + -resident.computed // page)
         resident.computed = computed
         resident.span.end += count

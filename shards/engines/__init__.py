@@ -1,5 +1,6 @@
 """Engines by name. A module is imported only when its engine was asked for."""
 
+import math
 from collections.abc import Callable
 from importlib import import_module
 
@@ -37,6 +38,13 @@ def own_types(name: str, dtype: str) -> str:
         "out, or choose another file with --file, such as --file Q8_0; the type of the KV cache is "
         "--engine-option cache=TYPE"
     )
+
+
+def other_ranks(*counts: int) -> str:
+    """What to do where these cannot be dealt out evenly over as many ranks as were asked for."""
+    most = math.gcd(*counts)
+    good = [str(ranks) for ranks in range(1, most + 1) if most % ranks == 0]
+    return f"--num-shard can be {', '.join(good)}"
 
 
 def load(name: str, options: EngineOptions, progress: Progress) -> Engine:

@@ -129,7 +129,7 @@ class CallerEngine(Engine):
             drawing = self._compute(going, rows) if going else Drawn([])
             for resident, count in going:
                 self._residents.compute(resident, count)
-            draws = _draws(rows, drawing, outcome)
+            draws = _under_way(rows, drawing, outcome)
         self._scores.tell(outcome)
         self._draws = draws
         return draws or Finished(outcome)
@@ -158,8 +158,8 @@ class CallerEngine(Engine):
         """
 
 
-def _draws(rows: Sequence[Resident], drawing: Drawing, outcome: Outcome) -> Draws | None:
-    """What the rows draw; None if that is done, and told."""
+def _under_way(rows: Sequence[Resident], drawing: Drawing, outcome: Outcome) -> Draws | None:
+    """What the rows draw, unless that is done: then it is told at once."""
     if not drawing.done:
         return Draws(rows, drawing, outcome)
     settle(rows, drawing.take(), outcome)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.engines import other_ranks
 from shards.engines.base import ModelError
 from shards.filters import Floats
 
@@ -63,11 +64,9 @@ class LlamaConfig:
             ("inner columns", self.inner),
         ):
             if count % world:
-                fits = math.gcd(self.heads, self.kv_heads, self.inner)
-                good = [str(n) for n in range(1, fits + 1) if fits % n == 0]
                 raise ModelError(
                     f"jax: the model's {count} {what} cannot be spread over {world} ranks;"
-                    f" --num-shard can be {', '.join(good)}"
+                    f" {other_ranks(self.heads, self.kv_heads, self.inner)}"
                 )
         return replace(
             self,

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from math import gcd
 from typing import Any
 
 import accelerate
@@ -31,6 +30,7 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
+from shards.engines import other_ranks
 from shards.engines.base import EngineLost, EngineOptions, ModelError, Progress
 from shards.engines.peers import Peers, PeersError
 from shards.engines.torch_attention import NAME
@@ -189,11 +189,9 @@ def check_split(config: Any, world: int, where: str) -> None:
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     if heads % world or kv_heads % world:
-        fit = gcd(heads, kv_heads)
-        good = ", ".join(str(ranks) for ranks in range(1, fit + 1) if fit % ranks == 0)
         raise ModelError(
             f"model {where}: {heads} attention heads and {kv_heads} KV heads cannot be split"
-            f" evenly over {world} ranks; --num-shard can be {good}"
+            f" evenly over {world} ranks; {other_ranks(heads, kv_heads)}"
         )
 
 

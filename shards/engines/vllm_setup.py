@@ -13,6 +13,7 @@ from pathlib import Path
 from platform import machine
 from typing import TYPE_CHECKING, Any
 
+from shards.engines import other_ranks
 from shards.engines.base import EngineOptions, ModelError, Progress
 from shards.engines.peers import Peers
 from shards.engines.threads import usable_cores
@@ -171,10 +172,9 @@ def _check_split(folder: Path, world: int) -> None:
     inner = config.get("text_config")
     heads = (inner if isinstance(inner, dict) else config).get("num_attention_heads")
     if isinstance(heads, int) and heads % world:
-        good = ", ".join(str(ranks) for ranks in range(1, heads + 1) if heads % ranks == 0)
         raise ModelError(
             f"model folder {folder}: {heads} attention heads cannot be split evenly over {world}"
-            f" ranks; --num-shard can be {good}"
+            f" ranks; {other_ranks(heads)}"
         )
 
 

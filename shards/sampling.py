@@ -99,9 +99,14 @@ def splitmix64(value: int) -> int:
     return value ^ value >> 31
 
 
+def mixed(seed: int, position: int) -> int:
+    """64 random bits, a function of its arguments alone."""
+    return splitmix64(splitmix64(seed & _MASK) ^ position)
+
+
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits, a function of its arguments alone."""
-    return (splitmix64(splitmix64(seed & _MASK) ^ position) >> 11) * 2.0**-53
+    return (mixed(seed, position) >> 11) * 2.0**-53
 
 
 @dataclass(slots=True)

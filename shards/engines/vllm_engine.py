@@ -11,8 +11,8 @@ hash, but it drops those of a finished sequence when it likes, and the router's 
 a shared prefix once, could promise memory that is not there. With tables of our own a donor keeps
 its blocks until the plan drops it, sharing is exact, and every rank has the same tables.
 
-Tokens are drawn as everywhere: vLLM takes the argmax, and ``vllm_sampling`` makes that the token of
-our own sampler where a sequence wants more.
+Tokens are drawn by vLLM's own sampler on its device, which ``vllm_sampling`` keeps to our contract,
+or by the project's one sampler on the host; see the option ``sampler``.
 
 With several ranks each process is one rank of vLLM's tensor parallelism (its external launcher),
 and runs the same log. ``peers`` lets them meet, and ends a process whose peer is gone.
@@ -26,6 +26,9 @@ Engine options (``--engine-option key=value``):
 - ``length_max``: the longest sequence. Default: what the model and the cache allow.
 - ``memory_fraction``: share of a device's memory for weights and cache (default 0.9).
 - ``quantization``, ``kv_dtype``: as vLLM's ``--quantization`` and ``--kv-cache-dtype``.
+- ``sampler``: who draws where a sequence wants more than the argmax. ``vllm``: vLLM's own sampler
+  whatever it means as we do, the host's the rest. ``host``: all by the host's, so that a seed draws
+  the same on every engine. Default, ``auto``: ``host`` on CPUs, ``vllm`` elsewhere.
 """
 
 import os
@@ -53,6 +56,7 @@ from shards.engines.threads import ThreadControl
 from shards.engines.vllm_segments import sweep
 from shards.engines.vllm_setup import (
     check,
+    draws_itself,
     environment,
     make,
     meet,
@@ -109,12 +113,13 @@ class VllmEngine(CallerEngine):
         super().__init__(limits)
         self._tables = PageTables(limits.kv_tokens, limits.page_tokens)
         self._processor = _processor(self._runner)
-        self._runner.sampler.gather_logprobs = _gather_logprobs()
         self._adapters = _load_adapters(self._engine, options)
         from shards.engines.vllm_steps import Steps
 
-        self._steps = Steps(self._tables, self._adapters)
         self._info = self._describe(options)
+        own = draws_itself(options, self._info.device)
+        self._processor.take_over(self._runner, own)
+        self._steps = Steps(self._tables, self._adapters, own, limits.vocab_size)
         self._cores = Cores() if self._info.device == "cpu" else None
         if self._cores is not None:
             self._control.start()
@@ -208,15 +213,13 @@ class VllmEngine(CallerEngine):
             self._cores.follow(self._control.threads)
         self._executor.execute_model(self._steps.output(work))
         output = self._executor.sample_tokens(None)
-        index = output.req_id_to_index
-        tokens = [output.sampled_token_ids[index[str(row.sequence)]][0] for row in rows]
         if output.prompt_logprobs_dict:
             self._score(work, output.prompt_logprobs_dict)
-        return self._processor.finish(rows, tokens)
+        return self._processor.finish(rows, output)
 
     def _score(self, work: Work, found: Mapping[str, Any]) -> None:
         """Tells of the prompts that are whole now; vLLM keeps what it found out until then."""
-        from shards.engines.vllm_sampling import scores_of
+        from shards.engines.vllm_params import scores_of
 
         for resident, _ in work:
             tensors = found.get(str(resident.sequence))
@@ -295,13 +298,6 @@ def _processor(runner: Any) -> "RowProcessor":
     processors = runner.input_batch.logitsprocs.all
     found: RowProcessor = next(one for one in processors if isinstance(one, RowProcessor))
     return found
-
-
-def _gather_logprobs() -> Any:
-    """What vLLM scores prompts with here; nothing else of it is asked for log probabilities."""
-    from shards.engines.vllm_sampling import gather_logprobs
-
-    return gather_logprobs
 
 
 def _load_adapters(engine: "LLMEngine", options: EngineOptions) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from shards.engines.caller import Work
-from shards.engines.vllm_sampling import native_params
+from shards.engines.vllm_params import native_params
 from shards.kv import PageTables
 from shards.residents import Resident
 
@@ -19,13 +19,21 @@ from shards.residents import Resident
 class Steps:
     """What vLLM's worker has been told of each sequence, and what it is to be told next.
 
-    ``adapters`` are the LoRA adapters by name. Pages are vLLM's blocks, with the same numbers:
-    both count from 1, and leave 0 to nobody.
+    ``adapters`` are the LoRA adapters by name; ``own`` and ``vocab_size`` are as for
+    ``native_params``. Pages are vLLM's blocks, with the same numbers: both count from 1, and leave
+    0 to nobody.
     """
 
-    def __init__(self, tables: PageTables, adapters: Mapping[str, LoRARequest]) -> None:
+    def __init__(
+        self,
+        tables: PageTables,
+        adapters: Mapping[str, LoRARequest],
+        own: bool,
+        vocab_size: int,
+    ) -> None:
         self._tables = tables
         self._adapters = adapters
+        self._own, self._vocab = own, vocab_size
         self._known: dict[int, _Known] = {}
         self._gone: set[str] = set()
 
@@ -60,7 +68,7 @@ class Steps:
             req_id=name(resident.sequence),
             prompt_token_ids=list(resident.tokens),
             mm_features=[],
-            sampling_params=native_params(resident),
+            sampling_params=native_params(resident, self._own, self._vocab),
             pooling_params=None,
             block_ids=(pages,),
             num_computed_tokens=resident.computed,

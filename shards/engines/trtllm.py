@@ -94,7 +94,6 @@ class TrtllmBackend(Backend):
         extras.finish()
         self._llm: Any = None
         self._llmapi: Any = None
-        self._executor: Any = None
         self._torch: Any = None
         self._adapters: dict[str, Any] = {}
 
@@ -105,14 +104,13 @@ class TrtllmBackend(Backend):
         )
         load = partial(load_package, "trtllm", hint=hint)
         self._llmapi = load("tensorrt_llm.llmapi")
-        self._executor = load("tensorrt_llm.executor")
         self._torch = load("torch")
         if not self._torch.cuda.is_available():
             raise ModelError("trtllm: no NVIDIA GPU: torch.cuda.is_available() says so")
         try:
             self._llm = self._llmapi.LLM(**self._arguments())
             self._adapters = {
-                name: self._executor.LoRARequest(
+                name: self._llmapi.LoRARequest(
                     lora_name=name, lora_int_id=number, lora_path=str(path)
                 )
                 for number, (name, path) in enumerate(self._options.adapters, start=1)
@@ -200,7 +198,7 @@ class TrtllmBackend(Backend):
                 lora_request=self._adapters.get(ask.adapter),
                 streaming=True,
             )
-        except ValueError as error:
+        except (ValueError, self._llmapi.RequestError) as error:
             raise RequestFailed(f"trtllm refused the request: {one_line(error)}") from error
         made = 0
         try:
@@ -211,7 +209,7 @@ class TrtllmBackend(Backend):
                 if fresh:
                     yield [_token(output, index, ask.sampling) for index in fresh]
                 _check_end(output)
-        except self._executor.RequestError as error:
+        except self._llmapi.RequestError as error:
             # There is nothing to abort any more, though it does not count as finished.
             raise RequestFailed(f"trtllm failed the request: {one_line(error)}") from error
         except (RequestFailed, asyncio.CancelledError, GeneratorExit):

@@ -128,6 +128,7 @@ def test_every_argument_and_field_is_in_the_recorded_signature() -> None:
     arguments = keys_of(ADAPTER, "_arguments")
     # All of the constructor's arguments are in the interface that the project keeps stable.
     assert arguments <= stable
+    assert arguments <= set(fields("trtllm", "BaseLlmArgs", "TorchLlmArgs"))
     assert keys_of(ADAPTER, "_sampling") <= set(fields("trtllm", "SamplingParams")) & stable
     assert call_keywords(ADAPTER, "KvCacheConfig") == nested
     assert nested <= set(fields("trtllm", "KvCacheConfig"))
@@ -138,7 +139,7 @@ def test_every_argument_and_field_is_in_the_recorded_signature() -> None:
     assert called <= set(known)
     assert names_read(ADAPTER, "_llm") == {"generate_async", "shutdown"}
     assert names_read(ADAPTER, "output") <= set(fields("trtllm", "CompletionOutput"))
-    for name in names_read(ADAPTER, "_llmapi") | names_read(ADAPTER, "_executor"):
+    for name in names_read(ADAPTER, "_llmapi"):
         assert recorded("trtllm", "names", name)
     for name in names_read(ADAPTER, "result"):
         assert name == "outputs" or recorded("trtllm", "functions", f"GenerationResult.{name}")
@@ -285,7 +286,7 @@ def test_a_start_that_fails_late_gives_the_memory_back(
     def refuse(**_given: Any) -> None:
         raise ValueError("lora_path (poet) does not exist.")
 
-    monkeypatch.setattr(package["tensorrt_llm__executor"], "LoRARequest", refuse)
+    monkeypatch.setattr(package["tensorrt_llm__llmapi"], "LoRARequest", refuse)
     with pytest.raises(ModelError, match=r"^trtllm: did not start: lora_path \(poet\) does not"):
         make(adapters=(("poet", tmp_path),))
     assert fake().shut_down == 1
@@ -318,6 +319,23 @@ def test_a_request_that_fails_fails_alone(engine: Engine, prompts: list[list[int
     assert len(decode(engine, 2, 3)) == 3
     # What has failed is gone there, too.
     assert fake().toy.aborted == []
+
+
+@pytest.mark.parametrize("kind", [ValueError, fake_trtllm.RequestError])
+def test_a_request_that_it_does_not_take_fails_alone(
+    engine: Engine, prompts: list[list[int]], kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = fake_trtllm.ToyEngine.submit
+
+    def submit(toy: fake_trtllm.ToyEngine, request: fake_trtllm.Running) -> None:
+        if request.tokens[0] == 99:
+            raise kind("too long")
+        take(toy, request)
+
+    monkeypatch.setattr(fake_trtllm.ToyEngine, "submit", submit)
+    generate(engine, 2, prompts[1], 1)
+    outcome = engine.step(Plan(admits=[admit(1, [99, 1])], work=[(1, 2), (2, 1)]))
+    assert outcome.failures == {1: "trtllm refused the request: too long"}
 
 
 def test_a_drop_aborts_the_request(engine: Engine) -> None:

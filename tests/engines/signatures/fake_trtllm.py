@@ -18,7 +18,7 @@ Logprob = record_class("Logprob", fields("trtllm", "Logprob"))
 
 
 class RequestError(RuntimeError):
-    """As in ``tensorrt_llm.executor``."""
+    """As in ``tensorrt_llm.llmapi``."""
 
 
 class RequestOutput:
@@ -76,7 +76,7 @@ class LLM:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = bind("trtllm", "BaseLLM.__init__", args, kwargs)
-        known = {*fields("trtllm", "BaseLlmArgs"), "stream_interval"}
+        known = set(fields("trtllm", "BaseLlmArgs", "TorchLlmArgs"))
         if given.keys() - known:
             raise ValueError(f"LLM got invalid argument: {sorted(given.keys() - known)}")
         if self.broken:
@@ -151,15 +151,15 @@ def modules(*, gpu: bool = True) -> dict[str, ModuleType]:
     """The package's modules, by name with ``__`` for a dot, and torch."""
     top = ModuleType("tensorrt_llm")
     llmapi = ModuleType("tensorrt_llm.llmapi")
-    executor = ModuleType("tensorrt_llm.executor")
     llm_args = ModuleType("tensorrt_llm.llmapi.llm_args")
     offers = {
         llmapi: {
             "LLM": type("LLM", (LLM,), {}),
             "SamplingParams": SamplingParams,
             "KvCacheConfig": KvCacheConfig,
+            "LoRARequest": LoRARequest,
+            "RequestError": RequestError,
         },
-        executor: {"LoRARequest": LoRARequest, "RequestError": RequestError},
         llm_args: {"LoraConfig": LoraConfig},
     }
     for module, names in offers.items():
@@ -169,7 +169,6 @@ def modules(*, gpu: bool = True) -> dict[str, ModuleType]:
     return {
         "tensorrt_llm": top,
         "tensorrt_llm__llmapi": llmapi,
-        "tensorrt_llm__executor": executor,
         "tensorrt_llm__llmapi__llm_args": llm_args,
         "torch": torch_module(gpu=gpu),
     }

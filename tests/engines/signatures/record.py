@@ -6,7 +6,8 @@
 PATH is an unpacked wheel or a checkout. Nothing of it is imported or run. A recorded file
 (``<engine>.json`` beside this one) lists, for each source file, its sha256 and what was looked up
 in it; ``version`` and ``source`` say where it came from. No text of the package is kept. Of
-TensorRT-LLM single files could be read, but not be had: they have a commit in place of the hash.
+TensorRT-LLM only the pages could be read on which a release's documentation lists its source: they
+have a commit in place of the hash.
 ``origin`` does the same from a public repository.
 
 What to look up is named in ``WANTED``: a class's fields, a function's or method's parameters, the
@@ -120,15 +121,16 @@ WANTED: dict[str, Wanted] = {
         },
     },
     "trtllm": {
-        "tensorrt_llm/llmapi/__init__.py": {"names": ["LLM", "SamplingParams", "KvCacheConfig"]},
+        "tensorrt_llm/llmapi/__init__.py": {
+            "names": ["LLM", "SamplingParams", "KvCacheConfig", "LoRARequest", "RequestError"]
+        },
         "tensorrt_llm/llmapi/llm.py": {"functions": ["BaseLLM.__init__", "BaseLLM.generate_async"]},
         "tensorrt_llm/llmapi/llm_args.py": {
-            "classes": ["BaseLlmArgs", "KvCacheConfig"],
+            "classes": ["BaseLlmArgs", "TorchLlmArgs", "KvCacheConfig"],
             "names": ["LoraConfig"],
         },
         "tensorrt_llm/lora_helper.py": {"classes": ["LoraConfig"]},
         "tensorrt_llm/sampling_params.py": {"classes": ["SamplingParams"]},
-        "tensorrt_llm/executor/__init__.py": {"names": ["LoRARequest", "RequestError"]},
         "tensorrt_llm/executor/request.py": {"classes": ["LoRARequest"]},
         "tensorrt_llm/executor/result.py": {
             "classes": ["CompletionOutput", "Logprob"],
@@ -294,7 +296,7 @@ def load(engine: str) -> dict[str, Any]:
 
 
 # Where a file was read that could not be had as a whole; a commit stands for its contents.
-_NOTES = ("commit", "chars")
+_NOTES = ("commit", "page", "chars")
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -15,14 +15,14 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count, repeat
-from typing import Protocol, assert_never
+from typing import assert_never
 
 from router import journal
 from router.alarm import Alarm
 from router.channel import Channel
 from router.core.effects import Abandon, Close, Deliver, Effect, Left, RunPlan
 from router.core.events import Ended, Event, Reason, Submitted, Ticked
-from router.core.snapshot import Snapshot
+from router.driven import Scheduler, Workers
 from router.errors import Fault, RequestError
 from router.metrics import Lifetime, Metrics
 from router.tracing import CALL, NO_ANSWER, Answer
@@ -37,35 +37,6 @@ STANDSTILL_MS = 1000
 stopped, or its machine was."""
 HEAR_S = 0.25
 """What is then heard before anybody is found late: the answers are there, and were not read."""
-
-
-class Scheduler(Protocol):
-    """What the driver drives: ``router.core.scheduler.Core``, or a script in its place."""
-
-    def observe(self, now_ms: int, event: Event) -> list[Effect]:
-        """Records one thing that has happened."""
-
-    def plan(self, now_ms: int) -> list[Effect]:
-        """Decides all that can be decided now."""
-
-    def wake_at(self) -> int | None:
-        """The instant at which ``plan`` is due even if nothing happens, or None."""
-
-    def snapshot(self) -> Snapshot:
-        """The state in numbers."""
-
-
-class Workers(Protocol):
-    """One group, as far as effects reach it. No method waits."""
-
-    def write(self, plan: RunPlan) -> None:
-        """Sends a plan to every rank; ignores one of a former epoch."""
-
-    def abandon(self, effect: Abandon) -> None:
-        """Ends the streams of this epoch and starts a new one."""
-
-    def left(self, effect: Left) -> None:
-        """Ends the streams of this epoch, in which nothing runs any more."""
 
 
 def monotonic_ms() -> int:
@@ -98,7 +69,8 @@ class Driver:
         self._waking = False
         self._inbox: list[Event] = []
         self._submissions = 0
-        self._bell: asyncio.Future[None] | None = None
+        self._bell: asyncio.Future[None] | None = None  # while ``run`` waits
+        self._fault: Exception | None = None
         self._emptied: asyncio.Future[None] | None = None
         self._refusal: str | None = None
         self._stopping = False
@@ -199,6 +171,24 @@ class Driver:
         self._inbox.append(event)
         self._ring()
 
+    def act(self, *events: Event) -> None:
+        """Posts them, and takes the turn now that would be taken in the next pass of the loop.
+
+        For those who have read all that there was on a connection: each step begins, and each first
+        token comes, so much sooner. What clients submit comes one by one, and shares a turn.
+        """
+        self._inbox += events
+        bell, self._bell = self._bell, None
+        now_ms = self._clock()
+        if bell is not None and self._alarm.late_ms(now_ms) < 0 and not self._stopping:
+            try:
+                self._turn(now_ms, timed=False)
+            except Exception as fault:  # noqa: BLE001 - it is the driver's, who ends by it
+                self._fault = fault
+        self._bell = bell
+        if self._inbox or self._fault is not None:
+            self._ring()
+
     async def run(self) -> None:
         """Runs until ``stop``. Whatever ends it, no reader of a channel is left waiting.
 
@@ -210,8 +200,12 @@ class Driver:
             self._alarm.set(self._core.wake_at())
             while not self._stopping:
                 await self._news(loop)
+                self._bell = None
+                self._raise_fault()
                 now_ms = self._clock()
                 late_ms = self._alarm.late_ms(now_ms)
+                if not self._inbox and late_ms < 0:
+                    continue  # somebody has acted on it
                 if late_ms > STANDSTILL_MS:
                     log.warning("this process stood still; hearing what came meanwhile")
                     await asyncio.sleep(HEAR_S)
@@ -222,6 +216,7 @@ class Driver:
             log.critical("the driver failed", exc_info=True)
             raise
         finally:
+            self._bell = None
             self._alarm.stop()
             self._refusal = self._refusal or detail
             self._close_all(detail)
@@ -250,6 +245,10 @@ class Driver:
     def _ring(self) -> None:
         if self._bell is not None and not self._bell.done():
             self._bell.set_result(None)
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            raise self._fault
 
     def _news(self, loop: asyncio.AbstractEventLoop) -> Awaitable[None]:
         """Comes when the inbox holds something, the core's timer is due, or ``stop`` is called."""

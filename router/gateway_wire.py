@@ -134,11 +134,17 @@ def submit_to_wire(submitted: Submitted, now_ms: int) -> pb.Submit:
     )
 
 
-def submitted_of(wire: pb.Submit, request: int, model: str, now_ms: int) -> Submitted:
-    """A request as the core knows it, by the router's number."""
-    # A copy: a part of a message would keep the whole of it.
-    sampling = Sampling()
-    sampling.CopyFrom(wire.sampling)
+def submitted_of(
+    wire: pb.Submit, request: int, model: str, now_ms: int, *, alone: bool = False
+) -> Submitted:
+    """A request as the core knows it, by the router's number.
+
+    ``alone``: its message has nothing else in it, which its sampling, a part of it, would keep.
+    """
+    sampling = wire.sampling
+    if not alone:
+        sampling = Sampling()
+        sampling.CopyFrom(wire.sampling)
     return Submitted(
         request=request,
         model=model,

@@ -61,6 +61,9 @@ class Inbox(Protocol):
     def post(self, event: Event) -> None:
         """Takes an event; never refuses, never waits."""
 
+    def act(self, event: Event) -> None:
+        """Takes an event, and acts on it before it returns."""
+
 
 class Group:
     """Owner of one group's links. ``run`` is its task; no other method but ``wait_up`` waits.
@@ -277,7 +280,7 @@ class Group:
 
     def _stepped(self, done: StepDone, step_s: float) -> None:
         self._calls.answered(step_s)
-        self._inbox.post(done)
+        self._inbox.act(done)
 
 
 async def _prepare(links: Sequence[Link], constraint: Constraint) -> None:

@@ -88,6 +88,9 @@ class Owner(Protocol):
     def post(self, event: Event) -> None:
         """Makes the driver ask for what is to be done."""
 
+    def act(self, event: Event) -> None:
+        """The same, at once."""
+
     def life(self, request: int) -> Lifetime | None:
         """What metrics know of an open request."""
 
@@ -181,7 +184,7 @@ class RemoteCore:
             if self._open.pop(close.request, None) is not None:
                 reason = reason_of_wire(close.reason)
                 self._arrived.append(Close(close.request, reason, close.detail))
-        self.owner.post(Ticked())
+        self.owner.act(Ticked())
 
     def _begun(self, start: pb.Start, now_ms: int) -> None:
         life = self.owner.life(start.request)

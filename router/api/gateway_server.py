@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from time import monotonic
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -55,6 +56,8 @@ GATEWAYS_MAX = 256
 HELLO_DEADLINE_S = 10.0
 WRITE_DEADLINE_S = 10.0
 """A gateway that takes so long to read one message stands still."""
+WATCH_S = 2.5
+"""How often it is looked at. A timer for each message would cost more than all else it takes."""
 
 M = TypeVar("M", bound=Message)
 Messages = AsyncIterator[Received[pb.FromGateway]]
@@ -83,12 +86,14 @@ class Attached:
 
     def hear(self, message: pb.FromGateway) -> None:
         """Takes what the gateway sent. Raises RequestError if that breaks the rules."""
-        for submit in message.submits:
-            self._submit(submit)
+        submits = message.submits
+        for submit in submits:
+            self._submit(submit, alone=len(submits) == 1)
         for end in message.ends:
             request = self._open.pop(end.request, None)
             if request is not None:
                 self._driver.end(request, reason_of_wire(end.reason))
+        self._driver.act()
         if self.closing:
             self.outbox.wake()  # that may have been the last one
 
@@ -109,11 +114,11 @@ class Attached:
             self._driver.end(request, Reason.CANCELLED)
         self.left += len(left)
 
-    def _submit(self, wire: pb.Submit) -> None:
+    def _submit(self, wire: pb.Submit, *, alone: bool) -> None:
         if wire.request in self._open:
             raise invalid(f"request {wire.request} was submitted twice", "submits")
         try:
-            submitted = self._checked(wire)
+            submitted = self._checked(wire, alone=alone)
             channel_of = partial(GatewayChannel, self.outbox, wire.request, self._open)
             trace = self._tracing.forwarded(wire.traceparent, wire.tracestate)
             self._driver.submit(submitted, channel_of, trace)
@@ -124,14 +129,14 @@ class Attached:
             return
         self._open[wire.request] = submitted.request
 
-    def _checked(self, wire: pb.Submit) -> Submitted:
+    def _checked(self, wire: pb.Submit, *, alone: bool) -> Submitted:
         """The request, if it fits the fleet as it is now: the gateway may not have heard yet.
 
         Raises RequestError.
         """
         card = self._fleet.model(wire.model)
         request = self._driver.next_request_id()
-        submitted = submitted_of(wire, request, card.id, self._driver.now_ms())
+        submitted = submitted_of(wire, request, card.id, self._driver.now_ms(), alone=alone)
         check_vocabulary(submitted.prompt, card.vocab_size, "prompt")
         length = len(submitted.prompt) + wire.max_tokens
         if not (submitted.prompt and wire.max_tokens and length <= card.max_total_tokens):
@@ -319,14 +324,16 @@ async def _serve(gateway: Attached, messages: Messages, context: Context) -> Non
 
     The gateway's requests are ended as soon as that has happened.
     """
+    writer = _Writer(gateway, context)
     reading = asyncio.ensure_future(_read(gateway, messages))
-    writing = asyncio.ensure_future(_write(gateway, context))
-    work: list[asyncio.Future[None]] = [reading, writing, gateway.outbox.overflown]
+    writing = asyncio.ensure_future(writer.run())
+    watching = asyncio.ensure_future(writer.watch())
+    work: list[asyncio.Future[None]] = [reading, writing, watching, gateway.outbox.overflown]
     try:
         await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
         if gateway.outbox.overflown.done():
             raise RequestError(Fault.OVERLOADED, TOO_SLOW)
-        for one in (reading, writing):
+        for one in (reading, writing, watching):
             if one.done():
                 one.result()
     finally:
@@ -342,13 +349,27 @@ async def _read(gateway: Attached, messages: Messages) -> None:
         gateway.hear(understood(message))
 
 
-async def _write(gateway: Attached, context: Context) -> None:
+class _Writer:
     """Tells the gateway everything; ends with the last request of a router that closes."""
-    while not gateway.done:
-        await gateway.outbox.wait()
-        for message in gateway.outbox.take():
-            try:
-                async with asyncio.timeout(WRITE_DEADLINE_S):
-                    await context.write(message)
-            except TimeoutError:
-                raise RequestError(Fault.OVERLOADED, TOO_SLOW) from None
+
+    def __init__(self, gateway: Attached, context: Context) -> None:
+        self._gateway = gateway
+        self._context = context
+        self._since_s: float | None = None
+
+    async def run(self) -> None:
+        """Owner of the writing half."""
+        while not self._gateway.done:
+            await self._gateway.outbox.wait()
+            for message in self._gateway.outbox.take():
+                self._since_s = monotonic()
+                await self._context.write(message)
+                self._since_s = None
+
+    async def watch(self) -> None:
+        """Ends in RequestError, once a message is not written in time."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            since_s = self._since_s
+            if since_s is not None and monotonic() - since_s > WRITE_DEADLINE_S:
+                raise RequestError(Fault.OVERLOADED, TOO_SLOW)

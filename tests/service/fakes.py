@@ -134,6 +134,8 @@ class Post:
     def post(self, event: Event) -> None:
         self.events.append(event)
 
+    act = post
+
     async def nth(self, kind: type[E], number: int = 1) -> E:
         """Waits for the event of this kind that is the ``number``-th of them."""
         await until(lambda: len(self.of(kind)) >= number)

@@ -354,6 +354,7 @@ async def test_a_gateway_that_stands_still_loses_its_requests_and_stalls_nobody(
         monkeypatch.setattr(gateway_outbox, "WEIGHT_MAX", 200_000)
     else:
         monkeypatch.setattr(gateway_server, "WRITE_DEADLINE_S", 0.2)
+        monkeypatch.setattr(gateway_server, "WATCH_S", 0.05)
     # Some 600 kB for each step: the stream holds a few megabytes before it makes its writer wait.
     top = TokenLogprobs(logprob=-1, top_tokens=range(1000), top_values=[-1.0] * 1000)
     async with place() as here, here.attached() as still, here.attached() as other:

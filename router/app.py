@@ -20,7 +20,7 @@ from router.core.scheduler import Core
 from router.core.state import CoreConfig
 from router.driver import Driver, monotonic_ms
 from router.faces import Faces, Signals, settle_memory, unless
-from router.fleet import Fleet
+from router.fleet import Fleet, ModelCard
 from router.groups import Groups
 from router.identities import Identities
 from router.logs import configure
@@ -44,6 +44,16 @@ def core_config(settings: Settings) -> CoreConfig:
         resume_streams=settings.resume_streams,
         resume_timeout_ms=math.ceil(settings.resume_timeout_s * 1000),
     )
+
+
+def shortened(settings: Settings, model: ModelCard) -> str:
+    """One line if a model's longest request is shorter than the settings say, "" if it is not."""
+    pairs = (
+        ("max_input_tokens", settings.max_input_tokens, model.max_input_tokens),
+        ("max_total_tokens", settings.max_total_tokens, model.max_total_tokens),
+    )
+    less = [f"{name} is {held}, not {asked}" for name, asked, held in pairs if (asked or 0) > held]
+    return f"{', '.join(less)}: that is what {model.id} and its workers hold" if less else ""
 
 
 class Router:
@@ -88,6 +98,7 @@ class Router:
         )
         self._tasks = asyncio.TaskGroup()
         self._watching = ExitStack()
+        self._shortened: set[str] = set()
 
     def own(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Starts a task whose failure ends the router."""
@@ -96,10 +107,18 @@ class Router:
     def _tell_of_groups(self) -> None:
         self.tracing.groups_changed(self.fleet.groups_up())
 
+    def _tell_of_lengths(self) -> None:
+        """Warns once of a model whose requests can be less long than was asked for."""
+        lines = {shortened(self.settings, model) for model in self.fleet.models()} - {""}
+        for line in sorted(lines - self._shortened):
+            log.warning("%s", line)
+        self._shortened = lines
+
     async def __aenter__(self) -> Self:
         """Starts the driver and begins to connect the groups."""
         await self._tasks.__aenter__()
         self.own(self.driver.run(), "driver")
+        self._watching.enter_context(self.fleet.watched(self._tell_of_lengths))
         if self.tracing.on:
             self._watching.enter_context(self.fleet.watched(self._tell_of_groups))
         self.groups.start()
@@ -144,7 +163,7 @@ async def serve(
     changes: MakeChanges = _no_changes,
     on_stopping: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves REST and gRPC until SIGTERM or SIGINT has been obeyed.
+    """Serves REST and gRPC until a signal to end, see ``Signals``, has been obeyed.
 
     With ``open_when_ready`` its ports are closed until a first group is up, as TGI's are, whose
     clients try again when a connection is refused; if none can be, it ends. Without it, requests

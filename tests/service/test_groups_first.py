@@ -7,7 +7,7 @@ import pytest
 
 from router.app import Router
 from router.config import ConfigError, GroupSpec, Settings
-from tests.service.fakes import Bench, Liar, bench_in, serving
+from tests.service.fakes import Bench, Liar, bench_in, serving, until
 from tests.service.test_driver_workers import submit
 
 
@@ -43,6 +43,33 @@ async def test_each_of_several_is_named_once_none_is_left(tmp_path: Path) -> Non
         with pytest.raises(ConfigError) as caught:
             await router.groups.wait_first()
     assert [fault[:8] for fault in sorted(caught.value.faults)] == ["group g0", "group g1"]
+
+
+async def test_lengths_that_it_does_not_hold_are_told_once(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = {"kv_tokens": 512}
+    settings = Settings(max_input_tokens=900, max_total_tokens=1000)
+    groups = [
+        GroupSpec(name, None, (await bench.start(name, limits=limits),)) for name in ("a", "b")
+    ]
+    async with Router(settings, groups) as router:
+        await until(lambda: all(router.fleet.groups_up().values()))
+        told = [message for message in caplog.messages if "not 1000" in message]
+    assert told == [
+        "max_input_tokens is 511, not 900, max_total_tokens is 512, not 1000: that is what m and"
+        " its workers hold"
+    ]
+
+
+async def test_lengths_that_it_holds_are_not_told(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(max_total_tokens=512)
+    address = await bench.start("a", limits={"kv_tokens": 512})
+    async with Router(settings, [GroupSpec("a", None, (address,))]) as router:
+        await router.fleet.wait_ready()
+    assert not [message for message in caplog.messages if "max_total_tokens" in message]
 
 
 async def test_one_that_serves_is_enough(bench: Bench, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from router.api.groups_face import offered
 from router.change import Workers
 from router.changing import Changes
 from router.config import GroupSpec, Settings
+from router.faces import ending_signals
 from router.remote_workers import RemoteWorkers
 
 OnReady = Callable[[int, int], None]
@@ -61,7 +62,7 @@ def check_ports(settings: Settings) -> None:
 async def serve(
     settings: Settings, groups: Sequence[LocalGroup], further: FurtherGroups, console: Console
 ) -> None:
-    """Serves one model, by all groups, until SIGTERM or SIGINT has been obeyed.
+    """Serves one model, by all groups, until a signal to end has been obeyed.
 
     The router begins when the workers have loaded: its ports are closed until it reaches one.
     ``further`` makes the groups that are asked for from then on.
@@ -85,7 +86,7 @@ async def serve(
 
 
 async def route(settings: Settings, groups: tuple[GroupSpec, ...], console: Console) -> None:
-    """Serves the models of workers elsewhere until SIGTERM or SIGINT has been obeyed."""
+    """Serves the models of workers elsewhere until a signal to end has been obeyed."""
     check_ports(settings)
     changes = controlled(lambda router: RemoteWorkers(len(groups), router.identities.cluster))
     on_ready = _announcer(settings, "", console)
@@ -135,8 +136,10 @@ async def _together(
     try:
         async with asyncio.TaskGroup() as tasks:
             keeper = tasks.create_task(supervisor.run())
-            # The router's own handlers take over when it begins.
-            loop.add_signal_handler(signal.SIGTERM, this.cancel)
+            # The router's own handlers take over when it begins. Ctrl-C is Python's until then.
+            for number in ending_signals():
+                if number != signal.SIGINT:
+                    loop.add_signal_handler(number, this.cancel)
             await supervisor.all_ready()
             await app.serve(
                 settings,

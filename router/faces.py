@@ -47,20 +47,28 @@ FLUSH_S = 3.0
 """What closed answers may take to be written out to their clients."""
 
 
-class Signals:
-    """SIGTERM and SIGINT, counted: ``first`` asks for an orderly end, ``second`` for a quick one.
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """What asks for an orderly end: SIGHUP too, but not where ``nohup`` has it ignored."""
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hangup)
 
-    A third one has its usual effect. Use as a context manager in the main thread.
+
+class Signals:
+    """Signals counted: ``first`` asks for an orderly end, ``second`` for a quick one.
+
+    A third one has its usual effect. A terminal that closes is told by the system and by a shell:
+    SIGHUP is never a second one. Use as a context manager in the main thread.
     """
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
+        self._numbers = ending_signals()
 
     def __enter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._caught)
+        for number in self._numbers:
+            loop.add_signal_handler(number, self._caught, number)
         return self
 
     def __exit__(
@@ -73,10 +81,12 @@ class Signals:
 
     def _let_go(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self._numbers:
             loop.remove_signal_handler(number)
 
-    def _caught(self) -> None:
+    def _caught(self, number: signal.Signals) -> None:
+        if self.first.is_set() and number == signal.SIGHUP:
+            return
         if self.first.is_set():
             self.second.set()
             self._let_go()

@@ -282,7 +282,7 @@ async def serve(
     on_ready: Callable[[int], None],
     on_stopping: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves REST before the router until SIGTERM or SIGINT has been obeyed, as a router does.
+    """Serves REST before the router until a signal to end has been obeyed, as a router does.
 
     ``on_ready`` gets the port of the first listener once the gateway is attached and some group is
     up, ``on_stopping`` is called once the intake stops. Raises ``ConfigError`` if the router will

@@ -202,16 +202,23 @@ async def _leave(worker: Worker, orders: _Orders, limit_s: float) -> None:
 
 
 def _watch_signals(leave: asyncio.Event) -> None:
-    """The first SIGTERM or SIGINT asks to leave; the second ends the process at once."""
+    """The first SIGTERM, SIGINT or SIGHUP asks to leave; the second ends the process at once.
+
+    A terminal that closes is told by the system and by a shell: SIGHUP is never a second one. It is
+    ignored where ``nohup`` has it so.
+    """
 
     def on_signal(number: int) -> None:
+        if leave.is_set() and number == signal.SIGHUP:
+            return
         if leave.is_set():
             os._exit(128 + number)
         leave.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, on_signal, number)
 
 
 def _watch_parent(end: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:

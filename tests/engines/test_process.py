@@ -82,7 +82,7 @@ def test_reports_loading_and_readiness(start) -> None:
     assert told.engine == "scripted"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_in_good_order(start, number: signal.Signals) -> None:
     worker = start(*SCRIPTED)
     worker.hear("ready")
@@ -179,7 +179,7 @@ def broken(log: Log) -> tuple[grpc.StatusCode, str]:
 STOPPING = (grpc.StatusCode.UNAVAILABLE, "the worker is stopping")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_the_router_end_what_runs(start, number: signal.Signals) -> None:
     worker = start(*SCRIPTED)
     with log_of(worker) as log:

@@ -151,6 +151,32 @@ async def test_the_first_signal_lets_answers_end_and_takes_no_more(bench: Bench)
         await router.ended()
 
 
+async def test_a_closed_terminal_is_a_signal_too_however_often_it_is_told(bench: Bench) -> None:
+    async with served(bench, {}) as router:
+        bench.gates["a"].clear()
+        answer = asyncio.create_task(stream(router, 40, asyncio.Event()))
+        await until(lambda: bench.engines["a"].begun)
+        kill(signal.SIGHUP)
+        await until(lambda: refused(router.port))
+        kill(signal.SIGHUP)
+        bench.gates["a"].set()
+        assert '"generated_text":null' not in (await answer).rsplit("data:", 1)[1]
+        await router.ended()
+
+
+async def test_where_nohup_has_it_ignored_it_goes_on(bench: Bench) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        async with served(bench, {}) as router:
+            kill(signal.SIGHUP)
+            assert await stream(router, 4, asyncio.Event())
+            assert not refused(router.port)
+            kill(signal.SIGTERM)
+            await router.ended()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 async def test_the_limit_of_the_drain_closes_what_is_left(bench: Bench) -> None:
     async with served(bench, {"step_ms": "1"}, graceful_termination_timeout_s=0.05) as router:
         got = asyncio.Event()

@@ -129,13 +129,16 @@ def test_a_killed_router_ends_streams_with_an_event_and_its_successor_is_found(
             assert answers(before)
 
 
-def test_sigterm_lets_a_running_answer_end_and_exits_with_0(router: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_a_running_answer_end_and_exits_with_0(
+    router: Server, tmp_path: Path, number: signal.Signals
+) -> None:
     body = {"inputs": "Count", "parameters": {"max_new_tokens": 100}}
     with gateway(tmp_path, router.grpc) as before:
         with before.client.stream("POST", "/generate_stream", json=body) as response:
             lines = (line for line in response.iter_lines() if line)
             next(lines)
-            before.signal(signal.SIGTERM)
+            before.signal(number)
             last = data(list(lines)[-1])
         assert last["generated_text"]
         assert before.wait() == 0

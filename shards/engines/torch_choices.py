@@ -40,7 +40,7 @@ def choose_native(
     wanted: str, dtype: torch.dtype, *, packing: bool
 ) -> tuple["Native | None", tuple[str, ...]]:
     """Kernels of our own for CPUs, if any, and what to warn of; see ``packs``."""
-    able = packing and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+    able = packing and dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()  # noqa: SLF001 - no public one
     if wanted == "on" and not able:
         raise ModelError(
             "torch: engine option native=on: the kernels are for packed bfloat16 weights on CPUs"

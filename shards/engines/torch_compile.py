@@ -192,7 +192,7 @@ def _settings() -> Iterator[None]:
     with (
         torch._dynamo.config.patch(variants),  # noqa: SLF001 - documented, as is the next
         # Else as many rows as a head has numbers would be taken for the same thing.
-        torch.fx.experimental._config.patch(use_duck_shape=False),  # noqa: SLF001
+        torch.fx.experimental._config.patch(use_duck_shape=False),  # noqa: SLF001 - documented too
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

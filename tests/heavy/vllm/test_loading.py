@@ -11,6 +11,7 @@ import torch
 
 from shards.engines import load
 from shards.engines.base import EngineOptions, ModelError
+from shards.engines.vllm_setup import draws_itself
 from tests.heavy.models import tiny_llama_folder
 
 # vLLM, PyTorch and transformers warn about themselves.
@@ -73,6 +74,7 @@ def test_loading_reports_progress() -> None:
     [
         ({"extra": (("speed", "1"),)}, "unknown engine option speed"),
         ({"extra": (("memory_fraction", "1.5"),)}, "at most 1"),
+        ({"extra": (("sampler", "fast"),)}, "sampler=fast is not one of auto, vllm, host$"),
         ({"world": 2, "rank": 1}, "--rendezvous"),
         ({"world": 3, "rendezvous": "127.0.0.1:1"}, "over 3 ranks; --num-shard can be 1, 2, 4$"),
         ({"model": None}, "--model FOLDER is missing"),
@@ -89,6 +91,23 @@ def test_a_mistake_is_one_line(
     with pytest.raises(ModelError, match=reason) as caught:
         load("vllm", EngineOptions(**given), lambda _fraction: None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "own"),
+    [
+        ("", "cpu", False),
+        ("auto", "cpu", False),
+        ("auto", "cuda", True),
+        ("vllm", "cpu", True),
+        ("host", "cuda", False),
+    ],
+)
+def test_who_draws_is_chosen_by_the_device_if_it_is_not_asked_for(
+    asked: str, device: str, own: bool
+) -> None:
+    extra = (("sampler", asked),) if asked else ()
+    assert draws_itself(EngineOptions(None, "x", extra=extra), device) is own
 
 
 class _Met(Exception):

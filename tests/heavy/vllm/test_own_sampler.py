@@ -193,6 +193,7 @@ def test_logits_that_are_not_numbers_fail_their_sequences(
     alone = {n: generate(engine, n, prompt, 1, one) for n, one in well.items()}
     engine.step(Plan(drops=list(well)))
     change_logits(engine, monkeypatch, spoil)
+    soothed = _watch(engine, monkeypatch)
     plan = Plan(
         admits=[admit(n, prompt, one) for n, one in well.items()],
         work=[*((n, 1) for n in asked), *((n, len(prompt)) for n in well)],
@@ -203,10 +204,24 @@ def test_logits_that_are_not_numbers_fail_their_sequences(
     assert outcome.sequences == list(well)
     assert outcome.tokens == [alone[n][0] for n in well]
     assert 62 in outcome.logprobs
+    assert soothed == [True]
+
+
+def _watch(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether all rows that vLLM draws from are such that its operators can draw, at each step."""
+    sampler = engine._runner.sampler
+    sample, seen = sampler.sample, []
+
+    def watched(logits: torch.Tensor, *more: object) -> object:
+        seen.append(bool(logits.amax(dim=-1).isfinite().all()))
+        return sample(logits, *more)
+
+    monkeypatch.setattr(sampler, "sample", watched)
+    return seen
 
 
 def test_a_sequence_without_a_token_left_fails_alone(
-    engine: VllmEngine, prompts: list[list[int]]
+    engine: VllmEngine, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = prompts[0][:20]
     only = Constraint(ConstraintKind.REGEX, "A+")
@@ -216,6 +231,7 @@ def test_a_sequence_without_a_token_left_fails_alone(
     guided = SamplingParams(constraint=only, min_tokens=2, stop_tokens=(letter,))
     alone = generate(engine, 1, prompt, 1, OWN["top_k"])
     assert generate(engine, 2, prompt, 1, SamplingParams(constraint=only)) == [letter]
+    soothed = _watch(engine, monkeypatch)
     for hosted in (False, True):
         engine.reset()
         engine._processor._own = engine._steps._own = not hosted
@@ -229,3 +245,4 @@ def test_a_sequence_without_a_token_left_fails_alone(
         assert outcome.sequences == [3]
         if not hosted:
             assert outcome.tokens == alone
+    assert soothed == [True, True]

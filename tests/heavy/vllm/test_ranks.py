@@ -3,6 +3,7 @@
 import re
 import signal
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -15,6 +16,7 @@ from shards.engines.base import EngineOptions, Plan, SamplingParams
 from shards.engines.vllm_segments import SHARED_MEMORY
 from shards.v1 import shard_pb2 as pb
 from shards.v1 import shard_pb2_grpc
+from shards.wire import plan_from_wire
 from tests.engines.driving import admit
 from tests.heavy.models import tiny_llama_folder
 from tests.heavy.vllm.worker_processes import Group, Rank, group
@@ -71,10 +73,9 @@ def drawn(outcomes: list[pb.Outcome]) -> dict[int, list[int]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[int, list[int]]:
-    """What one rank that has everything draws."""
-    options = EngineOptions(
+def alone_options() -> EngineOptions:
+    """Of one rank that has everything."""
+    return EngineOptions(
         tiny_llama_folder(),
         "tiny",
         kv_tokens=1024,
@@ -84,7 +85,12 @@ def alone() -> dict[int, list[int]]:
         dtype="float32",
         extra=(("eager", "1"),),
     )
-    engine = load("vllm", options, lambda _fraction: None)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[int, list[int]]:
+    """What one rank that has everything draws."""
+    engine = load("vllm", alone_options(), lambda _fraction: None)
     found = {}
     for n, tokens in enumerate(prompts(), start=1):
         made = admit(n, tokens, SamplingParams() if n % 2 else SAMPLED)
@@ -101,6 +107,36 @@ def check(told: list[list[pb.Outcome]], alone: dict[int, list[int]]) -> None:
     assert [one.digest for one in first] == [one.digest for one in second]
     for sequence, tokens in drawn(first).items():
         assert tokens[:NEW] == alone[sequence][: len(tokens)]
+
+
+OWN_SAMPLER = ("sampler", "vllm")
+# One for each sequence of the plans; the last but one is the host's in the same batch.
+OWN = [
+    pb.Sampling(temperature=0.9, top_p=0.9, seed=3, logprobs=True, top_logprobs=2),
+    pb.Sampling(temperature=0.8, top_k=40, seed=11, repetition_penalty=1.1),
+    pb.Sampling(temperature=1.0, typical_p=0.9, seed=4),
+    pb.Sampling(temperature=1.3, seed=5, constraint=pb.Constraint(regex="[a-z]{90}")),
+]
+
+
+def test_ranks_draw_alike_by_vllms_own_sampler(tmp_path: Path) -> None:
+    """As one rank that has everything, which hears the same log."""
+    log = plans()
+    for number, sampling in enumerate(OWN):
+        log[number].admits[0].sampling.CopyFrom(sampling)
+    options = replace(alone_options(), extra=(("eager", "1"), OWN_SAMPLER))
+    engine = load("vllm", options, lambda _fraction: None)
+    expected = [engine.step(plan_from_wire(plan)) for plan in log]
+    engine.close()
+    assert not any(one.failures for one in expected)
+    with group(
+        tmp_path, "own", tiny_llama_folder(), 2, ["--engine-option", "=".join(OWN_SAMPLER)]
+    ) as ranks:
+        first, second = ranks.run(log)
+    assert [one.digest for one in first] == [one.digest for one in second]
+    assert [list(one.tokens) for one in first] == [one.tokens for one in expected]
+    assert len(first) == len(log)
+    assert [len(one.logprobs) for one in first] == [len(one.logprobs) for one in expected]
 
 
 def test_groups_side_by_side_and_what_becomes_of_them(

@@ -105,12 +105,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def group(folder: Path, name: str, model: Path, world: int) -> Iterator[Group]:
-    """A group that is ready."""
+def group(
+    folder: Path, name: str, model: Path, world: int, options: Sequence[str] = ()
+) -> Iterator[Group]:
+    """A group that is ready; each rank gets further ``options``."""
     rendezvous = f"127.0.0.1:{free_port()}"
     common = ["--engine", "vllm", "--model", str(model), "--dtype", "float32"]
     common += ["--kv-tokens", "1024", "--sequences-max", "8", "--step-tokens-max", "128"]
     common += ["--engine-option", "eager=1", "--threads", "1", "--world", str(world)]
+    common += options
     ranks = []
     try:
         for number in range(world):

@@ -25,6 +25,7 @@ from router.groups import Groups
 from router.identities import Identities
 from router.logs import configure
 from router.metrics import Metrics
+from router.open_files import allow_files
 from router.service import Service
 from router.tracing import tracing_of
 
@@ -178,6 +179,7 @@ async def serve(
     ``OSError`` if a port cannot be had, ``ConfigError`` if the groups cannot work.
     """
     configure(settings)
+    allow_files(settings.max_concurrent_requests)
     with Signals() as signals:
         async with Router(settings, groups, silent=silent) as router:
             if open_when_ready and not await unless(signals.first, router.groups.wait_first()):

@@ -31,6 +31,7 @@ from router.identities import Identities
 from router.link import Backoff, LinkDownError
 from router.logs import configure
 from router.metrics import Metrics
+from router.open_files import allow_files
 from router.remote import RemoteCore, Uplink
 from router.remote_link import RefusedError, RouterLink
 from router.service import Service
@@ -289,6 +290,7 @@ async def serve(
     never take this gateway.
     """
     configure(settings)
+    allow_files(settings.max_concurrent_requests)
     with Signals() as signals:
         async with Gateway(settings, router, router_key) as gateway:
             face = RestFace(gateway.front, *listeners, identity=gateway.identities.clients)

@@ -10,7 +10,7 @@ lock.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -125,6 +125,7 @@ class Metrics(Collector):
         self._snapshot: Callable[[], Snapshot] | None = None
         self._groups: Callable[[], Mapping[str, bool]] = dict
         self.registry.register(self)
+        ProcessCollector(registry=self.registry)  # memory, CPU, and files of the system's process
 
     def _histogram(self, name: str, help_text: str, bounds: tuple[float, ...]) -> Histogram:
         histogram = Histogram(name, help_text, bounds)

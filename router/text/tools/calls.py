@@ -16,6 +16,7 @@ from router.text.tools.scan import SPACE, ObjectScanner
 _NAMES = ("name", "function")
 _ARGUMENTS = ("arguments", "parameters")
 _ASIDES = ("type", "id")
+_KEYS = (*_NAMES, *_ARGUMENTS, *_ASIDES)
 _KEY_CHARS_MAX = 16
 _NAME_CHAR = re.compile(r"[\w.-]")
 _NULL = "null"
@@ -58,6 +59,7 @@ class _At(Enum):
     NULL = auto()
     OBJECT = auto()
     NEXT = auto()
+    REST = auto()
 
 
 class ObjectCall:
@@ -65,7 +67,8 @@ class ObjectCall:
 
     Also understood: ``parameters`` for ``arguments``, arguments as JSON within a string, null, an
     empty string or none at all, ``type`` and ``id`` beside them, and OpenAI's
-    ``{"type": "function", "function": {...}}``.
+    ``{"type": "function", "function": {...}}``. Behind name and arguments whatever members, with
+    whatever values, which are passed over.
     """
 
     __slots__ = (
@@ -75,6 +78,7 @@ class ObjectCall:
         "_given",
         "_key",
         "_names",
+        "_rest",
         "_scanner",
         "_string",
         "name",
@@ -92,6 +96,7 @@ class ObjectCall:
         self._escaped = False
         self._given: str | None = None
         self._scanner: ObjectScanner | None = None
+        self._rest: ObjectScanner | None = None
         self.name: str | None = None
         self.taken: list[str] = []
         self.whole = False
@@ -118,6 +123,8 @@ class ObjectCall:
                 return self._in_null(char)
             case _At.OBJECT:
                 return self._in_object(char)
+            case _At.REST:
+                return self._in_rest(char)
             case _:
                 return Step.MORE if char in SPACE else self._between(char)
 
@@ -135,11 +142,13 @@ class ObjectCall:
                 return self._behind(char)
 
     def _in_key(self, char: str) -> Step:
-        if char == '"':
+        if char == '"' and self._key in _KEYS:
             self._at = _At.COLON
-            return Step.MORE if self._key in _NAMES + _ARGUMENTS + _ASIDES else Step.FAILED
+            return Step.MORE
+        if self.whole and not any(key.startswith(self._key + char) for key in _KEYS):
+            return self._pass_over('"' + self._key, char)
         self._key += char
-        return Step.MORE if len(self._key) <= _KEY_CHARS_MAX else Step.FAILED
+        return Step.MORE if char != '"' and len(self._key) <= _KEY_CHARS_MAX else Step.FAILED
 
     def _value(self, char: str) -> Step:
         if char == '"':
@@ -152,9 +161,27 @@ class ObjectCall:
             self._at, self._scanner = _At.OBJECT, ObjectScanner()
             self._settle()
             return self._in_object(char)
+        elif self.whole and self._key in _ASIDES:
+            return self._pass_over(f'"{self._key}":', char)
         else:
             return Step.FAILED
         return Step.MORE
+
+    def _pass_over(self, before: str, char: str) -> Step:
+        """What is left of the object, from a member on that has begun so, is of no interest."""
+        self._at, self._rest = _At.REST, ObjectScanner()
+        for one in "{" + before:
+            self._rest.feed(one)
+        return self._in_rest(char)
+
+    def _in_rest(self, char: str) -> Step:
+        assert self._rest is not None
+        if self._rest.feed(char) is None:
+            return Step.FAILED
+        if not self._rest.done:
+            return Step.MORE if len(self.tail) < STRING_CHARS_MAX else Step.FAILED
+        self._at = _At.NEXT
+        return self._behind(char)
 
     def _in_string(self, char: str) -> Step:
         self._string.append(char)

@@ -31,8 +31,8 @@ class Facts:
     """One engine. ``kind`` is ``shards.engines.base.Scheduling``'s word, ``ranks`` one of ours.
 
     It has the ``features``, but for what its page takes back (vLLM's beside adapters, Neuron's of
-    models that draw on the device), and the ``optional`` ones if adapters or engine options ask for
-    them. ``module`` is what its package is imported as, ``instead`` another one that does as well,
+    models that draw on the device, or through vLLM), and the ``optional`` ones if adapters or
+    engine options ask for them. ``module`` is what its package is imported as, ``instead`` another one that does as well,
     ``distributions`` under which names they may be installed, ``library`` what is asked for its
     devices. ``devices`` are kinds as in ``Hardware``, best first. ``python`` is the first version
     that its packages accept, and the first that they no longer do. ``extra`` is the extra of
@@ -152,7 +152,7 @@ _TABLE = (
     ),
     Facts(
         "neuron",
-        "AWS Trainium and Inferentia: models compiled ahead of time",
+        "AWS Trainium and Inferentia: compiled models, or vLLM with its Neuron plugin",
         "caller",
         (SAFETENSORS,),
         ("neuron",),
@@ -160,7 +160,7 @@ _TABLE = (
         _SAMPLED,
         module="optimum.neuron",
         instead="neuronx_distributed_inference",
-        distributions=("optimum-neuron", "neuronx-distributed-inference"),
+        distributions=("optimum-neuron", "neuronx-distributed-inference", "vllm-neuron"),
         extra="neuron",
         installs=("neuron",),
     ),

@@ -1,6 +1,7 @@
 """The tokens that a constraint allows, and their logits: the sampler's part of a constraint."""
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,10 @@ Words = NDArray[np.uint32]
 # Of a vocabulary, one part in so many may be allowed for its tokens to be looked at one by one.
 _SPARSE = 16
 _MINUS_INF = np.float32(-np.inf)
+# numpy 1, which some engines' environments have, does not count bits.
+_ones: Callable[[Words], NDArray[np.uint8]] = getattr(
+    np, "bitwise_count", lambda words: np.unpackbits(words.view(np.uint8))
+)
 
 
 class GuideError(Exception):
@@ -41,7 +46,7 @@ def pick(
     ``scratch``, which may be ``logits`` itself, and the ids are None. ``best`` is where the largest
     of all is. Raises ``GuideError`` if nothing is left.
     """
-    count = int(np.bitwise_count(words).sum())
+    count = int(_ones(words).sum())
     ids: Ids | None = None
     if count * _SPARSE <= len(logits):
         ids = members(words)

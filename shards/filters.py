@@ -7,6 +7,7 @@ to look for its places first takes a third of the time, as there are no branches
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,8 @@ _ROUNDING = 1e-6
 _BLOCK = 256
 _TINY = np.float32(1e-38)
 _ONES: Floats = np.ones(_BLOCK, np.float32)
+# numpy 1, which some engines' environments have, knows the product of matrices only.
+_dot: Callable[[Floats, Floats], Floats] = getattr(np, "vecdot", np.matmul)
 
 
 class Kept(NamedTuple):
@@ -193,7 +196,7 @@ def invert(weights: Floats, chance: float) -> int:
     else:
         whole = len(weights) // _BLOCK * _BLOCK
         # A product with ones adds up twice as fast as a sum does.
-        blocks = np.vecdot(weights[:whole].reshape(-1, _BLOCK), _ONES)
+        blocks = _dot(weights[:whole].reshape(-1, _BLOCK), _ONES)
         sums = np.add.accumulate(blocks, dtype=np.float64)
         rest = float(np.add.reduce(weights[whole:]))
         wanted = chance * (float(sums[-1]) + rest)

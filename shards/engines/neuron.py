@@ -18,7 +18,8 @@ no logits, and none of the features that need them; what the device would ignore
 
 Engine options (``--engine-option key=value``):
 
-- ``library``: ``optimum`` (default) or ``nxdi``: which of the two compiled the model.
+- ``library``: ``optimum`` (default) or ``nxdi``: which of the two compiled the model; or ``vllm``,
+  which is another engine altogether: ``neuron_vllm``.
 """
 
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ from shards.residents import Limits, Resident
 from shards.sampling import Drawn, Sampler
 
 NEURON_CONFIG = "neuron_config.json"
+_VLLM = "vllm"
 _DISTRIBUTIONS = {"optimum": "optimum-neuron", "nxdi": "neuronx-distributed-inference"}
 _NARROW = (
     "this model draws on the device, among the {} likeliest tokens, without seeds, penalties, bias"
@@ -215,12 +217,30 @@ def _describe(
 
 def load(options: EngineOptions, progress: Progress) -> Engine:
     """Makes the engine; see ``shards.engines``."""
-    folder = open_folder("neuron", options, "compile the model for them")
     extras = Extras("neuron", options.extra)
-    library = extras.choice("library", "optimum", tuple(_DISTRIBUTIONS))
-    extras.finish()
+    library = extras.choice("library", "optimum", (*_DISTRIBUTIONS, _VLLM))
     if options.adapters:
-        raise ModelError("neuron: LoRA adapters are not served; merge them before compiling")
+        raise ModelError("neuron: LoRA adapters are not served; merge them into the model")
+    through_vllm = library == _VLLM
+    made = _with_vllm(options, extras) if through_vllm else _compiled(options, extras, library)
+    progress(1.0)
+    return made
+
+
+def _with_vllm(options: EngineOptions, extras: Extras) -> Engine:
+    from shards.engines import neuron_vllm
+
+    if options.device not in ("", "neuron"):
+        raise ModelError(
+            f"neuron: --device {options.device}: NEURON_RT_VISIBLE_CORES names the cores; leave"
+            " --device out"
+        )
+    return neuron_vllm.load(options, extras, open_folder("neuron", options))
+
+
+def _compiled(options: EngineOptions, extras: Extras, library: str) -> Engine:
+    folder = open_folder("neuron", options, "compile the model for them")
+    extras.finish()
     if options.dtype or options.device not in ("", "neuron"):
         given = f"--dtype {options.dtype}" if options.dtype else f"--device {options.device}"
         raise ModelError(f"neuron: {given}: a compiled model has it in itself; leave it out")
@@ -234,5 +254,4 @@ def load(options: EngineOptions, progress: Progress) -> Engine:
     else:
         model_type = str(read_config(folder.path).get("model_type", ""))
         graphs = load_nxdi(str(folder.path), model_type, folder.vocab_size)
-    progress(1.0)
     return NeuronEngine(options, folder, graphs, library)

@@ -16,6 +16,7 @@ CASES = [
     ("trtllm", "tensorrt_llm", ["--kv-tokens", "1024"], "docs/engines/trtllm.md"),
     ("neuron", "optimum", [], "docs/engines/neuron.md"),
     ("neuron", "neuronx_distributed_inference", ["--engine-option", "library=nxdi"], "AWS"),
+    ("neuron", "vllm_neuron", ["--engine-option", "library=vllm"], "docs/engines/neuron.md"),
 ]
 
 

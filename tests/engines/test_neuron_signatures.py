@@ -1,13 +1,21 @@
-"""What Neuron's adapter and its page use of both libraries, against the recorded signatures."""
+"""What Neuron's adapters and their page use of the libraries, against the recorded signatures."""
 
 import ast
 import re
 from pathlib import Path
 
+import pytest
+
+from shards.engines import neuron_vllm
+from shards.engines.neuron_compiled import VARIABLE
+from tests.engines.signatures import fake_vllm_neuron
 from tests.engines.signatures.fake_neuron import TOKEN_CALL
+from tests.engines.signatures.fake_vllm_neuron import PLUGIN, VLLM
 from tests.engines.signatures.record import load as load_recorded
-from tests.engines.signatures.strict import recorded
-from tests.engines.signatures.uses import call_keywords, names_read, tree_of
+from tests.engines.signatures.strict import fields, recorded
+from tests.engines.signatures.uses import call_keywords, keys_of, names_read, tree_of
+
+VLLM_ADAPTER = "neuron_vllm"
 
 
 def test_every_argument_and_field_is_in_the_recorded_signatures() -> None:
@@ -63,3 +71,55 @@ def given_in_order() -> list[str]:
             case ast.Assign(targets=[ast.Name(id="given")], value=ast.Dict(keys=keys)):
                 return [key.value for key in keys if isinstance(key, ast.Constant)]
     raise AssertionError("neuron_graphs has no dictionary of that name")
+
+
+# Through vLLM -------------------------------------------------------------------------------------
+
+
+def test_every_argument_and_field_is_vllms() -> None:
+    nested = {"override_neuron_config", "on_device_sampling_config", "save_sharded_checkpoint"}
+    arguments = keys_of(VLLM_ADAPTER, "_arguments")
+    assert nested < arguments
+    assert arguments - nested <= set(fields(VLLM, "EngineArgs"))
+    assert keys_of(VLLM_ADAPTER, "_sampling") <= set(fields(VLLM, "SamplingParams"))
+    assert call_keywords(VLLM_ADAPTER, "TokensPrompt") <= set(fields(VLLM, "TokensPrompt"))
+    for name in names_read(VLLM_ADAPTER, "_engine") - {"engine_core"}:
+        assert recorded(VLLM, "functions", f"LLMEngine.{name}")
+    assert "engine_core" in recorded(VLLM, "attributes", "LLMEngine.__init__")
+    assert names_read(VLLM_ADAPTER, "engine_core") == {"shutdown"}
+    assert recorded(VLLM, "functions", "InprocClient.shutdown")["positional"] == ["self"]
+    for name in names_read(VLLM_ADAPTER, "_vllm") | names_read(VLLM_ADAPTER, "_sampling_params"):
+        assert recorded(VLLM, "names", name)
+    told = recorded(VLLM, "attributes", "RequestOutput.__init__")
+    assert names_read(VLLM_ADAPTER, "said") | names_read(VLLM_ADAPTER, "output") <= set(told)
+    assert names_read(VLLM_ADAPTER, "piece") <= set(fields(VLLM, "CompletionOutput"))
+
+
+def test_the_plugin_has_the_settings_that_the_adapter_makes() -> None:
+    for name in (*neuron_vllm._ENVIRONMENT, VARIABLE, "override_neuron_config", neuron_vllm._CORES):
+        package = VLLM if name.startswith("VLLM") else PLUGIN
+        assert recorded(package, "names", name)
+    compared = keys_of(VLLM_ADAPTER, "_choose_compiled") | {"on_device_sampling_config"}
+    assert compared <= set(recorded(PLUGIN, "keys", "_get_default_neuron_config"))
+    options = set(recorded("nxdi", "options", "NeuronConfig.__init__"))
+    assert compared | {"save_sharded_checkpoint"} <= options
+
+
+def test_why_seeds_bias_and_min_p_are_not_offered() -> None:
+    """A release that brings them would be noticed here."""
+    runner = "NeuronxDistributedModelRunner"
+    batch = recorded(VLLM, "functions", "InputBatch.__init__")["positional"]
+    assert "logitsprocs" in batch
+    assert "logitsprocs" not in recorded(PLUGIN, "keywords", f"{runner}.__init__")
+    assert set(recorded(PLUGIN, "keywords", f"{runner}.__init__")) <= set(batch)
+    states = recorded(PLUGIN, "keywords", f"{runner}._update_states")
+    assert set(states) <= set(fields(VLLM, "CachedRequestState"))
+    assert "generator" in states
+    assert recorded(PLUGIN, "constants", f"{runner}._update_states.generator") == "None"
+
+
+def test_an_argument_that_vllm_does_not_have_is_noticed() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        fake_vllm_neuron.EngineArgs(no_such_argument=1)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        fake_vllm_neuron.SamplingParams(no_such_field=1)

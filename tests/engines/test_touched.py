@@ -18,6 +18,7 @@ ADAPTERS = {
     "sglang_engine": ("sglang",),
     "trtllm": ("trtllm",),
     "neuron_graphs": ("optimum", "nxdi"),
+    "neuron_vllm": ("vllm-0.11",),
 }
 SOURCE = """
 class Backend:

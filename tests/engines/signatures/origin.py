@@ -21,6 +21,7 @@ FETCH_S = 300
 REPOSITORIES = {
     "nxdi": "https://github.com/aws-neuron/neuronx-distributed-inference",
     "trtllm": "https://github.com/NVIDIA/TensorRT-LLM",
+    "vllm-neuron": "https://github.com/vllm-project/vllm-neuron",
 }
 
 

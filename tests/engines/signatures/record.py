@@ -22,128 +22,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-Wanted = dict[str, dict[str, list[str]]]
+from tests.engines.signatures.wanted import WANTED
 
-_SRT = "sglang/srt/"
-_FIELDS = "sglang/srt/arg_groups/fields/"
-_OPTIMUM = "optimum/neuron/models/inference/"
-_NXDI = "src/neuronx_distributed_inference/"
-WANTED: dict[str, Wanted] = {
-    "sglang": {
-        "sglang/__init__.py": {"names": ["Engine", "__version__"]},
-        _SRT + "entrypoints/engine.py": {
-            "functions": [
-                "Engine.__init__",
-                "Engine.async_generate",
-                "Engine.get_server_info",
-                "Engine.shutdown",
-            ],
-            "keys": ["Engine.get_server_info"],
-        },
-        _SRT + "sampling/sampling_params.py": {"classes": ["SamplingParams"]},
-        _SRT + "managers/io_struct.py": {"classes": ["GenerateReqInput"]},
-        _SRT + "managers/scheduler.py": {"keys": ["Scheduler.get_init_info"]},
-        _SRT + "managers/scheduler_components/internal_state.py": {
-            "keys": ["SchedulerInternalStateController._add_topology"]
-        },
-        _SRT + "managers/tokenizer_manager.py": {
-            "functions": ["TokenizerManager.abort_request", "TokenizerManager.generate_request"],
-            "keys": [
-                "TokenizerManager._handle_batch_output",
-                "TokenizerManager.add_logprob_to_meta_info",
-            ],
-        },
-        _SRT + "managers/schedule_batch.py": {
-            "keys": [
-                "FINISH_ABORT.to_json",
-                "FINISH_LENGTH.to_json",
-                "FINISH_MATCHED_TOKEN.to_json",
-            ]
-        },
-        _SRT + "layers/sampler.py": {"names": ["SGLANG_RETURN_ORIGINAL_LOGPROB"]},
-        _FIELDS + "model.py": {"classes": ["Model"]},
-        _FIELDS + "schedule.py": {"classes": ["Schedule"]},
-        _FIELDS + "serving.py": {"classes": ["Serving"]},
-        _FIELDS + "lora.py": {"classes": ["Lora"]},
-        _FIELDS + "device.py": {"classes": ["Device"]},
-        _FIELDS + "memory.py": {"classes": ["Memory"]},
-        _FIELDS + "parallel.py": {"classes": ["Parallel"]},
-        _FIELDS + "exec_.py": {"classes": ["ExecDeterministic"]},
-    },
-    "optimum": {
-        "optimum/neuron/__init__.py": {"names": ["NeuronModelForCausalLM"]},
-        _OPTIMUM + "modeling_utils.py": {
-            "functions": [
-                "NeuronPreTrainedModel.from_pretrained",
-                # How to compile a model: docs/engines/neuron.md.
-                "NeuronPreTrainedModel.get_neuron_config",
-                "NeuronPreTrainedModel.export",
-            ]
-        },
-        _OPTIMUM + "backend/config.py": {"functions": ["NxDNeuronConfig.__init__"]},
-        _OPTIMUM + "backend/modules/decoder/modeling_decoder.py": {
-            "functions": ["NxDModelForCausalLM.forward"]
-        },
-        _OPTIMUM + "backend/modules/decoder/decoder_wrappers.py": {
-            "functions": [
-                "NxDDecoderWrapperForCausalLM.forward",
-                "NxDDecoderWrapperForCausalLM._forward_with_pad",
-            ]
-        },
-    },
-    "nxdi": {
-        _NXDI + "utils/constants.py": {"names": ["MODEL_TYPES"], "keys": ["MODEL_TYPES"]},
-        _NXDI + "models/config.py": {"options": ["NeuronConfig.__init__"]},
-        _NXDI + "models/application_base.py": {
-            "functions": ["NeuronApplicationBase.__init__", "NeuronApplicationBase.load"],
-            "attributes": ["NeuronApplicationBase.__init__"],
-        },
-        _NXDI + "models/model_base.py": {
-            "functions": [
-                "NeuronBaseForCausalLM.forward",
-                # Whether an input is taken for a prompt: a position 0 anywhere.
-                "NeuronBaseForCausalLM._is_prefill",
-            ],
-            "attributes": ["NeuronBaseForCausalLM.enable_token_generation"],
-            "calls": [
-                "NeuronBaseForCausalLM._get_model_outputs.token_generation_model",
-                "NeuronBaseForCausalLM._get_model_outputs._is_prefill",
-            ],
-            "keywords": ["NeuronBaseForCausalLM._construct_output"],
-        },
-        _NXDI + "models/model_wrapper.py": {
-            "functions": [
-                "ModelWrapper.forward",
-                "ModelWrapper._get_seq_bucket",
-                "ModelWrapper.pad_inputs",
-            ]
-        },
-    },
-    "trtllm": {
-        "tensorrt_llm/llmapi/__init__.py": {
-            "names": ["LLM", "SamplingParams", "KvCacheConfig", "LoRARequest", "RequestError"]
-        },
-        "tensorrt_llm/llmapi/llm.py": {"functions": ["BaseLLM.__init__", "BaseLLM.generate_async"]},
-        "tensorrt_llm/llmapi/llm_args.py": {
-            "classes": ["BaseLlmArgs", "TorchLlmArgs", "KvCacheConfig"],
-            "names": ["LoraConfig"],
-        },
-        "tensorrt_llm/lora_helper.py": {"classes": ["LoraConfig"]},
-        "tensorrt_llm/sampling_params.py": {"classes": ["SamplingParams"]},
-        "tensorrt_llm/executor/request.py": {"classes": ["LoRARequest"]},
-        "tensorrt_llm/executor/result.py": {
-            "classes": ["CompletionOutput", "Logprob"],
-            "functions": [
-                "GenerationResult.abort",
-                "GenerationResult.finished",
-                "GenerationResult.__aiter__",
-                "GenerationResult.__anext__",
-                "GenerationResultBase.outputs",
-            ],
-        },
-    },
-}
+HERE = Path(__file__).parent
 
 
 def record(engine: str, root: Path) -> dict[str, Any]:
@@ -165,6 +46,7 @@ def record_file(path: Path, wanted: dict[str, list[str]]) -> dict[str, Any]:
         "keywords": lambda name: _keywords(_find(tree, name, path)),
         "attributes": lambda name: _attributes(_find(tree, name, path)),
         "calls": lambda name: _sent(_find(tree, name.rpartition(".")[0], path), name, path),
+        "constants": lambda name: _constant(_find(tree, name.rpartition(".")[0], path), name, path),
     }
     for kind, names in wanted.items():
         found[kind] = {name: readers[kind](name) for name in names}
@@ -262,6 +144,17 @@ def _sent(node: ast.AST, name: str, path: Path) -> list[str]:
     if not sent:
         _missing(path, name)
     return sent[-1]
+
+
+def _constant(node: ast.AST, name: str, path: Path) -> str:
+    """The constant that a function gives, as a keyword of that name, to what it calls."""
+    wanted = name.rpartition(".")[2]
+    for part in ast.walk(node):
+        match part:
+            case ast.keyword(arg=str(given), value=ast.Constant(value=value)) if given == wanted:
+                return repr(value)
+    _missing(path, name)
+    return ""
 
 
 def _keys(node: ast.AST) -> list[str]:

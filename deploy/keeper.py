@@ -40,13 +40,15 @@ class StartError(Exception):
 class WorkerSpec:
     """How to start one worker: its name in reports, its command, its socket.
 
-    ``env`` holds variables on top of this process's own.
+    ``env`` holds variables on top of this process's own. ``doubt`` is what to say of a program that
+    ends without one word that a worker would say.
     """
 
     name: str
     command: tuple[str, ...]
     socket: Path
     env: Mapping[str, str] | None = None
+    doubt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class _Rank:
 
     worker: WorkerSpec
     ready: bool = False
+    reported: bool = False
     error: str = ""
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=5))
 
@@ -104,7 +107,8 @@ class _Rank:
         if code < 0:
             return f"killed by {_signal_name(-code)}{'' if was_ready else _advice(-code)}"
         said = f": {self.tail[-1]}" if self.tail else ""
-        return f"ended with status {code}{said}"
+        doubt = f"; {self.worker.doubt}" if self.worker.doubt and not self.reported else ""
+        return f"ended with status {code}{said}{doubt}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +220,7 @@ class Keeper:
     def _hear(self, rank: _Rank, line: str, ranks: Sequence[_Rank], began: float) -> None:
         """Acts on one line of a worker: a report as a JSON object, or anything else."""
         name, report = rank.worker.name, _report(line)
+        rank.reported |= "event" in report
         match report.get("event"):
             case "loading":
                 self._news(Loading(name, _fraction(report.get("fraction"))))

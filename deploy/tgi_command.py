@@ -19,10 +19,11 @@ from deploy.options import SectionedCommand
 from deploy.tgi_flags import FLAGS, SECTIONS
 from deploy.tgi_translate import Translation, translate
 from shards.interrupts import quietly
+from shards.pages import page
 
 NAME = "text-generation-launcher"
 SECRET = "--api-key"
-EPILOG = "What differs from TGI, and why: docs/tgi-compatibility.md."
+EPILOG = f"What differs from TGI, and why: {page('tgi-compatibility.md')}."
 HELP = """Serve a model with the flags of text-generation-inference.
 
 Every flag has an environment variable; what is typed wins over it. Options that TGI does not have

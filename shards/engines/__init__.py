@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from shards.engines.base import Engine, EngineOptions, ModelError, Progress
+from shards.pages import page
 
 _MODULES = {
     "jax": "shards.engines.jax_engine",
@@ -18,9 +19,9 @@ _MODULES = {
 }
 # Engines whose packages ``roundhouse engines install`` does not bring, and what to do instead.
 _OTHERWISE = {
-    "neuron": "see docs/engines/neuron.md",
+    "neuron": f"see {page('engines/neuron.md')}",
     "scripted": "try: pip install numpy tokenizers",
-    "trtllm": "see docs/engines/trtllm.md",
+    "trtllm": f"see {page('engines/trtllm.md')}",
 }
 NAMES = tuple(sorted(_MODULES))
 

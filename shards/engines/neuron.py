@@ -44,6 +44,7 @@ from shards.engines.neuron_graphs import Found, Graphs, Shapes, load_nxdi, load_
 from shards.engines.self_model import Folder, installed_version, open_folder
 from shards.extras import Extras
 from shards.hf_folder import read_config, tokenizer_files
+from shards.pages import page
 from shards.residents import Limits, Resident
 from shards.sampling import Drawn, Sampler
 
@@ -247,7 +248,7 @@ def _compiled(options: EngineOptions, extras: Extras, library: str) -> Engine:
     if not (folder.path / NEURON_CONFIG).is_file():
         raise ModelError(
             f"neuron: {folder.path} was not compiled for Neuron: it has no {NEURON_CONFIG}; see"
-            " docs/engines/neuron.md"
+            f" {page('engines/neuron.md')}"
         )
     if library == "optimum":
         graphs = load_optimum(str(folder.path), folder.vocab_size)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from shards.engines.base import ModelError
 from shards.engines.self_model import load_package, one_line
 from shards.filters import Floats
+from shards.pages import page
 
 Ints = NDArray[np.int32]
 Found = NDArray[Any]
@@ -280,4 +281,4 @@ def load_nxdi(path: str, model_type: str, vocab_size: int) -> Graphs:
     return NxdiGraphs(model, vocab_size)
 
 
-_HINT = "see docs/engines/neuron.md; it needs an AWS Inferentia or Trainium instance"
+_HINT = f"see {page('engines/neuron.md')}; it needs an AWS Inferentia or Trainium instance"

@@ -47,6 +47,7 @@ from shards.engines.self_scheduled import (
 )
 from shards.extras import Extras
 from shards.hf_folder import tokenizer_files
+from shards.pages import page
 
 DEVICES = Path("/dev")
 SEQUENCES_MAX = 8
@@ -119,7 +120,7 @@ class VllmNeuronBackend(Backend):
     def start(self, loop: asyncio.AbstractEventLoop) -> EngineInfo:
         """See ``Backend``. Compiles the model, if it was not compiled before: up to hours."""
         os.environ.update(_ENVIRONMENT)
-        load = partial(load_package, "neuron", hint="see docs/engines/neuron.md")
+        load = partial(load_package, "neuron", hint=f"see {page('engines/neuron.md')}")
         load("vllm_neuron")
         if not any(DEVICES.glob("neuron*")):
             raise ModelError(f"neuron: no Neuron device: {DEVICES} has no neuron0")

@@ -52,6 +52,7 @@ from shards.engines.self_scheduled import (
 )
 from shards.extras import Extras
 from shards.hf_folder import tokenizer_files
+from shards.pages import page
 
 # A logit plus this is below every other under any bias that a client may give, and still finite.
 _BARRED = -1e9
@@ -100,7 +101,8 @@ class TrtllmBackend(Backend):
     def start(self, loop: asyncio.AbstractEventLoop) -> EngineInfo:
         """See ``Backend``."""
         hint = (
-            "see docs/engines/trtllm.md; it needs an NVIDIA GPU, and comes from NVIDIA's own index"
+            f"see {page('engines/trtllm.md')}; it needs an NVIDIA GPU, and comes from NVIDIA's own"
+            " index"
         )
         load = partial(load_package, "trtllm", hint=hint)
         self._llmapi = load("tensorrt_llm.llmapi")

@@ -208,7 +208,7 @@ class RowSampler(NativeSampler):  # type: ignore[misc]
         try:
             return super().forward(logits, sampling_metadata, *more, **most)
         finally:
-            # vLLM turns back those of rows that should not have drawn, which these never are.
+            # vLLM would carry them along, though another row may have that place in the next step.
             generators.clear()
 
     def apply_penalties(

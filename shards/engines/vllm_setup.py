@@ -95,8 +95,8 @@ def chosen(options: EngineOptions) -> Chosen:
 def draws_itself(options: EngineOptions, device: str) -> bool:
     """Whether vLLM's own sampler draws what it can; see the engine option ``sampler``.
 
-    On a CPU the logits are where the host's sampler is, which sorts less: with top_p it takes a
-    fifth of the time.
+    On a CPU the logits are where the host's sampler is, which does not sort them: it takes half the
+    time, and with top_p a twentieth (``benchmarks/vllm_sampler.py``).
     """
     asked = chosen(options).sampler
     return asked == "vllm" or (asked == "auto" and device != "cpu")

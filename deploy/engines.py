@@ -33,12 +33,12 @@ class Facts:
 
     It has the ``features``, but for what its page takes back (vLLM's beside adapters, Neuron's of
     models that draw on the device, or through vLLM), and the ``optional`` ones if adapters or
-    engine options ask for them. ``module`` is what its package is imported as, ``instead`` another one that does as well,
-    ``distributions`` under which names they may be installed, ``library`` what is asked for its
-    devices. ``devices`` are kinds as in ``Hardware``, best first. ``python`` is the first version
-    that its packages accept, and the first that they no longer do. ``extra`` is the extra of
-    ``pyproject.toml`` with its pins, good for the kinds of device in ``installs``; for others its
-    page says how it is installed.
+    engine options ask for them. ``module`` is what its package is imported as, ``instead`` another
+    one that does as well, ``distributions`` under which names they may be installed, ``library``
+    what is asked for its devices. ``devices`` are kinds as in ``Hardware``, best first. ``python``
+    is the first version that its packages accept, and the first that they no longer do. ``extra``
+    is the extra of ``pyproject.toml`` with its pins, good for the kinds of device in ``installs``;
+    for others its page says how it is installed.
     """
 
     name: str

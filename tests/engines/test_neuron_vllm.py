@@ -337,9 +337,11 @@ def test_what_draws_on_the_device_all_the_same_is_found_by_the_trial(
 
 @pytest.mark.parametrize("name", ["vllm", "vllm_neuron"])
 def test_a_missing_package_is_one_clear_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModelError, match=f"needs the package {name}: see docs/engines") as told:
-        make()
+    # Undone before the fake packages go.
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, name, None)
+        with pytest.raises(ModelError, match=f"needs the package {name}: see docs/engines") as told:
+            make()
     assert "\n" not in str(told.value)
 
 

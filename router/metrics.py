@@ -134,7 +134,9 @@ class Metrics(Collector):
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
-        return generate_latest(self.registry)
+        # What is of no known type to the library are TGI's counters, without the suffix that it
+        # gives to every counter. Scrapers that go by the type would pass them over.
+        return generate_latest(self.registry).replace(b" untyped\n", b" counter\n")
 
     def watch(
         self,

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import promql_parser
-from prometheus_client.parser import text_string_to_metric_families
 from promql_parser import AggregateExpr, BinaryExpr, Expr, MatchOp, MatrixSelector, VectorSelector
+
+from tests.service.scraped import families_of
 
 ADDED = frozenset({"job", "instance"})
 """Labels that Prometheus adds to whatever it scrapes."""
@@ -79,7 +80,7 @@ Shown = Mapping[str, Mapping[str, frozenset[str]]]
 def shown(*scrapes: str) -> Shown:
     """What these texts of /metrics show together."""
     found: dict[str, dict[str, frozenset[str]]] = {}
-    for family in (one for text in scrapes for one in text_string_to_metric_families(text)):
+    for family in (one for text in scrapes for one in families_of(text)):
         for sample in family.samples:
             labels = found.setdefault(sample.name, {})
             for label, value in sample.labels.items():

@@ -14,12 +14,12 @@ from typing import Any
 import grpc.aio
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from router.v1 import router_pb2 as pb
 from router.v1.router_pb2_grpc import InferenceStub
 from tests.service.fakes import until
 from tests.service.routes import TOOL
+from tests.service.scraped import families_of
 from tests.service.test_rest_router import GATEWAY, ROUTER, Body, House, house_in
 
 USER = [{"role": "user", "content": "the way"}]
@@ -119,7 +119,7 @@ class Crowd:
 def samples(text: str) -> dict[str, float]:
     return {
         ":".join((sample.name, *sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(text)
+        for family in families_of(text)
         for sample in family.samples
         if not sample.name.endswith("_bucket")
     }

@@ -2,7 +2,6 @@
 
 import pytest
 from prometheus_client import CollectorRegistry
-from prometheus_client.parser import text_string_to_metric_families
 
 from router.core.effects import Admit, RunPlan
 from router.core.events import Reason
@@ -11,6 +10,7 @@ from router.errors import Fault, RequestError
 from router.metrics import ERR_OF_FAULT, Histogram, Lifetime, Metrics
 from router.metrics_batches import UNCOUNTED_MAX
 from router.metrics_models import Sum
+from tests.service.scraped import families_of
 
 TGI_NAMES = {
     "tgi_request_count",
@@ -51,7 +51,7 @@ def snapshot() -> Snapshot:
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    families = text_string_to_metric_families(metrics.render().decode())
+    families = families_of(metrics.render().decode())
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in families
@@ -66,8 +66,18 @@ def shown() -> Metrics:
 
 
 def test_names_of_tgi_are_kept() -> None:
-    families = {family.name for family in text_string_to_metric_families(shown().render().decode())}
+    families = {family.name for family in families_of(shown().render().decode())}
     assert families >= TGI_NAMES
+
+
+def test_tgis_counters_are_counters_to_scrapers() -> None:
+    lines = shown().render().decode().splitlines()
+    types = dict(line.split()[2:] for line in lines if line.startswith("# TYPE "))
+    counted = ("request_count", "request_success", "request_failure", "batch_concat")
+    calls = tuple(f"batch_inference_{what}" for what in ("count", "success", "failure"))
+    for name in (*counted, *calls):
+        assert types[f"tgi_{name}"] == "counter"
+    assert "untyped" not in types.values()
 
 
 def test_gauges_come_from_the_core_at_each_scrape() -> None:

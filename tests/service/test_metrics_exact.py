@@ -5,12 +5,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from router.app import Router
 from router.ask import Ask, Params
 from router.config import GroupSpec, Settings
 from tests.service.fakes import PATIENCE_S, bench_in, until
+from tests.service.scraped import families_of
 from tests.service.test_rest_router import House, house_in
 
 USER = [{"role": "user", "content": "hello"}]
@@ -28,7 +28,7 @@ async def scrape(house: House) -> dict[str, float]:
     text = (await house.client.get("/metrics")).text
     return {
         ":".join((sample.name, *sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(text)
+        for family in families_of(text)
         for sample in family.samples
         if not sample.name.endswith("_bucket")
     }

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import Route
 
 from deploy.tgi_flags import FLAGS, IGNORED_VARIABLES, Fate
@@ -12,6 +11,7 @@ from router.api.rest.models_tgi import GenerateParameters, Grammar
 from router.config import Settings
 from router.metrics import ERR_OF_FAULT, Metrics
 from tests.service.fake_service import FakeFleet, FakeMetrics, FakeService
+from tests.service.scraped import families_of
 from tests.service.test_metrics import snapshot
 
 TEXT = (Path(__file__).parents[2] / "docs" / "tgi-compatibility.md").read_text()
@@ -55,7 +55,7 @@ def test_every_route_of_tgi_has_a_row() -> None:
 def test_every_metric_has_its_name_here() -> None:
     metrics = Metrics()
     metrics.watch(snapshot, lambda: {"g": True}, lambda: {"g": "torch"})
-    families = text_string_to_metric_families(metrics.render().decode())
+    families = families_of(metrics.render().decode())
     for name in (family.name for family in families):
         if name.startswith("tgi_"):
             assert any(name in line for line in ROWS), name

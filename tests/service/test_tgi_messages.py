@@ -85,3 +85,20 @@ async def test_a_long_answer_is_one_request_and_as_long_as_it_may_be(
         assert [event["index"] for event in events] == list(range(1, tokens + 1))
         assert [event["token"]["id"] for event in events] == [one["id"] for one in whole["tokens"]]
         assert events[-1]["details"]["input_length"] == 1
+
+
+@pytest.mark.parametrize("spelt", ["<|im_start|>", "then"])
+async def test_a_special_token_is_a_stop_text_by_its_name(tmp_path: Path, spelt: str) -> None:
+    """TGI looks for stop texts where special tokens show, and leaves those out of the text."""
+    worker = {"answer": "Now and<|im_start|> then more"}
+    async with house_in(tmp_path, worker) as house:
+        parameters = {"stop": ["nowhere", spelt], "details": True}
+        body = {"inputs": "x", "parameters": parameters}
+        whole = (await house.post("/generate", body)).json()
+        assert whole["generated_text"] == {"then": "Now and then"}.get(spelt, "Now and")
+        assert whole["details"]["finish_reason"] == "stop_sequence"
+        (*_, last) = events_of((await house.post("/generate_stream", body)).text)
+        assert last["generated_text"] == whole["generated_text"]
+        assert last["token"] == whole["details"]["tokens"][-1]
+        if spelt != "then":
+            assert (last["token"]["text"], last["token"]["special"]) == (spelt, True)

@@ -105,9 +105,25 @@ def shown_command(arguments: Sequence[str]) -> str:
     return shlex.join(["roundhouse", "serve", *shown])
 
 
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    from deploy.commands import installed_version
+
+    if wanted:
+        click.echo(f"{NAME} {installed_version()}")
+        context.exit()
+
+
+VERSION = click.Option(
+    ["-V", "--version"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 command = LauncherCommand(
     NAME,
-    params=[flag.option() for flag in FLAGS],
+    params=[*(flag.option() for flag in FLAGS), VERSION],
     callback=launch,
     help=HELP,
     epilog=EPILOG,

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from deploy.commands import installed_version
 from deploy.options import UserError
-from deploy.tgi_command import shown_command
+from deploy.tgi_command import command, shown_command
 from deploy.tgi_flags import BY_KEY, FLAGS, Fate
 from deploy.tgi_translate import Translation, log_level, translate
 
@@ -52,6 +54,12 @@ def test_the_command_is_installed_under_tgis_name() -> None:
     root = Path(__file__).parents[2]
     scripts = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts["text-generation-launcher"] == "deploy.tgi_launcher:main"
+
+
+@pytest.mark.parametrize("asked", ["--version", "-V"])
+def test_the_version_is_told_as_tgis_launcher_tells_it(asked: str) -> None:
+    told = CliRunner().invoke(command, [asked])
+    assert (told.exit_code, told.output) == (0, f"text-generation-launcher {installed_version()}\n")
 
 
 def test_values_are_passed_on() -> None:

@@ -62,7 +62,7 @@ class GenerationService:
     ) -> None:
         """Continues a prompt."""
         async with guarded(self._keys, request, context) as known:
-            with renaming(convert.field_name):
+            with renaming(convert.field_name, convert.WORDS):
                 order = await self._order(known, time_left_s(context))
                 out = Answer(order)
                 async with await self._service.generate(order.ask) as answer:
@@ -84,7 +84,7 @@ class GenerationService:
             convert.check_prefix(known.prefix_id)
             self._check_count(len(known.requests))
             card = self._card(known.model_id)
-            with renaming(convert.field_name):
+            with renaming(convert.field_name, convert.WORDS):
                 found = [await self._tokens(one.text, card, known) for one in known.requests]
             return pb.BatchedTokenizeResponse(responses=found)
         raise AssertionError("either returned or aborted")
@@ -113,7 +113,7 @@ class GenerationService:
 
         There the name tells servers apart, and clients put in whatever their deployment is called.
         """
-        with renaming(convert.field_name):
+        with renaming(convert.field_name, convert.WORDS):
             try:
                 return self._fleet.model(name or None)
             except RequestError as error:
@@ -134,7 +134,7 @@ class GenerationService:
         self, request: pb.SingleGenerationRequest, left_s: float | None
     ) -> pb.GenerationResponse:
         """One answer, complete or as far as its time limit let it come."""
-        with renaming(convert.field_name):
+        with renaming(convert.field_name, convert.WORDS):
             order = await self._order(request, left_s)
             out = Answer(order)
             async with await self._service.generate(order.ask) as answer:

@@ -38,6 +38,13 @@ FIELDS = {
     "ranks": "params.response.token_ranks",
 }
 
+WORDS = {
+    "`inputs`": "`text`",
+    "`min_tokens`": "`min_new_tokens`",
+    "`stop`": "`stop_sequences`",
+}
+"""Names that messages of the service use, which are TGI's, and TGIS's for the same."""
+
 
 def field_name(field: str) -> str:
     """Returns what a field of an ask is called here."""

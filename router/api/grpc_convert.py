@@ -113,7 +113,7 @@ def fan_out(ask: Asked, count: int) -> list[Asked]:
 
 def words_of(prompt: str) -> dict[str, str]:
     """OpenAI's words for TGI's, which are ours here, with the field that holds the prompt."""
-    return {**WORDS, "`inputs`": f"`{prompt}`"}
+    return {**WORDS, "`inputs`": f"`{prompt}`", "`adapter_id`": "`adapter`"}
 
 
 def prompt_field(request: pb.GenerateRequest | pb.ChatRequest) -> str:

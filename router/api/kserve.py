@@ -33,7 +33,7 @@ from router.api.kserve_models import (
     metadata_of,
     statistics_of,
 )
-from router.api.kserve_params import Wish, field_name, values_of, wish_of
+from router.api.kserve_params import WORDS, Wish, field_name, values_of, wish_of
 from router.api.kserve_tensors import Tensor, add_outputs, inputs_of
 from router.api.rest.collect import collect_all
 from router.api.rest.tgi import version
@@ -179,7 +179,7 @@ class InferenceService:
     ) -> pb.ModelInferResponse:
         """Continues prompts, and answers when all have ended. One failure ends the others."""
         async with guarded(self._keys, request, context) as known:
-            with renaming(field_name):
+            with renaming(field_name, WORDS):
                 return await self._once(self._job(known, time_left_s(context)))
         raise AssertionError("either returned or aborted")
 
@@ -209,11 +209,12 @@ class InferenceService:
     ) -> None:
         """Sends everything that one request of a stream gets; a failure is a message there."""
         try:
-            job = self._job(request, left_s)
-            if job.wishes[0].stream:
-                await self._pieces(job, send)
-            else:
-                await _send(await self._whole(job), True, send)
+            with renaming(field_name, WORDS):
+                job = self._job(request, left_s)
+                if job.wishes[0].stream:
+                    await self._pieces(job, send)
+                else:
+                    await _send(await self._whole(job), True, send)
         except grpc.aio.BaseError:  # nobody is left to send to
             raise
         except Exception as error:  # noqa: BLE001 -- logged, and answered as INTERNAL

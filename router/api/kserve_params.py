@@ -93,6 +93,15 @@ FIELDS = {
     "truncate": "truncate_prompt_tokens",
 }
 
+WORDS = {
+    "`inputs`": "`text_input`",
+    "`max_new_tokens`": "`max_tokens`",
+    "`top_n_tokens`": "`logprobs`",
+    "`adapter_id`": "`lora_name`",
+    "`truncate`": "`truncate_prompt_tokens`",
+}
+"""Names that messages of the service use, which are TGI's, and Triton's for the same."""
+
 
 def field_name(field: str) -> str:
     """Returns what a field of an ask is called here."""

@@ -235,11 +235,13 @@ async def test_errors_speak_of_the_fields_of_this_protocol(
 ) -> None:
     service = FakeService()
     text = "`inputs` tokens + `max_new_tokens` must be <= 9. `top_n_tokens` is too high"
+    text += ". `adapter_id` is not loaded"
     for field, shown in (("prompt", prompt), ("max_tokens", "max_tokens")):
         service.refusal = RequestError(Fault.VALIDATION, text, field)
         async with stub_of(service) as stub:
             error = await failure(stub.Generate(pb.GenerateRequest(**request_of)))
         assert error.details() == (
             f"`{prompt}` tokens + `max_tokens` must be <= 9. `top_logprobs` is too high"
+            ". `adapter` is not loaded"
         )
         assert field_of(error) == shown

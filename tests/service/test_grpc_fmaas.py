@@ -280,6 +280,13 @@ async def test_faults_from_inside_are_named_as_here() -> None:
             service.refusal = RequestError(Fault.VALIDATION, "no", inside)
             for call in (client.generate(batch("a")), client.generate_stream(single("a"))):
                 assert field_of(await failure(call)) == outside
+        text = "`inputs` is long, `min_tokens` must be <= `max_new_tokens`, `stop` is too much"
+        service.refusal = RequestError(Fault.VALIDATION, text, "prompt")
+        for call in (client.generate(batch("a")), client.generate_stream(single("a"))):
+            assert (await failure(call)).details() == (
+                "`text` is long, `min_new_tokens` must be <= `max_new_tokens`, "
+                "`stop_sequences` is too much"
+            )
 
 
 async def test_a_batch_has_a_size() -> None:

@@ -243,6 +243,14 @@ async def test_errors_of_a_call_are_statuses() -> None:
         service.refusal = RequestError(Fault.VALIDATION, "no", "adapter")
         for texts in (("x",), ("x", "y")):
             assert field_of(await failure(client.infer(raw_request(*texts)))) == "lora_name"
+        text = "`inputs` tokens + `max_new_tokens` is too much; so is `adapter_id`"
+        service.refusal = RequestError(Fault.VALIDATION, text, "prompt")
+        ours = "`text_input` tokens + `max_tokens` is too much; so is `lora_name`"
+        assert (await failure(client.infer(raw_request("x")))).details() == ours
+        for streams in (False, True):
+            given = raw_request("x", parameters=parameters(stream=streams))
+            (message,) = [one async for one in client.stream(iter([given]))]
+            assert message.error_message == ours
         service.refusal = RequestError(Fault.OVERLOADED, "full")
         error = await failure(client.infer(raw_request("x", "y")))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

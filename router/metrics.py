@@ -45,6 +45,9 @@ ERR_OF_FAULT: dict[Fault, str] = {
 }
 """The ``err`` label of ``tgi_request_failure``; TGI's words where it has one."""
 
+REFUSALS = frozenset({Reason.OVERLOADED, Reason.TOO_LONG, Reason.UNSUPPORTED})
+"""Ends of requests that the core did not take. They say nothing of how long requests take."""
+
 
 @dataclass(slots=True)
 class Lifetime:
@@ -200,6 +203,8 @@ class Metrics(Collector):
             self._successes += 1
         else:
             self._failures[ERR_OF_FAULT[fault]] += 1
+        if reason in REFUSALS and life.admitted_ms < 0:
+            return
         self._generated += life.tokens
         self._input.observe(life.prompt_tokens)
         self._asked.observe(life.tokens_max)

@@ -127,6 +127,8 @@ async def test_overload_and_clients_that_leave(house: House) -> None:
     assert seen["tgi_request_success"] == 2
     assert seen["tgi_request_failure:overloaded"] == 1
     assert seen["tgi_request_failure:dropped"] == 1
+    for name in ("duration", "queue_duration", "input_length", "generated_tokens"):
+        assert seen[f"tgi_request_{name}_count"] == 3  # what was refused took no time
 
 
 async def test_calls_of_the_model(house: House) -> None:

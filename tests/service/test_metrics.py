@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry
 from router.core.effects import Admit, RunPlan
 from router.core.events import Reason
 from router.core.snapshot import GroupSnapshot, Snapshot
-from router.errors import Fault, RequestError
+from router.errors import FAULT_OF_REASON, Fault, RequestError
 from router.metrics import ERR_OF_FAULT, Histogram, Lifetime, Metrics
 from router.metrics_batches import UNCOUNTED_MAX
 from router.metrics_models import Sum
@@ -111,6 +111,18 @@ def test_failures_are_counted_by_their_kind() -> None:
     assert seen["tgi_request_failure", (("err", "dropped"),)] == 1
     assert seen["tgi_request_queue_duration_sum", ()] == 1.5  # none of the three got a place
     assert seen["tgi_request_inference_duration_count", ()] == 0
+
+
+@pytest.mark.parametrize("reason", [Reason.OVERLOADED, Reason.TOO_LONG, Reason.UNSUPPORTED])
+def test_what_the_core_refuses_is_a_failure_and_nothing_else(reason: Reason) -> None:
+    """So a gateway hears of the places that other gateways have taken."""
+    metrics = Metrics()
+    metrics.ended(Lifetime(3, 10, 1000), reason, 1000)
+    seen = samples(metrics)
+    counts = {name: value for (name, _), value in seen.items() if name.startswith("tgi_request_")}
+    assert counts.pop("tgi_request_count") == 1
+    assert seen["tgi_request_failure", (("err", ERR_OF_FAULT[FAULT_OF_REASON[reason]]),)] == 1
+    assert not any(value for name, value in counts.items() if name != "tgi_request_failure")
 
 
 def test_every_fault_has_a_label() -> None:

@@ -147,6 +147,9 @@ async def test_unknown_paths_and_methods_are_json_errors() -> None:
     async with client_of(FakeService()) as client:
         assert (await client.get("/nowhere")).json()["error_type"] == "validation"
         assert (await client.get("/v1/nowhere")).json()["error"]["message"]
+        # A redirect would name http, whatever a proxy before this speaks with its clients.
+        for path in ("/generate/", "/v1/completions/"):
+            assert (await client.post(path, json={})).status_code == 404
         answer = await client.delete("/generate")
         assert answer.status_code == 405
         assert answer.headers["allow"]

@@ -69,6 +69,9 @@ def create_app(
         description=DESCRIPTION,
         docs_url=None,
         redoc_url=None,
+        # A redirect names the host that the client did, by http: before a proxy that speaks TLS it
+        # would send prompts out in the clear. TGI has none either.
+        redirect_slashes=False,
     )
     app.tracing = tracing
     keys = ApiKeys(settings.api_key)

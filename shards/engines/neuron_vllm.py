@@ -19,6 +19,7 @@ Engine options (``--engine-option key=value``), beside ``library=vllm``:
 """
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -124,6 +125,8 @@ class VllmNeuronBackend(Backend):
         load("vllm_neuron")
         if not any(DEVICES.glob("neuron*")):
             raise ModelError(f"neuron: no Neuron device: {DEVICES} has no neuron0")
+        # It says for each request that there is no tokenizer.
+        logging.getLogger("vllm.inputs.preprocess").setLevel(logging.ERROR)
         self._vllm = load("vllm")
         self._sampling_params = load("vllm.sampling_params")
         platforms: Any = load("vllm.platforms")

@@ -237,8 +237,12 @@ def test_a_feature_that_is_not_offered_is_refused(engine: Engine) -> None:
 
 
 def test_a_drop_aborts_the_request(engine: Engine) -> None:
-    generate(engine, 1, [1, 2, 3], 1)
+    fake().open.clear()
+    engine.step(Plan(admits=[admit(1, [1, 2, 3])], work=[(1, 1)]))
+    # It is asked for, and a step of it is under way.
+    until(lambda: len(fake().given) == 2)
     engine.step(Plan(drops=[1]))
+    fake().open.set()
     until(lambda: fake().aborted == ["roundhouse-1"])
     assert not fake().waiting + fake().running
 
@@ -266,9 +270,9 @@ def test_a_step_that_fails_loses_the_engine(engine: Engine) -> None:
     generate(engine, 1, [1, 2, 3], 1)
     fake().fault = "NRT_EXEC_HW_ERR"
     with pytest.raises(EngineLost, match="neuron failed: RuntimeError: NRT_EXEC_HW_ERR"):
-        decode(engine, 1, 600)
+        generate(engine, 2, [1, 2, 3], 1)
     with pytest.raises(EngineLost):
-        engine.step(Plan(admits=[admit(2, [1, 2, 3])], work=[(2, 3)]))
+        engine.step(Plan())
 
 
 def test_a_step_that_hangs_is_given_up() -> None:

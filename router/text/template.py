@@ -6,7 +6,7 @@ The dialect is that of ``transformers.utils.chat_template_utils``: trimmed block
 
 A template comes with the weights of a model, so it is not trusted: it cannot reach Python's
 internals, cannot change the messages, and is stopped when it takes too long or makes too much
-(``template_bounds.py``).
+(``template_bounds.py``, ``template_compare.py``).
 """
 
 import json
@@ -25,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from router.errors import Fault, RequestError
 from router.text import template_bounds as bounds
+from router.text import template_compare as compare
 
 SOURCE_CHARS_MAX = 1 << 20
 OUTPUT_CHARS_MAX = 1 << 23
@@ -133,8 +134,9 @@ class ChatTemplate:
         if len(self.source) > SOURCE_CHARS_MAX:
             return _fault(f"the chat template is longer than {SOURCE_CHARS_MAX} characters")
         try:
-            return _ENVIRONMENT.from_string(self.source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            with bounds.bounded(RENDER_S_MAX):  # what is constant is computed now
+                return _ENVIRONMENT.from_string(self.source)
+        except Exception as error:  # noqa: BLE001 -- Python compiles it in its turn, with its limits
             return _fault(_line(error))
 
 
@@ -169,7 +171,7 @@ def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if type(error) is jinja2.TemplateError or isinstance(error, bounds.BoundError):
         return text
-    if isinstance(error, RecursionError):
+    if isinstance(error, RecursionError | SyntaxError | MemoryError):
         return "the chat template nests too deeply"
     return f"the chat template cannot lay out these messages: {type(error).__name__}: {text}"
 
@@ -188,18 +190,19 @@ def _join(pieces: Iterator[str], chars_max: int) -> str:
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, with bounds on loops, calls, operators and filters."""
 
-    intercepted_binops = frozenset({"*", "**", "+", "%"})
+    intercepted_binops = frozenset({"*", "**", "+", "%", "//"})
     concat = staticmethod(bounds.joined)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree: nodes.Template = bounds.TildeAsFilter().visit(super()._parse(source, name, filename))
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "_steps", [], [], None, None, lineno=loop.lineno)
-        return tree
+        return compare.in_loops(compare.AsFilters().visit(super()._parse(source, name, filename)))
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         args = bounds.check_call(obj, args, kwargs.values())
         return bounds.made(super().call(context, obj, *args, **kwargs))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """Measures what is hashed to find an item."""
+        return super().getitem(obj, bounds.comparable(argument))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Refuses operators by which one short expression can fill the memory."""
@@ -250,8 +253,8 @@ def _environment() -> _Environment:
         finalize=bounds.finalize,
     )
     own: dict[str, Callable[..., Any]] = {"tojson": _to_json}
-    internal = {"_steps": bounds.steps, "_concat": bounds.concatenated}
-    environment.filters = {**bounds.filters(own), **internal}
+    environment.filters = {**bounds.filters(own), **compare.filters()}
+    environment.tests = compare.tests()
     del environment.globals["lipsum"]
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment

@@ -2,21 +2,22 @@
 
 A loop is stopped by a look at the clock. One expression can take as long, or fill the memory,
 before the next look; so what can make much of little is measured before, and all that is made is
-counted.
+counted. How values are compared is in ``template_compare.py``.
 """
 
+import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import jinja2.filters
-from jinja2 import nodes
-from jinja2.visitor import NodeTransformer
+from jinja2 import Undefined
 
 VALUE_MAX = 1 << 23
 """Characters or items of one value."""
@@ -27,6 +28,10 @@ NUMBER_MAX = 1 << 20
 POWER_MAX = 1024
 BITS_MAX = 1 << 16
 _LOOK_EVERY = 4096
+MADE_BETWEEN = 1 << 24
+"""What may be made between two looks at the memory."""
+MEMORY_MAX = 1 << 28
+"""Bytes by which the process may grow from the first of these looks on."""
 
 INDENT_MAX = 64
 UNUSED = frozenset({"pprint", "striptags", "urlize", "wordwrap", "xmlattr"})
@@ -36,9 +41,13 @@ WRITERS = frozenset(
     | {"string", "title", "tojson", "trim", "truncate", "upper", "urlencode", "wordcount"}
 )
 """Filters that write their value down, whatever it is."""
+COMPARERS = frozenset({"dictsort", "groupby", "max", "min", "sort", "unique"})
+"""Filters that compare or hash the parts of their value."""
+_NUMBERS_OF_MEMORY = Path("/proc/self/statm")
 _NUMBERS = re.compile(r"\d+")
 
 _TOO_LONG = "the chat template takes too long for these messages"
+_NO_METHOD = "the chat template calls a method that templates do not have"
 _TOO_MUCH = "the chat template makes too much of these messages"
 
 
@@ -50,7 +59,14 @@ class BoundError(Exception):
 class _Budget:
     ends: float
     left: int
+    looks_at: int
+    """What is left at the next look at the memory."""
+    resident: int | None = None
 
+
+SCALARS = (str, bytes, int, float, type(None), Undefined)
+"""Types of values that hold no others."""
+_LISTED = (list, tuple, KeysView, ValuesView, ItemsView)
 
 _BUDGET: ContextVar[_Budget | None] = ContextVar("template_budget", default=None)
 
@@ -58,7 +74,7 @@ _BUDGET: ContextVar[_Budget | None] = ContextVar("template_budget", default=None
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
     """What happens within has so much time, and may make TOTAL_MAX."""
-    token = _BUDGET.set(_Budget(time.monotonic() + seconds, TOTAL_MAX))
+    token = _BUDGET.set(_Budget(time.monotonic() + seconds, TOTAL_MAX, TOTAL_MAX - MADE_BETWEEN))
     try:
         yield
     finally:
@@ -80,8 +96,28 @@ def spend(size: int) -> None:
         left = budget.left = budget.left - size
         if time.monotonic() > budget.ends:
             raise BoundError(_TOO_LONG)
+        if left < budget.looks_at:
+            _check_memory(budget)
     if size > VALUE_MAX or left < 0:
         raise BoundError(_TOO_MUCH)
+
+
+def _check_memory(budget: _Budget) -> None:
+    """What was made may be gone again, or all be there still."""
+    budget.looks_at = budget.left - MADE_BETWEEN
+    now = _resident()
+    if budget.resident is None:
+        budget.resident = now
+    if now - budget.resident > MEMORY_MAX:
+        raise BoundError(_TOO_MUCH)
+
+
+def _resident() -> int:
+    """Bytes of memory that the process has; 0 where the system does not say it."""
+    try:
+        return int(_NUMBERS_OF_MEMORY.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def steps(items: Any) -> Iterator[Any]:
@@ -110,7 +146,7 @@ def written_size(value: Any) -> int:
             check_time()
         if isinstance(one, Mapping):
             waiting += [*one.keys(), *one.values()]
-        elif isinstance(one, list | tuple):
+        elif isinstance(one, _LISTED):
             waiting += one
         if size + len(waiting) > VALUE_MAX:
             raise BoundError(_TOO_MUCH)
@@ -137,25 +173,26 @@ def concatenated(values: list[Any]) -> str:
     return "".join(map(str, values))
 
 
-class TildeAsFilter(NodeTransformer):
-    """Has ``~`` made by the filter ``_concat``, which counts."""
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
-        """Replaces one."""
-        self.generic_visit(node)
-        listed = nodes.List(node.nodes, lineno=node.lineno)
-        return nodes.Filter(listed, "_concat", [], [], None, None, lineno=node.lineno)
+def comparable(value: Any) -> Any:
+    """A value that is about to be compared or hashed. Raises BoundError if that may not end."""
+    if not isinstance(value, SCALARS):
+        written_size(value)
+    return value
 
 
-def check_operator(operator: str, left: Any, right: Any) -> None:
+def check_operator(sign: str, left: Any, right: Any) -> None:
     """Refuses an operator that would make too much of its operands. Raises BoundError."""
     check_time()
     numbers = isinstance(left, int) and isinstance(right, int)
-    match operator:
+    match sign:
         case "**" if max(abs(left), abs(right)) > POWER_MAX:
             raise BoundError("the chat template raises a number to too high a power")
         case "*" if numbers and left.bit_length() + right.bit_length() > BITS_MAX:
             raise BoundError("the chat template multiplies numbers that are too large")
+        case "//" | "%" if numbers and left.bit_length() > BITS_MAX:
+            raise BoundError("the chat template divides a number that is too large")
+        case "%" if isinstance(left, bytes):
+            raise BoundError(_NO_METHOD)
         case "*" if not numbers:
             for times, value in ((left, right), (right, left)):
                 if isinstance(times, int) and hasattr(value, "__len__"):
@@ -180,6 +217,7 @@ def check_call(called: Any, args: tuple[Any, ...], given: Iterable[Any]) -> tupl
     check_time()
     text = _text_of(called)
     if text is None:
+        _check_other(called, (*args, *given))
         return args
     name = called.__name__
     if name == "join":
@@ -190,6 +228,20 @@ def check_call(called: Any, args: tuple[Any, ...], given: Iterable[Any]) -> tupl
     if name in _METHODS:
         _METHODS[name](text, everything)
     return args
+
+
+def _check_other(called: Any, args: tuple[Any, ...]) -> None:
+    """A call of anything but a method of texts. Those of bytes and of types are not needed.
+
+    Methods of lists compare what they are given with what is there.
+    """
+    owner = getattr(called, "__self__", None)
+    name = getattr(called, "__name__", "")
+    if name == "to_bytes" or (isinstance(owner, bytes | type) and name != "decode"):
+        raise BoundError(_NO_METHOD)
+    nested = [comparable(arg) for arg in args if not isinstance(arg, SCALARS)]
+    if nested and isinstance(owner, list | tuple):
+        written_size(owner)
 
 
 def _text_of(called: Any) -> str | None:
@@ -234,7 +286,7 @@ def _expanded(text: str, args: tuple[Any, ...]) -> None:
 
 
 def _refused(_text: str, _args: tuple[Any, ...]) -> None:
-    raise BoundError("the chat template calls a method that templates do not have")
+    raise BoundError(_NO_METHOD)
 
 
 _METHODS: dict[str, Callable[[str, tuple[Any, ...]], None]] = {
@@ -279,14 +331,16 @@ _FILTERS: dict[str, Callable[[Any, tuple[Any, ...]], None]] = {
 def counting(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a filter that counts what it makes, and refuses to make too much."""
     at = 1 if hasattr(work, "jinja_pass_arg") else 0
-    check, writes = _FILTERS.get(name), name in WRITERS
+    check, writes, compares = _FILTERS.get(name), name in WRITERS, name in COMPARERS
 
     @wraps(work)
     def filtered(*args: Any, **kwargs: Any) -> Any:
         value = args[at]
-        if name == "join":
+        if compares or name == "join":
             value = _listed(value)
             args = (*args[:at], value, *args[at + 1 :])
+        if compares:
+            comparable(value)
         if writes and not isinstance(value, str):
             written_size(value)
         if len(args) > at + 1 or kwargs:

@@ -26,6 +26,27 @@ _KINDS = frozenset({"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"})
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _ONE = ("items", "additionalProperties")
 _SEVERAL = ("anyOf", "oneOf", "allOf", "prefixItems")
+_ASK_NOTHING: dict[str, tuple[Any, ...]] = {
+    "uniqueItems": (False,),
+    "not": (False,),
+    "propertyNames": (True, {}),
+    "unevaluatedProperties": (True, {}),
+    "unevaluatedItems": (True, {}),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+    "dependencies": ({},),
+    "format": ("password", "binary", "path"),
+}
+"""Words that the compiler refuses, and the values with which they bar no text. Formats are those
+that tell a form how to show a field."""
+_COMPANIONS = {
+    "if": ("then", "else"),
+    "then": ("if",),
+    "else": ("if",),
+    "minContains": ("contains",),
+    "maxContains": ("contains",),
+}
+"""Words that mean nothing without one of others."""
 
 
 def json_object(field: str) -> Constraint:
@@ -34,38 +55,46 @@ def json_object(field: str) -> Constraint:
 
 
 def json_schema(schema: Mapping[str, Any] | bool, field: str) -> Constraint:
-    """JSON that is valid by a schema, read as ``with_objects`` does. Raises RequestError."""
+    """JSON that is valid by a schema, read as ``as_meant`` does. Raises RequestError."""
     if not isinstance(schema, Mapping | bool):
         raise _invalid(f"`{field}` must be a JSON schema: an object or a boolean", field)
     _check_nesting(schema, field)
     try:
-        text = orjson.dumps(with_objects(schema)).decode()
+        text = orjson.dumps(as_meant(schema)).decode()
     except TypeError as error:
         raise _invalid(f"`{field}` is not a JSON schema: {error}", field) from error
     return _bounded(ConstraintKind.JSON_SCHEMA, text, field)
 
 
-def with_objects(schema: Any) -> Any:
-    """The schema with the type that goes without saying: what has properties is an object.
+def as_meant(schema: Any) -> Any:
+    """The schema with the type that goes without saying, without words that ask for nothing.
 
-    By the letter a text would be valid, too, and a small model likes to write one. TGI's examples
-    leave the type out, and it makes objects of them. Nothing is changed in place.
+    What has properties is an object. By the letter a text would be valid, too, and a small model
+    likes to write one. TGI's examples leave the type out, and it makes objects of them. Nothing is
+    changed in place.
     """
     if not isinstance(schema, Mapping):
         return schema
-    made = dict(schema)
+    made = {word: value for word, value in schema.items() if not _asks_nothing(word, value, schema)}
     for word in _NAMED:
         if isinstance(made.get(word), Mapping):
-            made[word] = {name: with_objects(one) for name, one in made[word].items()}
+            made[word] = {name: as_meant(one) for name, one in made[word].items()}
     for word in _ONE:
         if word in made:
-            made[word] = with_objects(made[word])
+            made[word] = as_meant(made[word])
     for word in _SEVERAL:
         if isinstance(made.get(word), list):
-            made[word] = [with_objects(one) for one in made[word]]
+            made[word] = [as_meant(one) for one in made[word]]
     if "properties" in made and not made.keys() & _KINDS:
         made["type"] = "object"
     return made
+
+
+def _asks_nothing(word: str, value: Any, schema: Mapping[str, Any]) -> bool:
+    if word in _COMPANIONS:
+        return not schema.keys() & set(_COMPANIONS[word])
+    # By type as well: 0 is no False, and a wrong value is for the compiler to name.
+    return any(type(value) is type(one) and value == one for one in _ASK_NOTHING.get(word, ()))
 
 
 def regex(pattern: str, field: str) -> Constraint:

@@ -44,6 +44,31 @@ def test_a_schema_is_written_out() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ({"uniqueItems": False}, {}),
+        ({"uniqueItems": True}, {"uniqueItems": True}),
+        ({"uniqueItems": 0}, {"uniqueItems": 0}),
+        ({"not": False}, {}),
+        ({"not": {}}, {"not": {}}),
+        ({"propertyNames": {}, "dependentRequired": {}, "unevaluatedItems": True}, {}),
+        ({"unevaluatedProperties": False}, {"unevaluatedProperties": False}),
+        ({"format": "password"}, {}),
+        ({"format": "email"}, {"format": "email"}),
+        ({"if": {"type": "null"}, "minContains": 1}, {}),
+        ({"then": {}, "else": {}, "maxContains": 2}, {}),
+        ({"if": True, "then": {}}, {"if": True, "then": {}}),
+        ({"contains": True, "minContains": 2}, {"contains": True, "minContains": 2}),
+    ],
+)
+def test_words_that_ask_for_nothing_are_left_out(words: Any, kept: Any) -> None:
+    """Wherever a schema is: properties may have these names, and keep them."""
+    schema = {"properties": {"format": {"type": "array", **words}}, "anyOf": [words], **words}
+    meant = {"properties": {"format": {"type": "array", **kept}}, "anyOf": [kept], **kept}
+    assert json.loads(constraints.json_schema(schema, "x").text) == meant
+
+
+@pytest.mark.parametrize(
     ("schema", "meant"),
     [
         ({"properties": {"a": {}}}, {"properties": {"a": {}}, "type": "object"}),

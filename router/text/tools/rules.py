@@ -27,7 +27,7 @@ def schema_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
         # "An object", and nothing of what is in it: a function without parameters.
         schema = {"type": "object", "properties": {}, "additionalProperties": False}
     schema.setdefault("type", "object")
-    return dict(constraints.with_objects(schema))
+    return dict(constraints.as_meant(schema))
 
 
 def schema_rule(parameters: Mapping[str, Any]) -> str:

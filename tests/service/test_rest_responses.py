@@ -320,6 +320,30 @@ async def test_an_answer_that_reaches_its_length_is_incomplete() -> None:
         assert got["usage"]["output_tokens"] == 1
 
 
+async def test_a_call_that_breaks_off_is_incomplete() -> None:
+    """Whatever comes behind it: a client must not take it for one to be made."""
+    broken = CALL.replace('"Köln"', "")
+    scripts = [said(f"{broken} so\n{CALL}"), said(f"{CALL}\n{broken}")]
+    for script, statuses in zip(
+        scripts,
+        (["incomplete", "completed"], ["completed", "incomplete"]),
+        strict=True,
+    ):
+        _, got = await posted(model(HERMES, script), tools=[WEATHER])
+        calls = [item for item in got["output"] if item["type"] == "function_call"]
+        assert [call["status"] for call in calls] == statuses
+        events = await streamed(model(HERMES, script), tools=[WEATHER])
+        ended = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+        assert [item["status"] for item in ended if item["type"] == "function_call"] == statuses
+
+
+async def test_an_item_whose_type_is_null_is_a_message() -> None:
+    service = model(HERMES, said("Yes"))
+    status, _ = await posted(service, input=[{"type": None, "role": "user", "content": "Well?"}])
+    assert status == 200
+    assert "user\nWell?" in str(service.asks[0].prompt)
+
+
 async def test_an_empty_answer_has_an_empty_message() -> None:
     _, got = await posted(model(HERMES, said("")))
     assert got["output"][0]["content"][0]["text"] == ""

@@ -99,7 +99,9 @@ class ResponsesRequest(Body):
     temperature: float | None = Field(
         default=None, description="In [0, 100]. 0 is greedy. Default 1."
     )
-    top_p: float | None = Field(default=None, description="In (0, 1]. 1 is off.")
+    top_p: float | None = Field(
+        default=None, description="In [0, 1]. 1 is off, 0 leaves the likeliest token."
+    )
     top_logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Report the log probabilities of so many tokens."
     )

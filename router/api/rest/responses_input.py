@@ -56,7 +56,7 @@ class _Conversation:
         return self._messages
 
     def _add(self, item: Json, where: str) -> None:
-        kind = item.get("type", "message" if "role" in item else None)
+        kind = item.get("type") or ("message" if "role" in item else None)
         match kind:
             case "message":
                 self._message(item, where)

@@ -3,6 +3,7 @@
 Whole answers and streams are made by the same steps, so that they cannot differ.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from time import time
 from typing import Any
@@ -97,7 +98,7 @@ class Recorder:
         return {"output_index": len(self.response["output"]), "item_id": self._item["id"]}
 
     def _open(self, prefix: str, **fields: Any) -> Iterator[Json]:
-        yield from self._close("completed")
+        yield from self._close("completed" if self._is_whole() else "incomplete")
         self._item = {"id": f"{prefix}_{uuid4().hex}", "status": "in_progress", **fields}
         self._text, self._logprobs = [], []
         index = len(self.response["output"])
@@ -109,6 +110,15 @@ class Recorder:
 
     def _is_open(self, kind: str) -> bool:
         return self._item is not None and self._item["type"] == kind
+
+    def _is_whole(self) -> bool:
+        """Whether the item in hand is all there: the arguments of a call may break off."""
+        if not self._is_open("function_call"):
+            return True
+        try:
+            return isinstance(json.loads("".join(self._text)), dict)
+        except (ValueError, RecursionError):
+            return False
 
     def _part(self, text: str, logprobs: Sequence[Json]) -> Json:
         if self._is_open("reasoning"):
@@ -190,8 +200,7 @@ class Recorder:
         cut = chat.finish.reason is Reason.LENGTH
         if self._item is None:
             yield from self._open("msg", type="message", role="assistant", content=[])
-        broken = self._is_open("function_call") and not chat.called
-        yield from self._close("incomplete" if cut or broken else "completed")
+        yield from self._close("completed" if self._is_whole() and not cut else "incomplete")
         status = "incomplete" if cut else "completed"
         self.response |= {
             "status": status,

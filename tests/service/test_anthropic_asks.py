@@ -282,6 +282,8 @@ def test_parameters() -> None:
     assert (params.temperature, params.top_p, params.top_k) == (0, 0.5, 3)
     assert (params.stop, params.max_tokens, ask.priority) == (("a",), 9, 0)
     assert asked(service_tier="standard_only").priority == 1
+    # As small as can be: the likeliest token alone is left.
+    assert 0 < asked(top_p=0).params.top_p < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from router.conversation import ChatAsk, Tool, ToolMode
 from router.errors import RequestError
 from router.fleet import Fleet, ModelCard
 from router.text import constraints
+from router.validation import SMALLEST_SHARE
 
 B = TypeVar("B", bound=Body)
 Message = dict[str, Any]
@@ -123,7 +124,8 @@ def _params(body: MessagesPrompt, settings: Settings, *, forced: bool) -> Params
         max_tokens=body.max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=body.top_k or 0,
-        top_p=1.0 if body.top_p is None else body.top_p,
+        # Anthropic takes 0, which leaves the likeliest token alone.
+        top_p=1.0 if body.top_p is None else body.top_p or SMALLEST_SHARE,
         stop=tuple(stops),
         # A format is for the text of an answer, and a forced call leaves none.
         constraint=None if forced else _constraint(body),
@@ -159,7 +161,8 @@ def _variables(body: MessagesPrompt, model: ModelCard) -> dict[str, Any]:
 def _tool(tool: AnthropicTool, where: str) -> Tool:
     if tool.type not in (None, "custom"):
         kind = tool.type[:64]
-        raise unsupported(f"{where}.type", f"tools of type {kind!r} run on Anthropic's servers")
+        advice = f"{kind!r} is a tool of Anthropic's own; give a schema, and no type"
+        raise unsupported(f"{where}.type", advice)
     if tool.defer_loading:
         raise unsupported(f"{where}.defer_loading")
     schema = tool.input_schema or NO_INPUT

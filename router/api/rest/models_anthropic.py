@@ -182,7 +182,9 @@ class MessagesRequest(MessagesPrompt):
     temperature: float | None = Field(
         default=None, description="In [0, 100]; Anthropic takes up to 1. 0 is greedy. Default 1."
     )
-    top_p: float | None = Field(default=None, description="In (0, 1]. 1 is off.")
+    top_p: float | None = Field(
+        default=None, description="In [0, 1]. 1 is off, 0 leaves the likeliest token."
+    )
     top_k: int | None = Field(default=None, description="Keep the k likeliest tokens. 0 is off.")
     stream: bool | None = Field(default=None, description="Answer with server-sent events.")
     metadata: AnthropicMetadata | None = Field(default=None, description="Accepted without effect.")

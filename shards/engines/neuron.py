@@ -247,8 +247,8 @@ def _compiled(options: EngineOptions, extras: Extras, library: str) -> Engine:
         raise ModelError(f"neuron: {given}: a compiled model has it in itself; leave it out")
     if not (folder.path / NEURON_CONFIG).is_file():
         raise ModelError(
-            f"neuron: {folder.path} was not compiled for Neuron: it has no {NEURON_CONFIG}; see"
-            f" {page('engines/neuron.md')}"
+            f"neuron: {folder.path} was not compiled for Neuron: it has no {NEURON_CONFIG};"
+            f" with --engine-option library=vllm vLLM compiles it; see {page('engines/neuron.md')}"
         )
     if library == "optimum":
         graphs = load_optimum(str(folder.path), folder.vocab_size)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.declared import declared, name_of
 from deploy.engines import ENGINES, GGUF, PREFERENCES, SAFETENSORS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,3 +76,12 @@ def test_the_first_table_names_every_engine_and_its_page() -> None:
     text = (PAGES / "README.md").read_text()
     for name in WITH_PAGES:
         assert f"| [`{name}`]({name}.md) |" in text
+
+
+def test_neurons_page_names_what_a_worker_needs_beside_vllms_own_pins() -> None:
+    text = (PAGES / "neuron.md").read_text()
+    needs = {name_of(one): one for one in declared().worker_needs()}
+    # The plugin and vLLM bring these, in other versions.
+    others = {"llguidance", "numpy"}
+    assert others < needs.keys()
+    assert all(f'"{one}"' in text for name, one in needs.items() if name not in others)

@@ -1,6 +1,7 @@
-"""Workers run on numpy 1.26, too, as Neuron's packages ask: they use no name that came later.
+"""Workers run on numpy 1.26, as Neuron's packages ask, and start beside vLLM 0.11's llguidance.
 
-What is used only where it is there (``getattr``) is no attribute, and so is not found here.
+They use no name that came later. What is used only where it is there (``getattr``) is no attribute,
+and so is not found here.
 """
 
 import ast
@@ -20,6 +21,8 @@ LATER = set(
     """.split()
 )
 LATER_OF_ARRAYS = {"mT", "to_device"}
+# What llguidance 0.7.30 has, the last that vLLM 0.11 takes. Constraints need a later one.
+GUIDANCE = {"LLMatcher", "LLParserLimits", "LLTokenizer", "regex_to_lark"}
 # These run in environments of their own, which have numpy 2.
 APART = ("jax", "torch", "vllm", "llama")
 FILES = [
@@ -47,3 +50,15 @@ def test_a_later_name_is_found() -> None:
     source = "np.vecdot(a, b) + a.mT + np.dot(a, b) + a.pow"
     assert sorted(too_new(ast.parse(source))) == ["mT", "vecdot"]
     assert len(FILES) > 40
+
+
+def test_of_llguidance_a_worker_imports_what_the_older_one_has() -> None:
+    found = {
+        name.name
+        for path in FILES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module == "llguidance"
+        for name in node.names
+    }
+    assert found
+    assert found <= GUIDANCE

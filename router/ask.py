@@ -132,6 +132,7 @@ class Finish:
 
     ``seed`` is None when greedy; ``stop`` is the stop string that appeared, or None. ``prompt`` are
     the prompt's tokens if their log probabilities were asked for; the first one has none.
+    ``queued_ms`` is how long the request waited for its place.
     """
 
     reason: Reason
@@ -142,6 +143,7 @@ class Finish:
     seed: int | None = None
     stop: str | None = None
     prompt: tuple[TokenOut, ...] = ()
+    queued_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,11 @@ class Lifetime:
     name: str = ""
     trace: Answer = NO_ANSWER
 
+    @property
+    def queued_ms(self) -> int:
+        """How long it waited for a place; 0 before it has one."""
+        return max(0, self.admitted_ms - self.submitted_ms)
+
 
 class Metrics(Collector):
     """All metrics of one router. Registers itself with the registry that it is given.

@@ -395,5 +395,6 @@ class Generation:
             seed=self._seed,
             stop=None if self._matcher is None else self._matcher.matched,
             prompt=self.prompt,
+            queued_ms=self._channel.life.queued_ms,
         )
         return Chunk(tokens, text, finish)

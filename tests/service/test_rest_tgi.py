@@ -23,6 +23,14 @@ async def test_generate_returns_the_text_and_tgis_headers() -> None:
     assert float(answer.headers["x-compute-time"]) > 0
 
 
+async def test_the_wait_for_a_place_is_no_time_of_the_model() -> None:
+    outs = (TokenOut(1, "a"), TokenOut(2, "b"))
+    waited = Finish(Reason.EOS, "ab", 1, 2, queued_ms=600_000)
+    answer = await post(FakeService([Chunk(outs, "ab", waited)]), "/generate", {"inputs": "x"})
+    assert answer.headers["x-queue-time"] == "600000"
+    assert answer.headers["x-inference-time"] == answer.headers["x-time-per-token"] == "0"
+
+
 async def test_details_have_tgis_shape() -> None:
     service = FakeService(words((" a", " b"), Reason.EOS, seed=9, tops=2))
     parameters = {"details": True, "top_n_tokens": 2, "do_sample": True}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.service.fake_service import events_of
-from tests.service.test_rest_router import house_in
+from tests.service.test_rest_router import GATEWAY, ROUTER, house_in
 
 SAMPLE = {"do_sample": True}
 MESSAGES: list[tuple[dict[str, Any], str]] = [
@@ -85,6 +85,16 @@ async def test_a_long_answer_is_one_request_and_as_long_as_it_may_be(
         assert [event["index"] for event in events] == list(range(1, tokens + 1))
         assert [event["token"]["id"] for event in events] == [one["id"] for one in whole["tokens"]]
         assert events[-1]["details"]["input_length"] == 1
+
+
+@pytest.mark.parametrize("through", [ROUTER, GATEWAY])
+async def test_the_prompt_is_time_of_the_model_to_the_headers(tmp_path: Path, through: str) -> None:
+    """As to the metrics: what comes before the first plan is the queue, all behind it inference."""
+    async with house_in(tmp_path, {"step_ms": "40"}, through=through) as house:
+        body = {"inputs": "x", "parameters": {"max_new_tokens": 2}}
+        times = (await house.post("/generate", body)).headers
+    assert int(times["x-inference-time"]) >= 79  # two steps, and a millisecond of rounding
+    assert int(times["x-time-per-token"]) >= 39
 
 
 @pytest.mark.parametrize("spelt", ["<|im_start|>", "then"])

@@ -25,12 +25,11 @@ Read = Callable[[G], Coroutine[Any, Any, W]]
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A complete answer, and when (perf_counter, in seconds) it was submitted, began and ended."""
+    """A complete answer, and when (perf_counter, in seconds) it was submitted and ended."""
 
     tokens: list[TokenOut]
     finish: Finish
     submitted: float
-    first: float
     ended: float
     prompt_ids: Sequence[int] = field(default=(), kw_only=True)
 
@@ -60,24 +59,22 @@ async def collect_chats(starts: Sequence[Start[ChatGeneration]]) -> list[WholeCh
 
 async def _whole(answer: Generation) -> Whole:
     tokens: list[TokenOut] = []
-    submitted, first = perf_counter(), 0.0
+    submitted = perf_counter()
     async for chunk in answer:
-        first = first or perf_counter()
         tokens.extend(chunk.tokens)
         if chunk.finish is not None:
             ids, ended = answer.prompt_ids, perf_counter()
-            return Whole(tokens, chunk.finish, submitted, first, ended, prompt_ids=ids)
+            return Whole(tokens, chunk.finish, submitted, ended, prompt_ids=ids)
     raise AssertionError("an answer ends with a finish or an error")
 
 
 async def _whole_chat(answer: ChatGeneration) -> WholeChat:
     tokens: list[TokenOut] = []
-    submitted, first = perf_counter(), 0.0
+    submitted = perf_counter()
     async for chunk in answer:
-        first = first or perf_counter()
         tokens.extend(chunk.tokens)
         if (chat := chunk.finish) is not None:
-            ids, times = answer.prompt_ids, (submitted, first, perf_counter())
+            ids, times = answer.prompt_ids, (submitted, perf_counter())
             return WholeChat(tokens, chat.finish, *times, chat, prompt_ids=ids)
     raise AssertionError("an answer ends with a finish or an error")
 
@@ -118,12 +115,13 @@ def timing_headers(
 ) -> dict[str, str]:
     """Returns TGI's headers (router/src/server.rs, `generate_internal`).
 
-    Times are in milliseconds, x-compute-time in seconds. The queue time here is the wait for the
-    first token: the queue, and the prompt's computation, which shares its steps with others.
+    Times are in milliseconds, x-compute-time in seconds. The queue ends with the first plan that
+    has the request; of several answers the longest wait counts.
     """
     ended = max(answer.ended for answer in answers)
     submitted = max(answer.submitted for answer in answers)
-    first = max(answer.first for answer in answers)
+    queued = max(answer.finish.queued_ms for answer in answers) / 1000
+    inference = ended - submitted - queued
     generated = sum(answer.finish.generated_tokens for answer in answers)
 
     def ms(seconds: float) -> str:
@@ -135,9 +133,9 @@ def timing_headers(
         "x-compute-characters": str(characters),
         "x-total-time": ms(ended - arrived),
         "x-validation-time": ms(submitted - arrived),
-        "x-queue-time": ms(first - submitted),
-        "x-inference-time": ms(ended - first),
-        "x-time-per-token": ms((ended - submitted) / max(1, generated)),
+        "x-queue-time": ms(queued),
+        "x-inference-time": ms(inference),
+        "x-time-per-token": ms(inference / max(1, generated)),
         "x-prompt-tokens": str(sum(answer.finish.prompt_tokens for answer in answers)),
         "x-generated-tokens": str(generated),
     }

@@ -117,16 +117,14 @@ class ResponsesRoute:
         if body.stream:
             headers = {"x-compute-type": compute_type(model)} | ignored_header(body)
             return EventStream(_Stream(self, body, ask, recorder).run, Dialect.OPENAI, headers)
-        first = 0.0
         async with await self.start(body, ask) as answer:
             submitted = perf_counter()
             async for chunk in answer:
-                first = first or perf_counter()
                 for _ in recorder.add(chunk):
                     pass
                 if chunk.finish is not None:
                     finish = chunk.finish.finish
-        timing = [Whole([], finish, submitted, first, perf_counter())]
+        timing = [Whole([], finish, submitted, perf_counter())]
         headers = timing_headers(arrived, timing, _characters(ask), model)
         return json_response(recorder.response, headers | ignored_header(body))
 

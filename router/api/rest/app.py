@@ -69,9 +69,7 @@ def create_app(
         description=DESCRIPTION,
         docs_url=None,
         redoc_url=None,
-        # A redirect names the host that the client did, by http: before a proxy that speaks TLS it
-        # would send prompts out in the clear. TGI has none either.
-        redirect_slashes=False,
+        redirect_slashes=False,  # a redirect would name http, also behind a proxy that speaks TLS
     )
     app.tracing = tracing
     keys = ApiKeys(settings.api_key)

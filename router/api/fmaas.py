@@ -1,6 +1,6 @@
 """``fmaas.GenerationService``: what clients of IBM's text-generation-inference call."""
 
-import asyncio
+from functools import partial
 
 from router.api import fmaas_convert as convert
 from router.api.fmaas_convert import Answer, Order
@@ -16,12 +16,13 @@ from router.api.grpc_calls import (
     time_left_s,
 )
 from router.api.grpc_errors import renaming
+from router.api.rest.collect import each
 from router.auth import ApiKeys
 from router.config import Settings
 from router.errors import Fault, RequestError
 from router.fleet import Fleet, ModelCard
 from router.fmaas.v1 import generation_pb2 as pb
-from router.service import Service
+from router.service import Generation, Service
 
 SERVICE = "fmaas.GenerationService"
 
@@ -38,8 +39,11 @@ class GenerationService:
     async def generate(
         self, request: Received[pb.BatchedGenerationRequest], context: Context
     ) -> pb.BatchedGenerationResponse:
-        """Continues prompts, all at once. One failure ends the others."""
-        async with guarded(self._keys, request, context) as known:
+        """Continues prompts, all at once. One failure ends the others.
+
+        All are submitted before any is read: what is wrong with all of them is so refused once.
+        """
+        async with guarded(self._keys, request, context, self._service.refused) as known:
             self._check_count(len(known.requests))
             left_s = time_left_s(context)
             singles = [
@@ -52,16 +56,19 @@ class GenerationService:
                 )
                 for one in known.requests
             ]
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._whole(one, left_s)) for one in singles]
-            return pb.BatchedGenerationResponse(responses=[task.result() for task in tasks])
+            with renaming(convert.field_name, convert.WORDS):
+                orders = [await self._order(one, left_s) for one in singles]
+                starts = [partial(self._service.generate, order.ask) for order in orders]
+                reads = [partial(_read, order) for order in orders]
+                responses = await each(starts, reads)
+            return pb.BatchedGenerationResponse(responses=responses)
         raise AssertionError("either returned or aborted")
 
     async def generate_stream(
         self, request: Received[pb.SingleGenerationRequest], context: Context
     ) -> None:
         """Continues a prompt."""
-        async with guarded(self._keys, request, context) as known:
+        async with guarded(self._keys, request, context, self._service.refused) as known:
             with renaming(convert.field_name, convert.WORDS):
                 order = await self._order(known, time_left_s(context))
                 out = Answer(order)
@@ -130,21 +137,6 @@ class GenerationService:
             request.adapter_id = named
         return convert.order_of(request, card, [id_ for id_, _, _, _ in spans], left_s)
 
-    async def _whole(
-        self, request: pb.SingleGenerationRequest, left_s: float | None
-    ) -> pb.GenerationResponse:
-        """One answer, complete or as far as its time limit let it come."""
-        with renaming(convert.field_name, convert.WORDS):
-            order = await self._order(request, left_s)
-            out = Answer(order)
-            async with await self._service.generate(order.ask) as answer:
-                try:
-                    async for chunk in answer:
-                        out.gather(chunk)
-                except RequestError as error:
-                    out.expire(error)
-            return out.message(answer.prompt)
-
     async def _tokens(
         self, text: str, card: ModelCard, request: pb.BatchedTokenizeRequest
     ) -> pb.TokenizeResponse:
@@ -184,3 +176,14 @@ class GenerationService:
                 UNARY, self.model_info, pb.ModelInfoRequest, pb.ModelInfoResponse, most
             ),
         }
+
+
+async def _read(order: Order, answer: Generation) -> pb.GenerationResponse:
+    """One answer, complete or as far as its time limit let it come."""
+    out = Answer(order)
+    try:
+        async for chunk in answer:
+            out.gather(chunk)
+    except RequestError as error:
+        out.expire(error)
+    return out.message(answer.prompt)

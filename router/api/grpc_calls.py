@@ -94,11 +94,27 @@ async def failing_well(context: Context) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def guarded(keys: ApiKeys, request: Received[M], context: Context) -> AsyncIterator[M]:
-    """Checks key and request, and yields the request; failures as ``failing_well`` says."""
+async def guarded(
+    keys: ApiKeys,
+    request: Received[M],
+    context: Context,
+    refused: Callable[[RequestError], None] | None = None,
+) -> AsyncIterator[M]:
+    """Checks key and request, and yields the request; failures as ``failing_well`` says.
+
+    ``refused`` is told what goes wrong with a request that is known: it counts what the service has
+    not counted. Methods that generate nothing leave it out, as on REST.
+    """
     async with failing_well(context):
         check_key(keys, context)
-        yield understood(request)
+        known = understood(request)
+        try:
+            yield known
+        except Exception as error:
+            fault = first_of(error)
+            if refused is not None and isinstance(fault, RequestError):
+                refused(fault)
+            raise
 
 
 @asynccontextmanager

@@ -84,7 +84,9 @@ def renaming(
         message = first.message
         for native, word in words.items():
             message = message.replace(native, word)
-        raise RequestError(first.fault, message, name(first.field)) from error
+        renamed = RequestError(first.fault, message, name(first.field))
+        renamed.counted = first.counted
+        raise renamed from error
 
 
 def first_of(error: Exception) -> Exception:

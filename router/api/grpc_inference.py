@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -34,7 +34,8 @@ from router.validation import is_greedy
 
 SERVICE = "router.v1.Inference"
 
-Start = Callable[[], Awaitable[Generation | ChatGeneration]]
+Answer = Generation | ChatGeneration
+Start = Callable[[], Awaitable[Answer]]
 Write = Callable[[pb.GenerateResponse], Awaitable[None]]
 
 
@@ -52,7 +53,7 @@ class Inference:
 
     async def generate(self, request: Received[pb.GenerateRequest], context: Context) -> None:
         """Continues a prompt."""
-        async with guarded(self._keys, request, context) as known:
+        async with guarded(self._keys, request, context, self._service.refused) as known:
             ask = convert.generate_ask(known, time_left_s(context))
             params = known.parameters
             count = self._count(params)
@@ -65,7 +66,7 @@ class Inference:
 
     async def chat(self, request: Received[pb.ChatRequest], context: Context) -> None:
         """Answers a conversation."""
-        async with guarded(self._keys, request, context) as known:
+        async with guarded(self._keys, request, context, self._service.refused) as known:
             params = known.parameters
             asks = convert.fan_out(chat_ask(known, time_left_s(context)), self._count(params))
             with _renaming(known):
@@ -182,9 +183,13 @@ def _renaming(request: pb.GenerateRequest | pb.ChatRequest) -> AbstractContextMa
 
 
 async def _run(starts: Sequence[Start], params: pb.Parameters, context: Context) -> None:
-    """Writes all answers as they come. One failure ends the others."""
+    """Writes all answers as they come. One failure ends the others.
+
+    All are submitted before any is read: what is wrong with all of them is so refused once.
+    """
     if len(starts) == 1:
-        await _write_answer(starts[0], Outgoing(params), context.write)
+        async with await starts[0]() as answer:
+            await _write_answer(answer, Outgoing(params), context.write)
         return
     one_at_a_time = asyncio.Lock()  # grpcio takes one message of a call at once
 
@@ -192,22 +197,23 @@ async def _run(starts: Sequence[Start], params: pb.Parameters, context: Context)
         async with one_at_a_time:
             await context.write(message)
 
-    async with asyncio.TaskGroup() as group:
-        for choice, start in enumerate(starts):
-            group.create_task(_write_answer(start, Outgoing(params, choice), write))
+    async with AsyncExitStack() as running:
+        answers = [await running.enter_async_context(await start()) for start in starts]
+        async with asyncio.TaskGroup() as group:
+            for choice, answer in enumerate(answers):
+                group.create_task(_write_answer(answer, Outgoing(params, choice), write))
 
 
-async def _write_answer(start: Start, out: Outgoing, write: Write) -> None:
-    async with await start() as answer:
-        try:
-            async for chunk in answer:
-                message = out.take(chunk)
-                if message is not None:
-                    await write(message)
-                if chunk.finish is not None:
-                    return
-        except RequestError:
-            rest = out.rest()
-            if rest is not None:
-                await write(rest)
-            raise
+async def _write_answer(answer: Answer, out: Outgoing, write: Write) -> None:
+    try:
+        async for chunk in answer:
+            message = out.take(chunk)
+            if message is not None:
+                await write(message)
+            if chunk.finish is not None:
+                return
+    except RequestError:
+        rest = out.rest()
+        if rest is not None:
+            await write(rest)
+        raise

@@ -24,7 +24,7 @@ from router.api.grpc_calls import (
     time_left_s,
     understood,
 )
-from router.api.grpc_errors import known_fault, renaming
+from router.api.grpc_errors import first_of, known_fault, renaming
 from router.api.kserve_answers import Piece, logprob_sum, outputs_of
 from router.api.kserve_models import (
     VERSION,
@@ -178,7 +178,7 @@ class InferenceService:
         self, request: Received[pb.ModelInferRequest], context: Context
     ) -> pb.ModelInferResponse:
         """Continues prompts, and answers when all have ended. One failure ends the others."""
-        async with guarded(self._keys, request, context) as known:
+        async with guarded(self._keys, request, context, self._service.refused) as known:
             with renaming(field_name, WORDS):
                 return await self._once(self._job(known, time_left_s(context)))
         raise AssertionError("either returned or aborted")
@@ -218,8 +218,11 @@ class InferenceService:
         except grpc.aio.BaseError:  # nobody is left to send to
             raise
         except Exception as error:  # noqa: BLE001 -- logged, and answered as INTERNAL
+            fault = known_fault(error)
+            if isinstance(first_of(error), RequestError):
+                self._service.refused(fault)
             failed = pb.ModelStreamInferResponse(
-                error_message=known_fault(error).message,
+                error_message=fault.message,
                 infer_response=pb.ModelInferResponse(
                     id=request.id, model_name=request.model_name, model_version=VERSION
                 ),

@@ -1,15 +1,21 @@
 """A scrape after known traffic, over REST and the real router: every number is exact."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
+from typing import Any
 
+import grpc.aio
 import pytest
 
 from router.app import Router
 from router.ask import Ask, Params
 from router.config import GroupSpec, Settings
+from router.v1 import router_pb2 as pb
+from router.v1.router_pb2_grpc import InferenceStub
+from tests.service import fmaas_rig
 from tests.service.fakes import PATIENCE_S, bench_in, until
+from tests.service.kserve_rig import Client, parameters, raw_request
 from tests.service.scraped import families_of
 from tests.service.test_rest_router import House, house_in
 
@@ -88,6 +94,49 @@ async def test_each_refusal_is_one_failure_whoever_refuses(house: House) -> None
     seen = await scrape(house)
     assert seen["tgi_request_failure:validation"] == seen["tgi_request_count"] == 8 + 1 + 6 + 1
     assert seen["tgi_request_success"] == 0
+
+
+async def test_over_grpc_each_refusal_is_one_failure_too(house: House) -> None:
+    """Whoever refuses, and however many answers or prompts it is wrong with."""
+    refused = 0
+
+    async def refuses(call: Awaitable[object]) -> None:
+        nonlocal refused
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call
+        refused += 1
+
+    async with grpc.aio.insecure_channel(house.grpc) as channel:
+        ours, theirs, triton = InferenceStub(channel), fmaas_rig.Client(channel), Client(channel)
+        faults: tuple[dict[str, Any], ...] = (
+            {"n": 999}, {"top_p": 7}, {"n": 3, "top_p": 7}, {"constraint": {"choice": {}}},
+        )  # fmt: skip
+        for given in faults:
+            message = {"role": "user", "content": "x"}
+            for call in (
+                ours.Generate(pb.GenerateRequest(text="x", parameters=given)),
+                ours.Chat(pb.ChatRequest(messages=[message], parameters=given)),
+            ):
+                await refuses(call.read())
+        await refuses(ours.Generate(pb.GenerateRequest(text="x", best_of=9)).read())
+        for fault in (
+            {"decoding": {"length_penalty": {"decay_factor": 2}}},
+            {"method": 1, "sampling": {"temperature": -1}},
+        ):
+            await refuses(theirs.generate(fmaas_rig.batch("a", "b", "c", params=fault)))
+            await refuses(theirs.generate_stream(fmaas_rig.single("a", params=fault)).read())
+        for wrong in ({"bogus": 1}, {"top_p": 7}, {"max_tokens": 10**6}):
+            given = raw_request("x", "y", parameters=parameters(**wrong))
+            await refuses(triton.infer(given))
+            (told,) = [one async for one in triton.stream(iter([given]))]
+            assert told.error_message
+            refused += 1
+        # As on REST, a text that is only tokenised is no request.
+        empty = fmaas_rig.PB["BatchedTokenizeRequest"]()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await theirs.tokenize(empty)
+    seen = await scrape(house)
+    assert seen["tgi_request_failure:validation"] == seen["tgi_request_count"] == refused == 19
 
 
 @pytest.mark.parametrize("stream", [False, True])

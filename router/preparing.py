@@ -3,7 +3,8 @@
 So compiling stalls no step, and what cannot be compiled is refused as what it is, a fault of the
 request. Which worker has compiled what is remembered: a schema that comes again costs no round
 trip. A worker that has forgotten it, or has come up since, compiles it when a sequence comes. If
-it cannot, the sequence fails there, and only ``blame`` tells whose fault that is.
+it cannot, the sequence fails there, and only ``blame`` tells whose fault that is. So does one whose
+constraint compiles and becomes too large to follow later in the answer.
 """
 
 import asyncio
@@ -28,6 +29,10 @@ DEADLINE_S = 60.0
 
 PARTS_S = 5.0
 """What it may take to find the part of a constraint that cannot be compiled."""
+
+TOO_COSTLY = "the constraint became too expensive to follow"
+"""How a worker tells of an answer on whose way the constraint grew too large: in the words of
+``shards/grammar_masks.py``."""
 
 Blame = Callable[[RequestError], Awaitable[RequestError]]
 """What to tell a client of the failure that broke an answer off."""
@@ -108,13 +113,16 @@ class Preparer:
         return partial(self._blamed, model, ask)
 
     async def _blamed(self, model: str, ask: Ask, error: RequestError) -> RequestError:
-        if error.fault is not Fault.ENGINE_FAILED or ask.params.constraint is None:
+        constraint = ask.params.constraint
+        if error.fault is not Fault.ENGINE_FAILED or constraint is None:
             return error
+        if error.message.startswith(TOO_COSTLY):
+            text = error.message.replace("the constraint", f"`{constraint.field}`", 1)
+            return _counted_as(error, RequestError(Fault.VALIDATION, text, constraint.field))
         try:
             await self.prepare(model, ask)
         except RequestError as refused:
-            refused.counted = error.counted
-            return refused if refused.fault is Fault.VALIDATION else error
+            return _counted_as(error, refused) if refused.fault is Fault.VALIDATION else error
         return error
 
     def _limit_s(self, ask: Ask) -> float:
@@ -156,6 +164,11 @@ class Preparer:
         self._known[key] = None
         while len(self._known) > KNOWN_MAX:
             self._known.popitem(last=False)
+
+
+def _counted_as(error: RequestError, other: RequestError) -> RequestError:
+    other.counted = error.counted
+    return other
 
 
 def _refusal(error: RequestError, constraint: Constraint) -> RequestError:

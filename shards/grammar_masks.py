@@ -67,6 +67,7 @@ class Guide:
             return ""
         told = matcher.get_error()
         if is_cost(told):
+            # The router knows by these words that the request is at fault: ``TOO_COSTLY`` there.
             return f"the constraint became too expensive to follow: {one_line(told, self._kind)}"
         return "what was generated before does not match the constraint"
 

@@ -355,12 +355,16 @@ async def test_thoughts_are_counted() -> None:
     assert got["usage"]["output_tokens_details"] == {"reasoning_tokens": 3}
 
 
-async def test_a_stream_that_fails_says_so() -> None:
-    fault = RequestError(Fault.WORKER_LOST, "the worker is gone")
-    events = await streamed(model(HERMES, [*words()[:1], fault]))
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [(Fault.WORKER_LOST, "server_error"), (Fault.VALIDATION, "invalid_prompt")],
+)
+async def test_a_stream_that_fails_says_so(fault: Fault, code: str) -> None:
+    broken = RequestError(fault, "the worker is gone")
+    events = await streamed(model(HERMES, [*words()[:1], broken]))
     assert events[-1]["type"] == "response.failed"
     got = events[-1]["response"]
-    assert (got["status"], got["error"]["code"]) == ("failed", "server_error")
+    assert (got["status"], got["error"]["code"]) == ("failed", code)
     assert got["error"]["message"] == "the worker is gone"
 
 

@@ -242,7 +242,9 @@ class IncompleteDetails(BaseModel):
 class ResponseFailure(BaseModel):
     """What went wrong."""
 
-    code: str = Field(description="For a program: server_error or rate_limit_exceeded.")
+    code: str = Field(
+        description="For a program: server_error, rate_limit_exceeded or invalid_prompt."
+    )
     message: str = Field(description="For a person.")
 
 

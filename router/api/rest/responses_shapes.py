@@ -19,6 +19,8 @@ from router.core.events import Reason
 from router.errors import Fault, RequestError
 
 Json = dict[str, Any]
+FAILURE_CODES = {Fault.OVERLOADED: "rate_limit_exceeded", Fault.VALIDATION: "invalid_prompt"}
+"""What OpenAI calls the failures that are not the server's."""
 
 
 class Recorder:
@@ -74,8 +76,7 @@ class Recorder:
 
     def fail(self, error: RequestError) -> Json:
         """The event of an answer that breaks off."""
-        limited = error.fault is Fault.OVERLOADED
-        code = "rate_limit_exceeded" if limited else "server_error"
+        code = FAILURE_CODES.get(error.fault, "server_error")
         self.response |= {
             "status": "failed",
             "error": {"code": code, "message": error.message},

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from router.config import Settings
+from router.errors import Fault, RequestError
 from tests.service.fake_service import FakeService, events_of, words
 from tests.service.rest_server import client_of, post, serving
 
@@ -224,6 +225,28 @@ async def test_a_client_that_stops_within_its_body_is_forgotten() -> None:
         async with httpx.AsyncClient(base_url=url) as client:
             assert (await client.post("/generate", json={"inputs": "x"})).status_code == 200
     assert len(service.asks) == 1
+
+
+async def test_a_stream_that_waits_for_long_begins_with_a_comment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Proxies give up on a server that says nothing, for a minute mostly. TGI's streams said it."""
+    monkeypatch.setattr("router.api.rest.presence.KEEP_ALIVE_S", 0.01)
+    gate, text = asyncio.Event(), ""
+    service = FakeService([gate, RequestError(Fault.WORKER_LOST, "the worker was lost")])
+    async with (
+        asyncio.timeout(10),
+        serving(service) as url,
+        httpx.AsyncClient(base_url=url) as client,
+        client.stream("POST", "/generate_stream", json={"inputs": "x"}) as answer,
+    ):
+        assert answer.status_code == 200
+        async for piece in answer.aiter_text():
+            text += piece
+            gate.set()
+    assert text.startswith(":\n\n")
+    (event,) = events_of(text)
+    assert event["error_type"] == "generation"
 
 
 async def test_an_idle_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 Starlette's StreamingResponse resumes an async generator for each chunk. Here the task that makes
 the answer writes it (``while_present``), and the status line goes out with the first event, so that
-a request which fails before that has its proper HTTP status.
+a request which fails before that has its proper HTTP status. One that waits for long begins with a
+comment, before proxies take the silence for a server that has died.
 """
 
 import logging
@@ -64,8 +65,8 @@ class EventWriter:
         await self._server_send({"type": "http.response.body", "body": events, "more_body": False})
 
     async def keep_alive(self) -> None:
-        """Sends ``idle`` if nothing was written since the last call and the stream has begun."""
-        if self.started and self._writes == self._writes_seen:
+        """Sends ``idle`` if nothing was written since the last call."""
+        if self._writes == self._writes_seen:
             await self.write(self._idle)
         self._writes_seen = self._writes
 

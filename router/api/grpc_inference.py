@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -35,7 +35,7 @@ from router.validation import is_greedy
 SERVICE = "router.v1.Inference"
 
 Answer = Generation | ChatGeneration
-Start = Callable[[], Awaitable[Answer]]
+Start = Callable[[], Awaitable[AbstractAsyncContextManager[Answer]]]
 Write = Callable[[pb.GenerateResponse], Awaitable[None]]
 
 

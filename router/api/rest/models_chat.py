@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.api.rest.body import Body
+from router.api.rest.body import Body, Checked
 from router.api.rest.models_openai import (
     ABSENT,
     CacheRetention,
@@ -33,7 +33,7 @@ class ToolCall(Body):
     function: FunctionCall = Field(description="The call.")
 
 
-class Message(BaseModel):
+class Message(Checked):
     """One message of a conversation. Further fields are handed to the chat template as they are."""
 
     model_config = ConfigDict(strict=True, extra="allow")

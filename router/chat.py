@@ -16,7 +16,8 @@ from router.conversation import ChatAsk, ChatChunk, ChatFinish, Tool, ToolMode
 from router.core.events import Reason
 from router.errors import Fault, RequestError
 from router.fleet import ModelCard
-from router.service import Generation, Service
+from router.generation import Generation
+from router.service import Service
 from router.text import constraints
 from router.text.answer import AnswerReader
 from router.text.messages import for_template, is_shallow, laid_open, speaks_of_tools

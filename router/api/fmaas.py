@@ -22,7 +22,8 @@ from router.config import Settings
 from router.errors import Fault, RequestError
 from router.fleet import Fleet, ModelCard
 from router.fmaas.v1 import generation_pb2 as pb
-from router.service import Generation, Service
+from router.generation import Generation
+from router.service import Service
 
 SERVICE = "fmaas.GenerationService"
 

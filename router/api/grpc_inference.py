@@ -28,7 +28,8 @@ from router.chat import ChatGeneration, ChatService
 from router.config import Settings
 from router.errors import Fault, RequestError
 from router.fleet import Fleet
-from router.service import Generation, Service
+from router.generation import Generation
+from router.service import Service
 from router.v1 import router_pb2 as pb
 from router.validation import is_greedy
 

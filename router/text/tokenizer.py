@@ -1,7 +1,7 @@
 """A model's tokenizer: what ``tokenizer.json`` says, by the ``tokenizers`` library."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -93,6 +93,11 @@ class Tokenizer:
         """The id of a text that the vocabulary has as one added token, or None."""
         token = self._tokenizer.token_to_id(text)
         return token if token in self._added else None
+
+    def special_named(self, texts: Iterable[str]) -> dict[int, str]:
+        """The special tokens whose names are among the texts, such as ``<|eot_id|>``."""
+        found = ((self.token_id(text), text) for text in texts)
+        return {token: text for token, text in found if token in self.special_ids}
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text. Other threads run while a long one is encoded.

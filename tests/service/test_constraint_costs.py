@@ -12,7 +12,7 @@ from router.app import Router
 from router.ask import Ask, Params
 from router.config import GroupSpec, Settings
 from router.errors import Fault, RequestError
-from router.service import Generation
+from router.generation import Generation
 from router.text import constraints
 from tests.service.fake_service import FakeMetrics, events_of
 from tests.service.fakes import PATIENCE_S, bench_in, until

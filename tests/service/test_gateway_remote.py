@@ -12,9 +12,10 @@ from router.driver import Driver
 from router.errors import Fault, RequestError
 from router.fleet import Fleet
 from router.gateway_wire import MESSAGE_BYTES_MAX, REASON_TO_WIRE
+from router.generation import Generation
 from router.metrics import Metrics
 from router.remote import BATCH_BYTES, RemoteCore, Uplink
-from router.service import Generation, Service
+from router.service import Service
 from router.text.tokenizer import Tokenizer
 from router.v1 import gateway_pb2 as pb
 from shards.v1.shard_pb2 import TokenLogprobs

@@ -17,9 +17,9 @@ from router.config import GroupSpec, Settings
 from router.core.events import Reason
 from router.errors import Fault, RequestError
 from router.fleet import Fleet, PrepareCall
+from router.generation import Generation
 from router.link import LinkDownError
 from router.preparing import Preparer
-from router.service import Generation
 from router.text import constraints
 from router.text.tokenizer import Tokenizer
 from shards.engines.scripted_text import Script

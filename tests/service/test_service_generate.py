@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from router.ask import Ask, Chunk, Params
 from router.core.events import Reason
 from router.errors import FAULT_OF_REASON, RequestError
-from router.service import Generation
+from router.generation import Generation
 from router.text.tokenizer import Tokenizer
 from shards.v1.shard_pb2 import TokenLogprobs
 from tests.service.scripted_core import House, house

@@ -12,7 +12,8 @@ from router.ask import Ask, Finish, TokenOut
 from router.chat import ChatGeneration
 from router.conversation import ChatFinish
 from router.fleet import ModelCard
-from router.service import Generation, Service
+from router.generation import Generation
+from router.service import Service
 
 G = TypeVar("G")
 W = TypeVar("W")

@@ -17,7 +17,7 @@ from router.api.rest.openai_shapes import (
     prompt_logprobs,
 )
 from router.ask import Chunk, TokenOut
-from router.service import Generation
+from router.generation import Generation
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,6 @@ def native_asks(
         frequency_penalty=given.frequency_penalty or 0.0,
         seed=given.seed if sampling else None,
         stop=tuple(given.stop),
-        stop_token_ids=_special_stops(given.stop, model),
         include_stop=True,
         # TGI reports them unasked; an engine that has none answers with null.
         logprobs=reports and "logprobs" in model.features,
@@ -54,17 +53,6 @@ def native_asks(
         adapter=given.adapter_id or "",
     )
     return [ask] * (given.best_of or 1)
-
-
-def _special_stops(stops: list[str], model: ModelCard) -> tuple[int, ...]:
-    """Returns the special tokens that stop texts name, such as ``<|eot_id|>``.
-
-    TGI looks for stop texts where special tokens show, so they match there; text here has none.
-    """
-    found = (model.tokenizer.token_id(stop) for stop in stops)
-    return tuple(
-        token for token in found if token is not None and model.tokenizer.is_special(token)
-    )
 
 
 def wants_details(given: GenerateParameters) -> bool:

@@ -27,7 +27,7 @@ from router.api.rest.refusals import refuse_unsupported
 from router.ask import Ask, Params
 from router.config import Settings
 from router.fleet import ModelCard
-from router.service import Generation
+from router.generation import Generation
 
 KIND = "text_completion"
 

@@ -11,7 +11,7 @@ from router.ask import Chunk, Finish, TokenOut
 from router.config import Settings
 from router.core.events import Reason
 from router.fleet import ModelCard
-from router.service import Generation
+from router.generation import Generation
 from router.text.tokenizer import TokenSpan
 
 FINISH_REASON = {

@@ -132,7 +132,7 @@ class Finish:
 
     ``seed`` is None when greedy; ``stop`` is the stop string that appeared, or None. ``prompt`` are
     the prompt's tokens if their log probabilities were asked for; the first one has none.
-    ``queued_ms`` is how long the request waited for its place.
+    ``queued_ms`` is how long the request waited for its place, and no part of what was answered.
     """
 
     reason: Reason
@@ -143,7 +143,7 @@ class Finish:
     seed: int | None = None
     stop: str | None = None
     prompt: tuple[TokenOut, ...] = ()
-    queued_ms: int = 0
+    queued_ms: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Driving an engine by hand: what the tests of all engines share."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from shards.engines.base import Admit, Engine, Outcome, Plan, SamplingParams
 
@@ -92,3 +93,11 @@ def overlapping(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Plan]:
         *[Plan(work=[(1, 1), (5, 1)])] * 3,
         Plan(drops=[1, 5]),
     ]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for a condition that another thread brings about."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within 10 s"
+        time.sleep(0.002)

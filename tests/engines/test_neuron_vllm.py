@@ -9,8 +9,7 @@ import json
 import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from shards.engines.base import (
 )
 from shards.engines.neuron_compiled import CONFIG, VARIABLE
 from tests.engines.contract import EngineContract, admit, decode, generate
+from tests.engines.driving import until
 from tests.engines.signatures import fake_vllm_neuron
 from tests.engines.signatures.strict import installed
 from tests.engines.signatures.toy import logits
@@ -79,13 +79,6 @@ def prompts() -> list[list[int]]:
 
 def fake() -> fake_vllm_neuron.LLMEngine:
     return fake_vllm_neuron.LLMEngine.made[-1]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 10 s"
-        time.sleep(0.002)
 
 
 class TestContract(EngineContract):

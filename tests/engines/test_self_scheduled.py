@@ -3,7 +3,6 @@
 The engine under it is SGLang's fake: requests that wait for memory and run at their own pace.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from shards.engines import load as load_engine
 from shards.engines.base import Engine, EngineLost, EngineOptions, Plan, SamplingParams
 from tests.engines.contract import SEEDED, admit, decode, generate
+from tests.engines.driving import until
 from tests.engines.signatures import fake_sglang
 from tests.engines.signatures.strict import installed
 from tests.engines.signatures.toy import ToyEngine
@@ -53,13 +53,6 @@ def make() -> Iterator[Make]:
 
 def toy() -> ToyEngine:
     return fake_sglang.Engine.made[-1].toy
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 10 s"
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SEEDED], ids=["greedy", "seeded"])

@@ -6,8 +6,7 @@ What the fake is: ``signatures/fake_trtllm.py``. What cannot be checked without 
 
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from shards.engines.base import (
     Scheduling,
 )
 from tests.engines.contract import EngineContract, admit, decode, generate
+from tests.engines.driving import until
 from tests.engines.signatures import fake_trtllm
 from tests.engines.signatures.record import load as load_recorded
 from tests.engines.signatures.strict import fields, installed, recorded
@@ -71,13 +71,6 @@ def prompts() -> list[list[int]]:
 
 def fake() -> fake_trtllm.LLM:
     return fake_trtllm.LLM.made[-1]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 10 s"
-        time.sleep(0.002)
 
 
 class TestContract(EngineContract):

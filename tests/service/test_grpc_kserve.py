@@ -325,10 +325,19 @@ async def test_what_triton_has_beside_is_refused_by_name() -> None:
             assert name in (error.details() or "")
 
 
+async def nothing_until(over: asyncio.Event) -> AsyncIterator[Any]:
+    await over.wait()
+    for request in ():
+        yield request
+
+
 async def test_the_key_guards_what_runs_the_model() -> None:
     async with client_of(FakeService(), api_key="Key") as client:
-        for call in (client.infer(raw_request("x")), client.stream(iter([raw_request("x")]))):
+        over = asyncio.Event()
+        # Nothing is written: grpc says INTERNAL of a call that is refused while it is written to.
+        for call in (client.infer(raw_request("x")), client.stream(nothing_until(over))):
             assert (await failure(call)).code() is grpc.StatusCode.UNAUTHENTICATED
+        over.set()
         metadata = (("authorization", "Bearer Key"),)
         assert (await client.infer(raw_request("x"), metadata=metadata)).outputs
         messages = client.stream(iter([raw_request("x")]), metadata=metadata)

@@ -87,7 +87,7 @@ class Gateway(Collector):
         self._core.owner = self.driver
         self._clock = clock
         self._tokenizers: dict[str, Tokenizer] = {}
-        self._backoff = Backoff(Random())  # noqa: S311
+        self._backoff = Backoff(Random())  # noqa: S311 - spreads attempts
         self._attached = self._closing = False
         self._withheld = frozenset[str]()
         self._cause = ""

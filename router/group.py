@@ -91,7 +91,7 @@ class Group:
         self._fleet = fleet
         self._epochs = epochs
         self._dial = dial
-        self._backoff = Backoff(random or Random())  # noqa: S311
+        self._backoff = Backoff(random or Random())  # noqa: S311 - spreads attempts
         self._life: Life | None = None
         self._calls = metrics.batches.group(spec.name)
         self._silent = silent

@@ -216,7 +216,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 class _Generation(Extension):
     """``{% generation %}...{% endgeneration %}``: the assistant's words. Nothing to do here."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -241,7 +241,7 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(pattern: str) -> str:
     # Local time without a zone, as transformers gives it: models were trained on that.
-    return datetime.now().strftime(pattern)  # noqa: DTZ005
+    return datetime.now().strftime(pattern)  # noqa: DTZ005 - see above
 
 
 def _environment() -> _Environment:

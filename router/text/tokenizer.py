@@ -173,7 +173,7 @@ def _config(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer_config.json is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError("tokenizer_config.json is not a JSON object")  # noqa: TRY004
+        raise ValueError("tokenizer_config.json is not a JSON object")  # noqa: TRY004 - bad data, no bug
     return config
 
 
